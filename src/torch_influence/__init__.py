@@ -1,0 +1,27 @@
+"""Influence functions for PyTorch: which training examples caused this prediction?"""
+
+from importlib.metadata import version as _version
+
+from torch_influence.objective import BaseObjective
+from torch_influence.parameters import ParameterSpace
+from torch_influence.linop import Damped, Dense, LinearOperator
+from torch_influence.ops import backend_info
+from torch_influence.curvature import GaussNewton, Hessian
+from torch_influence.solvers import ConvergenceWarning, DivergenceWarning, NegativeCurvatureWarning, SolveReport
+from torch_influence.base import BaseInfluenceModule
+from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
+
+__version__ = _version("torch-influence")
+
+__all__ = [
+    "AutogradInfluenceModule",
+    "BaseInfluenceModule",
+    "BaseObjective",
+    "CGInfluenceModule",
+    "ConvergenceWarning",
+    "DivergenceWarning",
+    "LiSSAInfluenceModule",
+    "NegativeCurvatureWarning",
+    "SolveReport",
+    "backend_info",
+]

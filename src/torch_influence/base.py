@@ -1,0 +1,301 @@
+"""BaseInfluenceModule: from a model, an objective and two loaders to influence scores."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import data
+
+from torch_influence.batches import Batches
+from torch_influence.curvature import Curvature, GaussNewton, Hessian
+from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import ExampleGradients, mean_gradient, warn_if_summed
+from torch_influence.legacy import LegacyHelpers
+from torch_influence.objective import BaseObjective
+from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.scores import score_matrix
+from torch_influence.solvers import SolveReport
+
+__all__ = ["BaseInfluenceModule", "BaseObjective"]
+
+
+class BaseInfluenceModule(LegacyHelpers, abc.ABC):
+    """Influence of training examples on the test loss; a subclass says how to multiply by the inverse curvature.
+
+    With n training examples, training objective L(θ) = (1/n) Σᵢ ℓᵢ(θ) + reg(θ) and curvature A = ∇²L(θ) + damp·I,
+
+        s_q = A⁻¹ ∇f_q(θ)                            ``stest``: f_q is the test loss, or its mean over some queries
+        score[i, q] = (1/n) ∇(ℓᵢ + reg)(θ) · s_q     ``influences``, ``influence_matrix``
+
+    is, to first order, by how much f_q **changes when example i is removed** and the model is trained again. Positive:
+    removing i raises the test loss, i is helpful. Negative: i is harmful. Units: those of the test loss.
+
+    The model is moved to ``device`` once, here; nothing else of it changes: not its Parameter objects, gradients,
+    buffers, train or eval mode, and not when an exception ends a computation. Losses are evaluated in eval mode.
+
+    Args:
+        model: the trained model.
+        objective: the losses.
+        train_loader: the training data. Read in data-set order in batches of the loader's size, through its
+            collate_fn; shuffle, sampler and drop_last are ignored.
+        test_loader: the test data, likewise; None if only stests of your own are used.
+        device: where to compute.
+        params: restricts the differentiated parameters: a name, a glob (``"head.*"``), a Parameter, a list of these,
+            or a predicate ``f(name, parameter)``. None: all with requires_grad. The rest is held fixed.
+        progress: shows tqdm bars.
+
+    A subclass implements ``inverse_hvp``. It gets one vector [d] at a time, or rows [k, d] if it sets the class
+    attribute ``batched = True``. ``hvp``, ``batches`` and ``flat_parameters`` are there to build it from.
+
+    Example:
+        >>> class Identity(BaseInfluenceModule):      # A = I: gradient products, "TracIn" at the last checkpoint
+        ...     batched = True
+        ...     def inverse_hvp(self, vec):
+        ...         return vec
+    """
+
+    batched: ClassVar[bool] = False
+    gnh: bool = False
+    damp: float = 0.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: BaseObjective,
+        train_loader: data.DataLoader[Any],
+        test_loader: data.DataLoader[Any] | None,
+        device: torch.device | str,
+        *,
+        params: Selection = None,
+        progress: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(objective, type):
+            raise TypeError(f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()")
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.objective = objective
+        self.train_loader = train_loader
+        self.test_loader = test_loader
+        self.progress = progress
+        self.last_report: SolveReport | None = None
+
+        self._space = ParameterSpace(model, params)
+        self._evaluation = Evaluation(model, objective, self._space)
+        self.params_names = self._space.names
+        self.params_shape = self._space.shapes
+        self._train = self._batches_of(train_loader, "train_loader")
+        self._means_checked: set[str] = set()
+
+    @abc.abstractmethod
+    def inverse_hvp(self, vec: Tensor) -> Tensor:
+        """A⁻¹ v for a vector [d], and for rows [k, d] where the class sets ``batched = True``."""
+
+    # -- gradients and curvature --------------------------------------------------------------------------------------
+
+    def train_loss_grad(self, train_idxs: Sequence[int]) -> Tensor:
+        """Gradient of the mean training loss, regulariser included, over these training examples: [d].
+
+        Args:
+            train_idxs: distinct indices into the training data, at least one.
+
+        Raises:
+            ValueError: no index, or one twice. IndexError: one out of range.
+        """
+        return self._mean_gradient("train_loss", self._train, self._train.indices(train_idxs, "train_idxs"))
+
+    def test_loss_grad(self, test_idxs: Sequence[int]) -> Tensor:
+        """Gradient of the mean test loss over these test examples: [d]. Arguments and errors as in train_loss_grad."""
+        return self._mean_gradient("test_loss", self._test, self._test.indices(test_idxs, "test_idxs"))
+
+    def hvp(self, vecs: Tensor) -> Tensor:
+        """Curvature of the training objective times v, without damping: [d] -> [d], or rows [k, d] -> [k, d].
+
+        H v = (1/n) Σᵢ ∇²ℓᵢ(θ) v + ∇²reg(θ) v, or Gauss-Newton in place of ∇²ℓ when the module has ``gnh=True``.
+
+        Cost: one pass over the training data, however many rows.
+        """
+        rows = self._as_rows(vecs, "vecs")
+        return self._curvature().product(rows).reshape(vecs.shape)
+
+    def flat_parameters(self) -> Tensor:
+        """The selected parameters as one vector [d], detached, in the order of ``params_names``."""
+        return self._space.flatten([p.detach() for p in self._space.current()])
+
+    def batches(
+        self, *, train: bool = True, batch_size: int | None = None, idxs: Sequence[int] | None = None
+    ) -> Iterator[tuple[Any, int]]:
+        """Yields (batch on the device, number of its examples), in data-set order.
+
+        Args:
+            train: training data, else test data.
+            batch_size: the loader's own by default.
+            idxs: only these examples, in this order.
+        """
+        batches = self._train if train else self._test
+        return batches.read(None if idxs is None else batches.indices(idxs, "idxs"), batch_size)
+
+    # -- influence ----------------------------------------------------------------------------------------------------
+
+    def stest(self, test_idxs: Sequence[int]) -> Tensor:
+        """s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d]."""
+        with self._evaluation.session():
+            return self.inverse_hvp(self.test_loss_grad(test_idxs))
+
+    def stests(self, test_idxs: Sequence[int] | None = None) -> Tensor:
+        """One s_q per test example (default: all of them): [k, d], solved together where the solver can."""
+        indices = self._test.indices(test_idxs, "test_idxs")
+        with self._evaluation.session():
+            if not indices:
+                return self._no_rows()
+            if self._overridden("stest"):
+                return torch.stack([self.stest([i]) for i in indices])
+            if self._overridden("test_loss_grad"):
+                return self._inverse_rows(torch.stack([self.test_loss_grad([i]) for i in indices]))
+            self._check_mean("test_loss", self._test)
+            examples = ExampleGradients(self._evaluation.test_loss, self._evaluation, self._test, "test gradients")
+            gradients = self._no_rows(len(indices))
+            for positions, rows in examples.rows(indices):
+                gradients[positions] = rows
+            return self._inverse_rows(gradients)
+
+    def influences(
+        self, train_idxs: Sequence[int], test_idxs: Sequence[int] | None, stest: Tensor | None = None
+    ) -> Tensor:
+        """Scores of training examples with respect to the mean test loss over a set of test examples.
+
+        score[i] = (1/n) ∇(ℓᵢ + reg)(θ) · s: the predicted change of the mean test loss when example i is removed and
+        the model trained again. Positive: i is helpful. Per-example gradients are those of batches of one.
+
+        Args:
+            train_idxs: distinct indices of training examples.
+            test_idxs: distinct indices of test examples; None if ``stest`` is given.
+            stest: a result of ``stest`` to use again, [d].
+
+        Returns:
+            [len(train_idxs)] on the CPU, in the order given.
+
+        Raises:
+            ValueError: duplicates, wrong shapes, no queries. IndexError: an index out of range. TypeError: not integers.
+
+        Cost:
+            one solve, unless ``stest`` is given, and one pass over the training examples named.
+
+        Source:
+            Koh and Liang 2017, eq. 2, with the sign of removal and the factor 1/n.
+        """
+        indices = self._train.indices([] if train_idxs is None else train_idxs, "train_idxs")
+        if train_idxs is None:
+            raise ValueError("train_idxs: expected indices, got None; influence_matrix() takes None for all examples")
+        if stest is None and test_idxs is None:
+            raise ValueError("test_idxs: expected indices of test examples, got None without an stest")
+        with self._evaluation.session():
+            s = self.stest(test_idxs) if stest is None and test_idxs is not None else stest
+            return self._score(indices, self._as_rows(s, "stest", vectors_only=True)).squeeze(1)
+
+    def influence_matrix(
+        self, train_idxs: Sequence[int] | None = None, test_idxs: Sequence[int] | None = None
+    ) -> Tensor:
+        """score[i, q] for training examples i and test examples q (default: all): [n_train, n_query] on the CPU.
+
+        Column q is ``influences(train_idxs, [test_idxs[q]])``; all columns are solved in one call.
+        """
+        indices = self._train.indices(train_idxs, "train_idxs")
+        with self._evaluation.session():
+            return self._score(indices, self.stests(test_idxs))
+
+    def self_influences(self, train_idxs: Sequence[int] | None = None) -> Tensor:
+        """(1/n) gᵢᵀA⁻¹gᵢ with gᵢ = ∇(ℓᵢ + reg)(θ), for training examples i (default: all): [n_train] on the CPU.
+
+        By how much the model's loss on example i grows when i is removed: large for examples that the rest of the
+        data does not explain, mislabelled ones first. Never negative where A is positive definite.
+
+        Cost: a right-hand side per example.
+        """
+        indices = self._train.indices(train_idxs, "train_idxs")
+        scores = torch.empty(len(indices), dtype=self._space.dtype)
+        with self._evaluation.session():
+            if indices:
+                self._check_mean("train_loss", self._train)
+            for positions, rows in self._examples().rows(indices):
+                scores[positions] = (rows * self._inverse_rows(rows)).sum(dim=-1).to(scores)
+        return scores.div_(self._train.n)
+
+    # -- for the modules of this package ------------------------------------------------------------------------------
+
+    def _curvature(self) -> Curvature:
+        self._check_mean("train_loss", self._train)
+        return (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device)
+
+    def _as_rows(self, vecs: Tensor | None, argument: str, vectors_only: bool = False) -> Tensor:
+        d = self._space.size
+        if not isinstance(vecs, Tensor):
+            raise TypeError(f"{argument}: expected a tensor, got {type(vecs).__name__}")
+        if vecs.dim() not in ((1,) if vectors_only else (1, 2)) or vecs.shape[-1] != d:
+            shapes = f"[{d}]" if vectors_only else f"[{d}] or [k, {d}]"
+            raise ValueError(f"{argument}: expected shape {shapes}, got {list(vecs.shape)}")
+        return vecs.detach().to(self.device, self._space.dtype).reshape(-1, d)
+
+    def _bar(self, iterable: Iterable[Any], describe: str, total: int) -> Iterable[Any]:
+        if not self.progress:
+            return iterable
+        from tqdm.auto import tqdm  # imported when wanted: it probes for a notebook
+
+        return tqdm(iterable, desc=describe, total=total, leave=False)
+
+    def _warn_if_train_loss_is_overridden(self) -> None:
+        if self.gnh and self._evaluation.overrides_train_loss:
+            warnings.warn(
+                "objective.train_loss is overridden, but with gnh=True the curvature is built from train_outputs, "
+                "train_loss_on_outputs and train_regularization; scores still use train_loss",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _test(self) -> Batches:
+        return self._batches_of(self.test_loader, "test_loader")
+
+    def _batches_of(self, loader: Any, name: str) -> Batches:
+        return Batches(loader, name, self._transfer_to_device, self._bar)
+
+    def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
+        if not indices:
+            raise ValueError(f"{loss}_grad: expected at least one index, got none; the mean over no examples is undefined")
+        with self._evaluation.session():
+            self._check_mean(loss, batches)
+            return mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices)
+
+    def _examples(self) -> ExampleGradients:
+        return ExampleGradients(self._evaluation.train_loss, self._evaluation, self._train, "scores")
+
+    def _score(self, indices: list[int], stests: Tensor) -> Tensor:
+        if indices:
+            self._check_mean("train_loss", self._train)
+        return score_matrix(self._examples(), indices, stests, self._train.n)
+
+    def _inverse_rows(self, rows: Tensor) -> Tensor:
+        if self.batched:
+            return self.inverse_hvp(rows)
+        return torch.stack([self.inverse_hvp(row) for row in rows])
+
+    def _no_rows(self, k: int = 0) -> Tensor:
+        return torch.empty(k, self._space.size, dtype=self._space.dtype, device=self.device)
+
+    def _overridden(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(BaseInfluenceModule, method)
+
+    def _check_mean(self, loss: str, batches: Batches) -> None:
+        """Warns once about a sum-reduced loss, which nothing else would show."""
+        if loss not in self._means_checked:
+            self._means_checked.add(loss)
+            warn_if_summed(loss, self._evaluation, batches)

@@ -1,0 +1,179 @@
+"""The user's objective as pure functions of the parameters: the model is called, never changed.
+
+Parameters are handed in as *leaves*: one tensor per selected parameter, shaped like it. While the objective runs, the
+model's own tensors are swapped for them (``torch.func.functional_call``, so tied weights stay tied) and buffers for
+clones; afterwards the very same Parameter objects, buffers and attributes are back, also after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_influence.objective import BaseObjective
+from torch_influence.parameters import ParameterSpace
+
+
+class _Host(nn.Module):
+    """Owns the model as a child, so that any function of the model can run under functional_call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+class Evaluation:
+    """Losses and outputs of a model at given parameters, without side effects on the model."""
+
+    def __init__(self, model: nn.Module, objective: BaseObjective, space: ParameterSpace) -> None:
+        self.model = model
+        self.objective = objective
+        self.space = space
+        self._host = _Host(model)
+        self._open = False
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def leaves(self, row: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Fresh leaves that require grad, at the model's parameters or at a row [d]."""
+        here = self.space.current()
+        if row is None:
+            return tuple(p.detach().requires_grad_() for p in here)
+        pieces = zip(self.space.split(row.detach()), here, strict=True)
+        return tuple(piece.to(p.dtype).requires_grad_() for piece, p in pieces)
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Changes whenever parameters or buffers do. The checksum is there for ``.data`` edits, which bump no version."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return tuple((t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()) for t in tensors)
+
+    # -- the objective --------------------------------------------------------------------------------------------
+
+    def train_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
+        return _scalar(loss, "train_loss")
+
+    def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        loss = self._call(leaves, lambda model, flat: self.objective.test_loss(model, flat, batch))
+        return _scalar(loss, "test_loss")
+
+    def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
+        return self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch))
+
+    def train_loss_on_outputs(self, leaves: Sequence[Tensor], outputs: Any, batch: Any) -> Tensor:
+        loss = self._call(leaves, lambda model, flat: self.objective.train_loss_on_outputs(outputs, batch))
+        return _scalar(loss, "train_loss_on_outputs")
+
+    def train_regularization(self, leaves: Sequence[Tensor]) -> Tensor | float:
+        return self._call(leaves, lambda model, flat: self.objective.train_regularization(flat))
+
+    def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
+        space = self.space
+        tensors = dict(zip(space.names, leaves, strict=True))
+        for name, p in zip(space.trainable, space.current(space.trainable), strict=True):
+            tensors.setdefault(name, p.detach())
+        flat = torch.cat([tensors[name].reshape(-1).to(space.dtype) for name in space.trainable])
+        state = {f"model.{name}": t for name, t in tensors.items()}
+        state.update((f"model.{name}", b.clone()) for name, b in self.model.named_buffers())
+        with self.session():
+            return functional_call(self._host, state, (function, flat), tie_weights=True)
+
+    @property
+    def overrides_train_loss(self) -> bool:
+        return type(self.objective).train_loss is not BaseObjective.train_loss
+
+    # -- surroundings -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
+
+        Public calls open it once around all their work; nested ones cost nothing.
+        """
+        if self._open:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remember_modules(self.model))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for flag in _twice_differentiable(self.model):
+                stack.enter_context(flag)
+            self.model.eval()
+            self._open = True
+            stack.callback(setattr, self, "_open", False)
+            yield
+
+
+def _scalar(loss: Any, name: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a scalar tensor (the mean loss over the batch), got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{name}: expected a scalar (the mean loss over the batch), got shape {tuple(loss.shape)}; reduce it with .mean()"
+        )
+    return loss.reshape(())
+
+
+def _remember_modules(model: nn.Module) -> Callable[[], None]:
+    """Takes note of train/eval modes and of tensors kept as plain attributes; returns what puts them back.
+
+    Plain attributes: the flat weights of an LSTM, the weight that old-style weight_norm computes, activations that a
+    forward leaves behind. functional_call knows nothing of them, and left alone they would hold a graph of ours.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    loose = [(m, _loose(m)) for m in model.modules()]
+    contents = [(value, list(value)) for _, kept in loose for value in kept.values() if isinstance(value, list)]
+
+    def restore() -> None:
+        for m, mode in modes:
+            m.training = mode
+        for m, kept in loose:
+            for key in _loose(m).keys() - kept.keys():
+                del vars(m)[key]
+            vars(m).update(kept)
+        for value, items in contents:
+            value[:] = items
+
+    return restore
+
+
+def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, Tensor | list)}
+
+
+def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
+    """Fused attention, the MHA inference path and the cuDNN and oneDNN RNNs have no second derivative: switch them off."""
+    flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
+        flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
+    return flags
+
+
+@contextlib.contextmanager
+def _off(backend: Any) -> Iterator[None]:
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
+
+
+@contextlib.contextmanager
+def _mha_fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,297 @@
+"""First derivatives: mean gradients, pull-backs of many rows, gradients and directional derivatives per example.
+
+Per-example quantities have the meaning of batches of one. Where ``torch.func.vmap`` gives the same, it does many such
+batches at a time; it is compared with the plain loop on the first of them, and where it fails or differs the loop runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_influence.batches import Batches, map_leaves
+from torch_influence.evaluation import Evaluation
+from torch_influence.parameters import ParameterSpace
+from torch_influence.plan import agree
+
+LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
+
+_ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
+_EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
+_BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
+_FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
+
+
+def mean_gradient(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, indices: Sequence[int]) -> Tensor:
+    """∇ (1/m) Σ loss over these m examples, a row [d]. One pass over them."""
+    leaves = evaluation.leaves()
+    return batches.mean(lambda batch: loss_gradient(loss, evaluation.space, leaves, batch), indices)
+
+
+def loss_gradient(loss: LossOfBatch, space: ParameterSpace, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+    """Gradient of the loss of one batch, a row [d]."""
+    return space.flatten(differentiate(loss(leaves, batch), leaves)).detach()
+
+
+def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """∂loss/∂leaves; zeros for leaves that the loss does not use, an error if it uses none."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "objective: expected a loss that depends on what it is differentiated by (the selected parameters, or the "
+            "outputs), got one without a graph; is it computed under no_grad, from .detach() or .item(), or from "
+            "other parameters than those in params=?"
+        )
+    return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+class PullBack:
+    """vᵀ ∂outputs/∂inputs for rows of cotangents v, many at a time where that is verified to be the same.
+
+    A batched backward (vmap over the graph) does many rows in one sweep. Its first rows are compared with the plain
+    backward once for each ``stage`` (a caller's name for one kind of graph) in the life of this object; operators it
+    can't batch, or batches differently, take the plain way.
+
+    Attributes:
+        why_plain: per stage that goes row by row, the reason.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._batched: dict[str, bool] = {}
+        self.why_plain: dict[str, str] = {}
+
+    def __call__(
+        self, stage: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """outputs, inputs: tensors of one graph; cotangents: per output [k, *its shape]. Per input [k, *its shape]."""
+        k = cotangents[0].shape[0]
+        live = [i for i, out in enumerate(outputs) if out.requires_grad]
+        if not live or k == 0:
+            return tuple(x.new_zeros(k, *x.shape) for x in inputs)
+        outs = [outputs[i] for i in live]
+        cots = [cotangents[i].detach().to(outputs[i].dtype) for i in live]
+
+        def backward(at: int | slice, batched: bool) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                outs,
+                inputs,
+                grad_outputs=[c[at] for c in cots],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+                is_grads_batched=batched,
+            )
+
+        if k > 1 and stage not in self._batched:
+            self._batched[stage] = self._probe(stage, backward)
+        if k == 1 or not self._batched[stage]:
+            single = [backward(j, batched=False) for j in range(k)]
+            return tuple(torch.stack(pieces) for pieces in zip(*single, strict=True))
+        chunks = [backward(slice(j, j + _ROWS_AT_ONCE), batched=True) for j in range(0, k, _ROWS_AT_ONCE)]
+        return tuple(torch.cat(pieces) for pieces in zip(*chunks, strict=True))
+
+    def _probe(self, stage: str, backward: Callable[[int | slice, bool], tuple[Tensor, ...]]) -> bool:
+        plain = [backward(j, False) for j in (0, 1)]
+        try:
+            fast = backward(slice(0, 2), True)
+        except Exception as error:  # whatever vmap can't do; a mistake of the user's has shown in the plain backward
+            self.why_plain[stage] = f"a backward of many rows at once failed: {error}"
+            return False
+        for j in (0, 1):
+            one = torch.cat([g[j].reshape(-1) for g in fast])[None]
+            if not agree(one, torch.cat([g.reshape(-1) for g in plain[j]])[None], self._dtype):
+                self.why_plain[stage] = "a backward of many rows at once differs from the plain one"
+                return False
+        return True
+
+
+class ExampleGradients:
+    """Gradients gᵢ = ∇loss(batch of example i alone) of chosen examples: as rows, or as products with given vectors.
+
+    Attributes:
+        why_plain: why examples are taken one at a time; empty while many at once are used.
+    """
+
+    def __init__(self, loss: LossOfBatch, evaluation: Evaluation, batches: Batches, describe: str) -> None:
+        self._loss = loss
+        self._evaluation = evaluation
+        self._space = evaluation.space
+        self._batches = batches
+        self._describe = describe
+        self.why_plain = ""
+
+    def rows(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Yields (positions in ``indices``, rows [b, d]) in bounded chunks. Memory: one chunk of rows."""
+        space = self._space
+        row_bytes = space.size * torch.finfo(space.dtype).bits // 8
+        at_once = max(1, min(_EXAMPLES_AT_ONCE, _BYTES_OF_ROWS // row_bytes))
+        leaves = self._evaluation.leaves()
+
+        def many(group: _Group) -> Tensor:
+            gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
+            detached = tuple(leaf.detach() for leaf in leaves)
+            return space.flatten(torch.vmap(gradient, in_dims=(None, 0))(detached, group.tensors)).detach()
+
+        def one(batch: Any) -> Tensor:
+            return loss_gradient(self._loss, space, leaves, batch)
+
+        return self._chunks(indices, at_once, many, one)
+
+    def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
+
+        For few vectors the rows gᵢ are never formed: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
+        ∂(G·v)/∂u holds all gᵢ·v (a second backward per vector). Half-precision passes form rows, so that the dots
+        themselves are taken in float32.
+        """
+        if len(vectors) > _FEW_DIRECTIONS or self._space.pass_dtype != self._space.dtype:
+            for positions, rows in self.rows(indices):
+                yield positions, rows @ vectors.mT
+            return
+        leaves = self._evaluation.leaves()
+        pieces = self._space.split(vectors)
+
+        def many(group: _Group) -> Tensor:
+            losses = torch.vmap(lambda tensors: self._loss(leaves, group.batch(tensors)))(group.tensors)
+            u = torch.ones_like(losses, requires_grad=True)
+            grads = torch.autograd.grad(losses, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+            live = [i for i, g in enumerate(grads) if g.requires_grad]
+            columns = [
+                torch.autograd.grad([grads[i] for i in live], u, [pieces[i][j] for i in live], retain_graph=True)[0]
+                for j in range(len(vectors))
+            ]
+            return torch.stack(columns, dim=-1)
+
+        def one(batch: Any) -> Tensor:
+            return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
+
+        yield from self._chunks(indices, _EXAMPLES_AT_ONCE, many, one)
+
+    def _chunks(
+        self,
+        indices: Sequence[int],
+        at_once: int,
+        many: Callable[[_Group], Tensor],
+        one: Callable[[Any], Tensor],
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        verified = False
+        self.why_plain = ""
+        for group in _groups(self._batches.bar(self._batches.read(indices, 1), self._describe, len(indices)), at_once):
+            if not self.why_plain and len(group.positions) > 1:
+                try:
+                    fast = many(group)
+                except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop below
+                    self.why_plain = f"many examples at once failed: {error}"
+                else:
+                    if not verified:
+                        probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
+                        plain = torch.stack([one(group.single(j)) for j in probe])
+                        verified = agree(fast[probe], plain, self._space.pass_dtype)
+                    if verified:
+                        yield group.positions, fast
+                        continue
+                    self.why_plain = "many examples at once differ from one at a time"
+            for j, position in enumerate(group.positions):
+                yield [position], one(group.single(j))[None]
+
+
+class _Group:
+    """Batches of one that differ only in the values of their tensors, which are stacked along a new leading axis."""
+
+    def __init__(self, template: Any) -> None:
+        self.positions: list[int] = []
+        self._template = template
+        self._parts: list[list[Tensor]] = []
+
+    def takes(self, template: Any) -> bool:
+        try:
+            return type(template) is type(self._template) and bool(template == self._template)
+        except (ValueError, RuntimeError):  # an array among the constants compares element by element
+            return False
+
+    def add(self, position: int, tensors: list[Tensor]) -> None:
+        self.positions.append(position)
+        self._parts.append(tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [torch.stack(column) for column in zip(*self._parts, strict=True)]
+
+    def batch(self, tensors: Sequence[Tensor]) -> Any:
+        """The batch of one with these tensors in it."""
+        supply = iter(tensors)
+        return map_leaves(lambda leaf: next(supply) if isinstance(leaf, _Slot) else leaf, self._template)
+
+    def single(self, j: int) -> Any:
+        return self.batch(self._parts[j])
+
+
+class _Slot:
+    """The place of a tensor in a template; equal for tensors that stack."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._kind = (tensor.shape, tensor.dtype, tensor.device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Slot) and self._kind == other._kind
+
+    def __hash__(self) -> int:
+        return hash(self._kind)
+
+
+def _groups(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group]:
+    """Groups what stacks, reading ``at_once`` batches of one before it hands any on, so that memory stays bounded."""
+    groups: list[_Group] = []
+    for position, (batch, _) in enumerate(batches):
+        if position % at_once == 0:
+            yield from groups
+            groups = []
+        tensors: list[Tensor] = []
+        template = map_leaves(lambda leaf, found=tensors: _take(leaf, found), batch)
+        group = next((g for g in groups if g.takes(template)), None)
+        if group is None:
+            groups.append(group := _Group(template))
+        group.add(position, tensors)
+    yield from groups
+
+
+def _take(leaf: Any, found: list[Tensor]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    found.append(leaf)
+    return _Slot(leaf)
+
+
+def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:
+    """Warns if the loss of a batch is the sum, not the mean, of the losses of its examples; ``loss`` names it.
+
+    Reads at most four examples, together and alone. The regulariser is left out, so an overridden train_loss, which
+    may not tell it apart, is not checked.
+    """
+    if batches.batch_size is None or (loss == "train_loss" and evaluation.overrides_train_loss):
+        return
+    some = range(min(4, batches.n))
+    if len(some) < 2:
+        return
+    leaves = evaluation.leaves()
+
+    def value(indices: Sequence[int]) -> float:
+        batch = batches.peek(indices)
+        if loss == "test_loss":
+            return evaluation.test_loss(leaves, batch).item()
+        outputs = evaluation.train_outputs(leaves, batch)
+        return evaluation.train_loss_on_outputs(leaves, outputs, batch).item()
+
+    together, alone = value(some), [value([i]) for i in some]
+    close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
+    if abs(together - sum(alone)) <= close < abs(together - sum(alone) / len(alone)):
+        warnings.warn(
+            f"{loss}: expected the mean loss over the batch, got what looks like the sum (the loss of {len(some)} examples "
+            "equals the sum of their losses); use reduction='mean', or scores are wrong by a factor of the batch size",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,76 @@
+"""LinearOperator: a symmetric matrix known by its products with rows. No model and no data in here.
+
+Solvers and curvatures meet at this file: a curvature is an operator, a solver takes one.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class LinearOperator(abc.ABC):
+    """A symmetric [d, d] matrix A that multiplies rows: product(V)[j] = A V[j].
+
+    Attributes:
+        size: d.
+        dtype, device: of the rows it takes and gives.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @abc.abstractmethod
+    def product(self, rows: Tensor) -> Tensor:
+        """[k, d] -> [k, d], a new tensor."""
+
+    def damped(self, shift: float) -> Damped:
+        """A + shift·I. Damping is part of the operator, so that no solver can get it wrong."""
+        return Damped(self, shift)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, [d, d], symmetrised against rounding."""
+        matrix = self.product(torch.eye(self.size, dtype=self.dtype, device=self.device))
+        return matrix.add_(matrix.mT.clone()).mul_(0.5)
+
+
+class Damped(LinearOperator):
+    """base + shift·I; both parts are readable, for solvers that fuse the shift into their update."""
+
+    def __init__(self, base: LinearOperator, shift: float) -> None:
+        self.base = base
+        self.shift = float(shift)
+        self.size, self.dtype, self.device = base.size, base.dtype, base.device
+
+    def product(self, rows: Tensor) -> Tensor:
+        return self.base.product(rows).add_(rows, alpha=self.shift)
+
+
+class Dense(LinearOperator):
+    """A symmetric matrix that is held in memory."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix: expected shape [d, d], got {list(matrix.shape)}")
+        self.matrix = matrix
+        self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+
+    def product(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """An operator that is a mean over data, and can be estimated from minibatches."""
+
+    def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
+        """``steps`` unbiased estimates of the operator, each from one minibatch drawn with replacement."""
+        ...

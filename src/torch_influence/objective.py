@@ -1,0 +1,67 @@
+"""BaseObjective: what the user supplies about the training loss and the test loss."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["BaseObjective"]
+
+
+class BaseObjective(abc.ABC):
+    """How a project computes its training loss and its test loss.
+
+    A subclass implements four methods; from them the package builds
+
+        ℓ(batch, θ) = train_loss_on_outputs(train_outputs(model, batch), batch) + train_regularization(θ)
+
+    Losses are **means** over the examples of the batch. While a method runs, ``model`` is in eval mode and holds the
+    parameters that are being differentiated, whichever way the method reaches them (``model(x)``, ``model.fc.weight``,
+    ``model.features(x)``, ``model.parameters()``).
+
+    Example:
+        >>> class Classification(BaseObjective):
+        ...     def train_outputs(self, model, batch):
+        ...         return model(batch[0])
+        ...     def train_loss_on_outputs(self, outputs, batch):
+        ...         return torch.nn.functional.cross_entropy(outputs, batch[1])
+        ...     def train_regularization(self, params):
+        ...         return 0.5e-2 * params.square().sum()
+        ...     def test_loss(self, model, params, batch):
+        ...         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    """
+
+    @abc.abstractmethod
+    def train_outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Model outputs for a training batch: logits, predictions, probabilities.
+
+        With ``gnh=True`` the outputs are a tensor, and they are where the Gauss-Newton matrix JᵀH_outJ is split:
+        the part before them is linearised, the part after them keeps its exact second derivative.
+        """
+
+    @abc.abstractmethod
+    def train_loss_on_outputs(self, outputs: Any, batch: Any) -> torch.Tensor:
+        """Mean loss of these outputs over the batch, a scalar. Convex in the outputs if ``gnh=True`` is to be PSD."""
+
+    @abc.abstractmethod
+    def train_regularization(self, params: torch.Tensor) -> torch.Tensor | float:
+        """Regularisation at a flat vector of all trainable parameters, a scalar; a plain number is fine.
+
+        ``params`` is in the order of ``model.named_parameters()``, without frozen ones. Its dtype is that of the
+        parameters, float32 for half-precision models.
+        """
+
+    def train_loss(self, model: nn.Module, params: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Mean regularised training loss over the batch. Override only if it doesn't split into the parts above.
+
+        The Hessian and all gradients use this method; the Gauss-Newton matrix can't (it needs the parts).
+        """
+        outputs = self.train_outputs(model, batch)
+        return self.train_loss_on_outputs(outputs, batch) + self.train_regularization(params)
+
+    @abc.abstractmethod
+    def test_loss(self, model: nn.Module, params: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Mean loss over a batch of test data, a scalar: the quantity whose change the scores predict."""
