@@ -78,7 +78,9 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(objective, type):
-            raise TypeError(f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()")
+            raise TypeError(
+                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
+            )
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.objective = objective
@@ -130,7 +132,13 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return self._space.flatten([p.detach() for p in self._space.current()])
 
     def batches(
-        self, *, train: bool = True, batch_size: int | None = None, idxs: Sequence[int] | None = None
+        self,
+        *,
+        train: bool = True,
+        batch_size: int | None = None,
+        idxs: Sequence[int] | None = None,
+        sample: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iterator[tuple[Any, int]]:
         """Yields (batch on the device, number of its examples), in data-set order.
 
@@ -138,14 +146,19 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             train: training data, else test data.
             batch_size: the loader's own by default.
             idxs: only these examples, in this order.
+            sample: so many batches of examples drawn with replacement, instead of one pass in order.
+            generator: where these are drawn from; torch's default generator if None.
         """
         batches = self._train if train else self._test
-        return batches.read(None if idxs is None else batches.indices(idxs, "idxs"), batch_size)
+        indices = None if idxs is None else batches.indices(idxs, "idxs")
+        if sample is not None:
+            return batches.sample(sample, indices=indices, batch_size=batch_size, generator=generator)
+        return batches.read(indices, batch_size)
 
     # -- influence ----------------------------------------------------------------------------------------------------
 
     def stest(self, test_idxs: Sequence[int]) -> Tensor:
-        """s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d]."""
+        """The vector s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d]."""
         with self._evaluation.session():
             return self.inverse_hvp(self.test_loss_grad(test_idxs))
 
@@ -183,7 +196,9 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             [len(train_idxs)] on the CPU, in the order given.
 
         Raises:
-            ValueError: duplicates, wrong shapes, no queries. IndexError: an index out of range. TypeError: not integers.
+            ValueError: duplicates, wrong shapes, no queries.
+            IndexError: an index out of range.
+            TypeError: indices that are not integers.
 
         Cost:
             one solve, unless ``stest`` is given, and one pass over the training examples named.
@@ -243,12 +258,12 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             raise ValueError(f"{argument}: expected shape {shapes}, got {list(vecs.shape)}")
         return vecs.detach().to(self.device, self._space.dtype).reshape(-1, d)
 
-    def _bar(self, iterable: Iterable[Any], describe: str, total: int) -> Iterable[Any]:
+    def _bar(self, iterable: Iterable[Any], describe: str, total: int | None) -> Iterable[Any]:
         if not self.progress:
             return iterable
         from tqdm.auto import tqdm  # imported when wanted: it probes for a notebook
 
-        return tqdm(iterable, desc=describe, total=total, leave=False)
+        return tqdm(iterable, desc=describe, total=total, leave=False, disable=None)  # None: only on a terminal
 
     def _warn_if_train_loss_is_overridden(self) -> None:
         if self.gnh and self._evaluation.overrides_train_loss:
@@ -270,7 +285,9 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:
-            raise ValueError(f"{loss}_grad: expected at least one index, got none; the mean over no examples is undefined")
+            raise ValueError(
+                f"{loss}_grad: expected at least one index, got none; the mean over no examples is undefined"
+            )
         with self._evaluation.session():
             self._check_mean(loss, batches)
             return mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-Progress: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
 
 class Batches:

@@ -52,28 +52,33 @@ class Evaluation:
         return tuple(piece.to(p.dtype).requires_grad_() for piece, p in pieces)
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Changes whenever parameters or buffers do. The checksum is there for ``.data`` edits, which bump no version."""
+        """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return tuple((t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()) for t in tensors)
 
     # -- the objective --------------------------------------------------------------------------------------------
 
     def train_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """Mean regularised training loss of a batch."""
         loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
         return _scalar(loss, "train_loss")
 
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """Mean test loss of a batch."""
         loss = self._call(leaves, lambda model, flat: self.objective.test_loss(model, flat, batch))
         return _scalar(loss, "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
+        """Model outputs for a training batch."""
         return self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch))
 
     def train_loss_on_outputs(self, leaves: Sequence[Tensor], outputs: Any, batch: Any) -> Tensor:
+        """Mean loss of these outputs, without the regulariser."""
         loss = self._call(leaves, lambda model, flat: self.objective.train_loss_on_outputs(outputs, batch))
         return _scalar(loss, "train_loss_on_outputs")
 
     def train_regularization(self, leaves: Sequence[Tensor]) -> Tensor | float:
+        """The regulariser at these parameters."""
         return self._call(leaves, lambda model, flat: self.objective.train_regularization(flat))
 
     def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
@@ -89,6 +94,7 @@ class Evaluation:
 
     @property
     def overrides_train_loss(self) -> bool:
+        """Whether the user's train_loss is something else than the sum of its parts."""
         return type(self.objective).train_loss is not BaseObjective.train_loss
 
     # -- surroundings -------------------------------------------------------------------------------------------------
@@ -119,7 +125,8 @@ def _scalar(loss: Any, name: str) -> Tensor:
         raise TypeError(f"{name}: expected a scalar tensor (the mean loss over the batch), got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(
-            f"{name}: expected a scalar (the mean loss over the batch), got shape {tuple(loss.shape)}; reduce it with .mean()"
+            f"{name}: expected a scalar (the mean loss over the batch), got shape {tuple(loss.shape)}; "
+            "reduce it with .mean()"
         )
     return loss.reshape(())
 
@@ -152,7 +159,7 @@ def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
 
 
 def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
-    """Fused attention, the MHA inference path and the cuDNN and oneDNN RNNs have no second derivative: switch them off."""
+    """Switches off what has no second derivative: fused attention, MHA's inference path, cuDNN and oneDNN RNNs."""
     flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
         flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]

@@ -6,6 +6,7 @@ batches at a time; it is compared with the plain loop on the first of them, and 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -251,7 +252,7 @@ def _groups(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group
             yield from groups
             groups = []
         tensors: list[Tensor] = []
-        template = map_leaves(lambda leaf, found=tensors: _take(leaf, found), batch)
+        template = map_leaves(functools.partial(_take, found=tensors), batch)
         group = next((g for g in groups if g.takes(template)), None)
         if group is None:
             groups.append(group := _Group(template))
@@ -259,7 +260,7 @@ def _groups(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group
     yield from groups
 
 
-def _take(leaf: Any, found: list[Tensor]) -> Any:
+def _take(leaf: Any, *, found: list[Tensor]) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     found.append(leaf)
@@ -290,8 +291,9 @@ def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:
     close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
     if abs(together - sum(alone)) <= close < abs(together - sum(alone) / len(alone)):
         warnings.warn(
-            f"{loss}: expected the mean loss over the batch, got what looks like the sum (the loss of {len(some)} examples "
-            "equals the sum of their losses); use reduction='mean', or scores are wrong by a factor of the batch size",
+            f"{loss}: expected the mean loss over the batch, got what looks like the sum (the loss of {len(some)} "
+            "examples equals the sum of their losses); use reduction='mean', or scores are wrong by a factor of the "
+            "batch size",
             UserWarning,
             stacklevel=4,
         )

@@ -34,7 +34,6 @@ class LegacyHelpers:
     _space: ParameterSpace
     _evaluation: Evaluation
     _train: Batches
-    _test: Batches
     _user_model: nn.Module
     _stand_in: nn.Module | None = None
 
@@ -49,6 +48,7 @@ class LegacyHelpers:
 
     @property
     def is_model_functional(self) -> bool:
+        """Whether ``model`` is the stand-in at the moment."""
         return self._stand_in is not None
 
     def _model_params(self, with_names: bool = True) -> tuple[Any, ...]:
@@ -89,11 +89,8 @@ class LegacyHelpers:
         subset: Sequence[int] | None = None,
         sample_n_batches: int = -1,
     ) -> Iterator[tuple[Any, int]]:
-        batches = self._train if train else self._test
-        indices = None if subset is None else batches.indices(subset, "subset")
-        if sample_n_batches > 0:
-            return batches.sample(sample_n_batches, indices=indices, batch_size=batch_size)
-        return batches.read(indices, batch_size)
+        sample = sample_n_batches if sample_n_batches > 0 else None
+        return self.batches(train=train, batch_size=batch_size, idxs=subset, sample=sample)  # type: ignore[attr-defined]
 
     def _hvp_at_batch(self, batch: Any, flat_params: Tensor, vec: Tensor, gnh: bool) -> Tensor:
         curvature = (GaussNewton if gnh else Hessian)(self._evaluation, self._train, self.device)

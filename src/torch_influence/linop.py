@@ -47,7 +47,7 @@ class Damped(LinearOperator):
         self.shift = float(shift)
         self.size, self.dtype, self.device = base.size, base.dtype, base.device
 
-    def product(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         return self.base.product(rows).add_(rows, alpha=self.shift)
 
 
@@ -60,10 +60,10 @@ class Dense(LinearOperator):
         self.matrix = matrix
         self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
 
-    def product(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         return rows @ self.matrix
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Tensor:  # noqa: D102
         return self.matrix
 
 

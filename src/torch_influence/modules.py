@@ -81,8 +81,8 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         rows = self._as_rows(vec, "vec")
         if self._evaluation.fingerprint() != self._built_at:
             warnings.warn(
-                "parameters or buffers of the model have changed since this module was built: its Hessian is that of the "
-                "construction; build a new module for the new parameters",
+                "parameters or buffers of the model have changed since this module was built: its Hessian is that of "
+                "the construction; build a new module for the new parameters",
                 UserWarning,
                 stacklevel=3,
             )
@@ -91,6 +91,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
 
     @property
     def inverse_hess(self) -> Tensor:
+        """A⁻¹, [d, d]."""
         factor = self._current_factor()
         if self._inverse is None:
             self._inverse = factor.inverse()
@@ -153,7 +154,9 @@ class CGInfluenceModule(BaseInfluenceModule):
         known = inspect.signature(cg).parameters.keys() - {"operator", "rows", "progress"} | {"tol"}
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"CGInfluenceModule got an unexpected keyword {name!r}; CG takes {', '.join(sorted(known))}")
+                raise TypeError(
+                    f"CGInfluenceModule got an unexpected keyword {name!r}; CG takes {', '.join(sorted(known))}"
+                )
         if {"tol", "rtol"} <= kwargs.keys():
             raise TypeError("CGInfluenceModule got both rtol and tol, which is its older name; give one")
         super().__init__(model, objective, train_loader, test_loader, device, params=params, progress=progress)

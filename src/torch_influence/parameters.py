@@ -61,9 +61,7 @@ class ParameterSpace:
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""
         pieces = rows.split(self.sizes, dim=-1)
-        return tuple(
-            piece.reshape(*rows.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)
-        )
+        return tuple(piece.reshape(*rows.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
 
 def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Selection) -> tuple[str, ...]:
@@ -77,7 +75,7 @@ def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Select
         if not wanted:
             raise ValueError("params: expected at least one name, glob or Parameter, got an empty selection")
         first_name = {id(p): name for name, p in model.named_parameters()}
-        every_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+        every_name = dict(model.named_parameters(remove_duplicate=False))
         chosen = set()
         for item in wanted:
             if isinstance(item, str):

@@ -25,8 +25,8 @@ def _finite(scores: Tensor, indices: Sequence[int]) -> Tensor:
     if bad.any():
         rows = bad.reshape(len(indices), -1).any(dim=-1).nonzero().flatten().tolist()
         warnings.warn(
-            f"{len(rows)} of {len(indices)} training examples have scores that are not finite, the first of them example "
-            f"{indices[rows[0]]}: its loss or gradient, or the solve, is NaN or infinite there",
+            f"{len(rows)} of {len(indices)} training examples have scores that are not finite, the first of them "
+            f"example {indices[rows[0]]}: its loss or gradient, or the solve, is NaN or infinite there",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-Progress: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
 
 class ConvergenceWarning(UserWarning):

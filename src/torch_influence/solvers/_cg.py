@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ def cg(
     Args:
         operator: A, symmetric positive definite. On p'Ap <= 0 the iteration goes on, as SciPy's does, and reports it.
         rows: [k, d] in the operator's dtype, on its device.
-        rtol, atol: tolerances.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
         maxiter: iterations at the most; 10 d by default.
         x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
         M: approximate inverse of A, symmetric positive definite: an array, a sparse matrix, anything with ``matvec``
@@ -61,7 +62,7 @@ def cg(
         iterations + 1 products (2 without an exact zero start); memory 4 k d.
     """
     start = time.perf_counter()
-    k, d = rows.shape
+    d = rows.shape[1]
     limit = 10 * d if maxiter is None else int(maxiter)
     if limit < 1:
         raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
@@ -69,7 +70,9 @@ def cg(
         raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
     precondition = _preconditioner(M, rows)
     state = _State(operator, rows, _first_guess(x0, rows), torch.clamp(rtol * _norm(rows), min=atol))
-    steps = range(limit) if progress is None else progress(range(limit), "conjugate gradients", limit)
+    steps: Iterable[int] = range(limit)
+    if progress is not None:
+        steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
     state.settle()
     for _ in steps:
         if not len(state.at_work):

@@ -43,13 +43,13 @@ class Factor:
             smallest = float(torch.linalg.eigvalsh(matrix)[0])
             lu, pivots, singular = torch.linalg.lu_factor_ex(matrix)
             if singular:
-                raise torch.linalg.LinAlgError(
+                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                     f"the curvature matrix is singular (smallest eigenvalue {smallest:.3g}): add damping, damp > 0"
                 )
             self._factor = (lu, pivots)
             warnings.warn(
-                f"the damped curvature is not positive definite: smallest eigenvalue {smallest:.3g}. Scores are those of a "
-                f"saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} makes it "
+                f"the damped curvature is not positive definite: smallest eigenvalue {smallest:.3g}. Scores are "
+                f"those of a saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} makes it "
                 "positive definite, gnh=True (in the iterative modules) does too",
                 NegativeCurvatureWarning,
                 stacklevel=4,
@@ -81,5 +81,5 @@ class Factor:
 
     def _solve(self, rows: Tensor) -> Tensor:
         if self.definite:
-            return torch.cholesky_solve(rows.mT, *self._factor).mT.contiguous()
+            return torch.cholesky_solve(rows.mT, self._factor[0]).mT.contiguous()
         return torch.linalg.lu_solve(*self._factor, rows.mT).mT.contiguous()

@@ -91,9 +91,9 @@ def lissa(
     )
     if not bool(finite.all()):
         warnings.warn(
-            f"LiSSA diverged for {int((~finite).sum())} of {k} right-hand sides: the result is not finite. scale={scale:g} is "
-            "below half the largest eigenvalue of a minibatch's curvature; raise scale (try 10 times as much), "
-            "or raise damp if the curvature has negative eigenvalues",
+            f"LiSSA diverged for {int((~finite).sum())} of {k} right-hand sides: the result is not finite. "
+            f"scale={scale:g} is below half the largest eigenvalue of a minibatch's curvature; raise scale (try 10 times "
+            "as much), or raise damp if the curvature has negative eigenvalues",
             DivergenceWarning,
             stacklevel=4,
         )
