@@ -1,0 +1,73 @@
+TORCH ?= torch==2.13.0
+# ^ what .venv installs as torch: one exact version, since an open range takes the newest CUDA build (several gigabytes).
+PYTHON ?= python3
+# The CUDA kernels: AUTO (built when nvcc works), ON or OFF.
+CUDA ?= AUTO
+# Where `make gpu` leaves its log and results.
+OUT ?= build/gpu
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The names of the stamps hold what was asked for, so that another TORCH or CUDA is another build.
+TOOLS := $(VENV)/.tools-$(subst /,-,$(subst =,-,$(TORCH)))
+BUILT := $(VENV)/.built-cuda-$(CUDA)
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+# Native code is asked for, so a missing header is an error here and never a silent pure-Python package.
+NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUENCE_CUDA=$(1)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test dev lint types bench gpu wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: dev ## build and run the main job on real data
+	$(PY) -m torch_influence demo
+
+test: dev ## build what is missing and run the whole test suite
+	$(PY) -m pytest
+
+dev: $(BUILT) ## create .venv with an editable install
+
+lint: dev ## style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: dev ## static types of the package
+	$(PY) -m mypy
+
+bench: dev ## microbenchmarks of the native ops
+	set -e; for bench in benchmarks/ops/bench_*.py; do $(PY) $$bench; done
+
+# Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
+gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT
+	mkdir -p "$(OUT)"
+	timeout 300 $(PYTHON) -m pip install --no-build-isolation --no-deps $(call NATIVE_ON,ON) -e . >"$(OUT)/build.log" 2>&1 \
+	  || { tail -n 60 "$(OUT)/build.log"; exit 1; }
+	$(PYTHON) -m torch_influence info | tee "$(OUT)/info.txt"
+	! grep -q '^cuda: reference' "$(OUT)/info.txt"
+	status=0; \
+	timeout 240 $(PYTHON) -m pytest -m cuda tests >"$(OUT)/tests.log" 2>&1 || status=1; \
+	tail -n 40 "$(OUT)/tests.log"; \
+	for bench in benchmarks/ops/bench_*.py; do \
+	  timeout 120 $(PYTHON) $$bench --device cuda --json "$(OUT)/$$(basename $$bench .py).json" || status=1; \
+	done; \
+	exit $$status
+
+wheel: dev ## sdist and native wheel in dist/
+	$(PY) -m build $(call NATIVE_ON,$(CUDA)) \
+	  -Ccmake.define.TORCH_INCLUDE_DIR=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch/include
+
+clean: ## remove what these targets made
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TOOLS): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install "$(TORCH)" "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" "ninja>=1.10"
+	rm -f $(VENV)/.tools-* && touch $@
+
+$(BUILT): $(TOOLS) $(NATIVE_SOURCES)
+	$(PY) -m pip install --no-build-isolation $(call NATIVE_ON,$(CUDA)) -e ".[dev]"
+	rm -f $(VENV)/.built-* && touch $@

@@ -1,0 +1,59 @@
+// Shared by the CUDA kernels. No header of torch is seen by nvcc: it would compile four times as long.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/element.h"
+
+namespace torch_influence {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+// Elements that one 16-byte memory access moves.
+template <class T>
+constexpr int kWidest = 16 / sizeof(T);
+
+template <class T, int width>
+struct alignas(width * sizeof(T)) Pack {
+  T element[width];
+};
+
+template <int width, class T>
+__device__ __forceinline__ Pack<T, width> load_pack(const T* pointer) {
+  return *reinterpret_cast<const Pack<T, width>*>(pointer);
+}
+
+template <int width, class T>
+__device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack) {
+  *reinterpret_cast<Pack<T, width>*>(pointer) = pack;
+}
+
+// Rows that start at `pointer`, `stride` elements apart, can be moved in packs of the widest kind.
+template <class T>
+bool packs_fit(const T* pointer, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kWidest<T> == 0;
+}
+
+// The sum over a block of kThreads threads, in thread 0. Always the same tree: lanes by halves, then warps by halves.
+// Call it once per kernel and pass over `shared`, or synchronise in between.
+__device__ inline double block_sum(double value) {
+  __shared__ double warp_sums[kThreads / kWarp];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    value = threadIdx.x < kThreads / kWarp ? warp_sums[threadIdx.x] : 0.0;
+    for (int offset = kThreads / kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  }
+  __syncthreads();  // warp_sums may be written again
+  return value;
+}
+
+// null, or what went wrong with the launch just made.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace torch_influence

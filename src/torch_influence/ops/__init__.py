@@ -1,0 +1,6 @@
+"""The hot loops as native ops, each with a plain-torch reference that defines it and stands in for it."""
+
+from torch_influence.ops._lissa_step import lissa_step
+from torch_influence.ops._native import BackendInfo, backend_info
+
+__all__ = ["BackendInfo", "backend_info", "lissa_step"]

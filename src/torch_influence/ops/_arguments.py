@@ -1,0 +1,56 @@
+"""Checks of the ops' arguments: TypeError or ValueError that name the argument, what was expected and what was got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_rows(op: str, name: str, tensor: Tensor) -> None:
+    """A floating-point tensor [rows, columns] that no graph is recorded for."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{op}: {name}: expected dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
+
+
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """A tensor like another one: shape, dtype, device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name}: expected dtype {like.dtype}, as {like_name} has, got {tensor.dtype}")
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name}: expected shape {tuple(like.shape)}, as {like_name} has, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device}, as {like_name} has, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
+
+
+def check_written(op: str, name: str, tensor: Tensor) -> None:
+    """A tensor that can be written to: an expanded one holds the same memory several times."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(f"{op}: {name}: expected a tensor with memory of its own, got an expanded one; clone() it")
+
+
+def check_number(op: str, name: str, value: float, nonzero: bool = False) -> None:
+    """A finite number, not zero if so asked."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or (nonzero and value == 0):
+        raise ValueError(f"{op}: {name}: expected a finite {'nonzero ' if nonzero else ''}number, got {value}")

@@ -1,0 +1,237 @@
+"""What holds for every op. Ops are found by their registered schemas, so a new one is under test from its first day."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from contract import Contract, assert_within, copy_of, needs_native, on_devices
+
+import torch_influence.ops
+from torch_influence import backend_info
+
+ROOT = Path(__file__).parents[2]
+REGISTERED = sorted(
+    name.removeprefix("torch_influence::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("torch_influence::")
+)
+
+
+def module_of(op: str):
+    return importlib.import_module(f"torch_influence.ops._{op}")
+
+
+def wrapper_of(op: str):
+    return getattr(torch_influence.ops, op)
+
+
+def native_of(op: str):
+    return getattr(torch.ops.torch_influence, op)
+
+
+def contract_of(op: str) -> Contract:
+    return importlib.import_module(f"test_{op}").CONTRACT
+
+
+every_op = pytest.mark.parametrize("op", REGISTERED)
+pytestmark = needs_native
+
+
+def cases(shapes: list[str] | None = None):
+    """(op, dtype, shape) for the ops that are registered."""
+    return pytest.mark.parametrize(
+        ("op", "dtype", "shape"),
+        [
+            pytest.param(op, dtype, shape, id=f"{op}-{str(dtype).removeprefix('torch.')}-{shape}")
+            for op in REGISTERED
+            for dtype in contract_of(op).dtypes
+            for shape in shapes or contract_of(op).shapes
+        ],
+    )
+
+
+def test_the_registered_ops_are_those_of_the_build():
+    assert tuple(REGISTERED) == backend_info().ops
+
+
+@every_op
+def test_every_part_is_in_its_place(op):
+    sources = ROOT / "csrc" / "ops" / op
+    for path in (sources / f"{op}.h", sources / f"{op}.cpp", sources / f"{op}.cu"):
+        assert path.is_file(), f"{path.relative_to(ROOT)} is missing"
+    for path in (f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
+        assert (ROOT / path).is_file(), f"{path} is missing"
+    assert callable(wrapper_of(op)), f"torch_influence.ops doesn't export {op}"
+    assert wrapper_of(op).__doc__
+    assert {"usual", "empty", "one_row", "odd"} <= set(contract_of(op).shapes)
+
+
+@every_op
+def test_wrapper_reference_fake_and_schema_take_the_same_arguments(op):
+    schema = [argument.name for argument in native_of(op).default._schema.arguments]
+    for function in (wrapper_of(op), module_of(op).reference, module_of(op).fake):
+        assert list(inspect.signature(function).parameters) == schema
+
+
+@every_op
+def test_written_arguments_are_those_of_the_schema(op):
+    schema = native_of(op).default._schema.arguments
+    written = tuple(argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write)
+    assert written == contract_of(op).written
+
+
+@on_devices
+@cases()
+def test_native_equals_reference(op, dtype, shape, device):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, device)
+    bounds = contract.bound(arguments)
+    native = contract.run(wrapper_of(op), arguments)
+    expected = contract.run(module_of(op).reference, arguments)
+    assert len(native) == len(expected) == len(bounds)
+    for actual, reference, bound in zip(native, expected, bounds, strict=True):
+        assert_within(actual, reference, bound)
+
+
+LAYOUTS = {
+    "columns strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() >= 2 else t,
+    "rows apart": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+    "unaligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("layout", LAYOUTS)
+@cases(["odd"])
+def test_any_memory_layout(op, dtype, shape, layout, device):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, device)
+    bounds = contract.bound(arguments)
+    expected = contract.run(module_of(op).reference, arguments)
+    tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    for changed in [*([name] for name in tensors), tensors]:
+        # Without contract.run, whose copies would lose the layout's gaps.
+        call = {
+            name: LAYOUTS[layout](value) if name in changed else copy_of(value) for name, value in arguments.items()
+        }
+        results = wrapper_of(op)(**call)
+        results = results if isinstance(results, tuple) else (results,)
+        for actual, reference, bound in zip(
+            (*(call[name] for name in contract.written), *results), expected, bounds, strict=True
+        ):
+            assert_within(actual, reference, bound)
+
+
+@on_devices
+@cases()
+def test_same_inputs_same_bits(op, dtype, shape, device):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, device)
+    once, again = (contract.run(wrapper_of(op), arguments) for _ in range(2))
+    for first, second in zip(once, again, strict=True):
+        assert torch.equal(first, second)
+
+
+@cases()
+def test_independent_of_the_number_of_threads(op, dtype, shape):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        by_threads = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            by_threads.append(contract.run(wrapper_of(op), arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for results in by_threads[1:]:
+        for alone, together in zip(by_threads[0], results, strict=True):
+            assert torch.equal(alone, together)
+
+
+@on_devices
+@cases(["usual", "empty"])
+def test_opcheck(op, dtype, shape, device):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, device)
+    torch.library.opcheck(native_of(op).default, (), arguments)
+
+
+@cases(["usual"])
+def test_compiles_without_graph_breaks(op, dtype, shape):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(wrapper_of(op), fullgraph=True, backend="aot_eager")
+    for first, second in zip(contract.run(compiled, arguments), contract.run(wrapper_of(op), arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@cases(["usual"])
+def test_written_arguments_count_a_version(op, dtype, shape):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cpu")
+    before = {name: arguments[name]._version for name in contract.written}
+    wrapper_of(op)(**arguments)
+    for name, version in before.items():
+        assert arguments[name]._version > version, f"autograd can't see that {name} was written"
+
+
+@pytest.mark.parametrize(
+    ("op", "what"), [pytest.param(op, what, id=f"{op}-{what}") for op in REGISTERED for what in contract_of(op).wrong]
+)
+def test_wrong_arguments_are_named(op, what):
+    arguments, exception, message = contract_of(op).wrong[what]
+    with pytest.raises(exception, match=message):
+        wrapper_of(op)(**arguments)
+
+
+@pytest.mark.cuda
+@cases(["usual", "odd"])
+def test_runs_on_the_current_stream(op, dtype, shape):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cuda")
+    expected = contract.run(wrapper_of(op), arguments)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Were the op on another stream it would read the arguments before this one has filled them.
+        late = {name: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+        torch.cuda._sleep(50_000_000)
+        for name, value in late.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(arguments[name])
+        results = contract.run(wrapper_of(op), late)
+    stream.synchronize()
+    for actual, first in zip(results, expected, strict=True):
+        assert torch.equal(actual, first)
+
+
+@pytest.mark.cuda
+@cases(["usual", "odd", "one_row"])
+def test_can_be_captured_and_never_synchronises(op, dtype, shape):
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cuda")
+    expected = contract.run(wrapper_of(op), arguments)
+    static = {name: copy_of(value) for name, value in arguments.items()}
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            results = wrapper_of(op)(**static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    results = results if isinstance(results, tuple) else (results,)
+    for _ in range(2):
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                static[name].copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, first in zip((*(static[name] for name in contract.written), *results), expected, strict=True):
+            assert torch.equal(actual, first)
