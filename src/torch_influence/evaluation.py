@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_influence import composed
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace
 
@@ -161,6 +162,8 @@ def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
 def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
     """Switches off what has no second derivative: fused attention, MHA's inference path, cuDNN and oneDNN RNNs."""
     flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
+    if composed.wanted(model):
+        flags.append(composed.Composed())
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
         flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
     return flags

@@ -6,6 +6,7 @@ batches at a time; it is compared with the plain loop on the first of them, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,15 +78,13 @@ class PullBack:
         cots = [cotangents[i].detach().to(outputs[i].dtype) for i in live]
 
         def backward(at: int | slice, batched: bool) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(
-                outs,
-                inputs,
-                grad_outputs=[c[at] for c in cots],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-                is_grads_batched=batched,
-            )
+            rows = [c[at] for c in cots]
+            with _quiet_vmap():
+                grads = torch.autograd.grad(
+                    outs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=batched
+                )
+            lead = rows[0].shape[:1] if batched else ()  # materialize_grads=True would forget it
+            return tuple(x.new_zeros((*lead, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True))
 
         if k > 1 and stage not in self._batched:
             self._batched[stage] = self._probe(stage, backward)
@@ -140,7 +139,7 @@ class ExampleGradients:
         def one(batch: Any) -> Tensor:
             return loss_gradient(self._loss, space, leaves, batch)
 
-        return self._chunks(indices, at_once, many, one)
+        return _merged(self._chunks(indices, at_once, many, one), at_once)
 
     def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
@@ -184,7 +183,8 @@ class ExampleGradients:
         for group in _groups(self._batches.bar(self._batches.read(indices, 1), self._describe, len(indices)), at_once):
             if not self.why_plain and len(group.positions) > 1:
                 try:
-                    fast = many(group)
+                    with _quiet_vmap():
+                        fast = many(group)
                 except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop below
                     self.why_plain = f"many examples at once failed: {error}"
                 else:
@@ -198,6 +198,14 @@ class ExampleGradients:
                     self.why_plain = "many examples at once differ from one at a time"
             for j, position in enumerate(group.positions):
                 yield [position], one(group.single(j))[None]
+
+
+@contextlib.contextmanager
+def _quiet_vmap() -> Iterator[None]:
+    """Without vmap's advice to torch's developers about operators that it has to do one at a time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
 
 
 class _Group:
@@ -229,6 +237,19 @@ class _Group:
 
     def single(self, j: int) -> Any:
         return self.batch(self._parts[j])
+
+
+def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:
+    """The same rows in chunks of up to ``at_once``, so that a solve gets many also where they come one by one."""
+    positions: list[int] = []
+    rows: list[Tensor] = []
+    for more, chunk in chunks:
+        if positions and len(positions) + len(more) > at_once:
+            yield positions, torch.cat(rows)
+            positions, rows = [], []
+        positions, rows = [*positions, *more], [*rows, chunk]
+    if positions:
+        yield positions, torch.cat(rows)
 
 
 class _Slot:

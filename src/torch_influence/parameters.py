@@ -55,8 +55,9 @@ class ParameterSpace:
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters -> one row [d]; tensors with a leading axis of k -> rows [k, d]."""
-        lead = tensors[0].dim() - len(self.shapes[0])
-        return torch.cat([t.reshape(*t.shape[:lead], -1).to(self.dtype) for t in tensors], dim=-1)
+        lead = tensors[0].shape[: tensors[0].dim() - len(self.shapes[0])]
+        flat = [t.reshape(*lead, size).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
+        return torch.cat(flat, dim=-1)
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""

@@ -1,0 +1,57 @@
+"""Who may import whom: the data flow of the package, kept true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
+
+# Left: a file or folder. Right: what of the package it may import.
+MAY_IMPORT = {
+    "parameters": set(),
+    "batches": set(),
+    "linop": set(),
+    "ops": {"_C", "_no_native"},  # the compiled part, and the note that stands in for it
+    "plan": set(),
+    "objective": set(),
+    "composed": set(),
+    "evaluation": {"objective", "parameters", "composed"},
+    "gradients": {"parameters", "batches", "evaluation", "plan", "ops"},
+    "curvature": {"linop", "parameters", "batches", "evaluation", "plan", "ops", "gradients"},
+    "solvers": {"linop", "ops"},
+    "scores": {"gradients", "batches", "plan", "ops"},
+    "legacy": {"parameters", "batches", "evaluation", "curvature"},
+}
+JOINS = {"base", "modules", "demo", "__init__", "__main__"}  # these may import everything above them
+
+
+def part(path: Path) -> str:
+    relative = path.relative_to(SOURCE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_parts(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("torch_influence.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_follow_the_data_flow(path: Path) -> None:
+    own = part(path)
+    if own in JOINS:
+        return
+    assert own in MAY_IMPORT, f"{own}: a new part of the package; say here what it may import"
+    assert imported_parts(path) - {own} <= MAY_IMPORT[own]
+
+
+def test_every_part_in_the_table_exists() -> None:
+    assert {part(path) for path in SOURCE.rglob("*.py")} == MAY_IMPORT.keys() | JOINS

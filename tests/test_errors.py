@@ -1,0 +1,218 @@
+"""From bad input to the exact type and words of the error: one table, and the warnings beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import Classification, loader, module, network
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from torch_influence import (
+    AutogradInfluenceModule,
+    CGInfluenceModule,
+    DivergenceWarning,
+    LiSSAInfluenceModule,
+    NegativeCurvatureWarning,
+)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        yield torch.zeros(4), 0
+
+
+class PerExampleLoss(Classification):
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+class DetachedLoss(Classification):
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        return super().test_loss(model, params, batch).detach()
+
+
+class NumberLoss(Classification):
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Any:
+        return super().test_loss(model, params, batch).item()
+
+
+class PairOutputs(Classification):
+    def train_outputs(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0]), None
+
+    def train_loss_on_outputs(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs[0], batch[1])
+
+
+class Concave(Classification):
+    l2 = -10.0
+
+
+class Flat(Classification):
+    l2 = 0.0
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return outputs.mean()
+
+
+def frozen() -> nn.Module:
+    return network().requires_grad_(False)
+
+
+def linear() -> nn.Module:
+    return nn.Linear(4, 3, dtype=torch.float64)
+
+
+NAN = float("nan")
+
+ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    # indices
+    ("twice", lambda: module().influences([1, 2, 1], [0]), ValueError, "train_idxs: expected distinct indices, got 1 more than once"),
+    ("twice in queries", lambda: module().stest([2, 2]), ValueError, "test_idxs: expected distinct indices, got 2 more than once"),
+    ("too large", lambda: module().influences([23], [0]), IndexError, "train_idxs: expected indices in [0, 23), got 23"),
+    ("negative", lambda: module().test_loss_grad([-1]), IndexError, "test_idxs: expected indices in [0, 7), got -1"),
+    ("one number", lambda: module().influences(3, [0]), ValueError, "train_idxs: expected a 1-D sequence of indices, got 3; write [3]"),
+    ("nested", lambda: module().influences([[1, 2]], [0]), ValueError, "train_idxs: expected a 1-D sequence of indices, got a nested one"),
+    ("2-D array", lambda: module().influences(np.ones((2, 2), int), [0]), ValueError, "train_idxs: expected a 1-D sequence of indices"),
+    ("floats", lambda: module().influences([1.5], [0]), TypeError, "train_idxs: expected integer indices, got 1.5 of float"),
+    ("mask", lambda: module().influences(torch.ones(23) > 0, [0]), TypeError, "train_idxs: expected integer indices, got a boolean mask; use mask.nonzero().flatten()"),
+    ("text", lambda: module().influences("12", [0]), ValueError, "train_idxs: expected a 1-D sequence of indices, got '12'"),
+    ("None", lambda: module().influences(None, [0]), ValueError, "train_idxs: expected indices, got None"),
+    ("no query", lambda: module().influences([0], []), ValueError, "test_loss_grad: expected at least one index, got none"),
+    ("no query at all", lambda: module().influences([0], None), ValueError, "test_idxs: expected indices of test examples, got None without an stest"),
+    ("mean of nothing", lambda: module().train_loss_grad([]), ValueError, "train_loss_grad: expected at least one index, got none"),
+    # shapes
+    ("stest of wrong length", lambda: module().influences([0], None, torch.ones(3)), ValueError, "stest: expected shape [43], got [3]"),
+    ("stest of rows", lambda: module().influences([0], None, torch.ones(2, 43)), ValueError, "stest: expected shape [43], got [2, 43]"),
+    ("stest no tensor", lambda: module().influences([0], None, [1.0]), TypeError, "stest: expected a tensor, got list"),
+    ("vec of wrong length", lambda: module().inverse_hvp(torch.ones(42)), ValueError, "vec: expected shape [43] or [k, 43], got [42]"),
+    ("vec of three axes", lambda: module().hvp(torch.ones(1, 1, 43)), ValueError, "vecs: expected shape [43] or [k, 43], got [1, 1, 43]"),
+    # data
+    ("iterable data", lambda: module(train_loader=DataLoader(Stream())), TypeError, "train_loader: expected a data set with __len__ and __getitem__, got Stream"),
+    ("no loader", lambda: module(train_loader=[1, 2]), TypeError, "train_loader: expected a torch.utils.data.DataLoader, got list"),
+    ("no test loader", lambda: module(test_loader=None).stest([0]), TypeError, "test_loader: expected a torch.utils.data.DataLoader, got NoneType"),
+    ("no data", lambda: module(train_loader=loader(n=0)), ValueError, "train_loader: expected at least one example, got an empty data set"),
+    # objective
+    ("class for instance", lambda: module(objective=Classification), TypeError, "objective: expected an instance, got the class Classification; write Classification()"),
+    ("loss per example", lambda: module(objective=PerExampleLoss()).train_loss_grad([0, 1]), ValueError, "train_loss_on_outputs: expected a scalar (the mean loss over the batch), got shape (4,); reduce it with .mean()"),
+    ("detached loss", lambda: module(objective=DetachedLoss()).stest([0]), ValueError, "expected a loss that depends on what it is differentiated by"),
+    ("detached loss, many queries", lambda: module(objective=DetachedLoss()).stests(), ValueError, "expected a loss that depends on what it is differentiated by"),
+    ("loss as a number", lambda: module(objective=NumberLoss()).stest([0]), TypeError, "test_loss: expected a scalar tensor (the mean loss over the batch), got float"),
+    ("outputs no tensor", lambda: module(objective=PairOutputs(), gnh=True).stest([0]), TypeError, "train_outputs: expected a tensor with gnh=True, got tuple"),
+    # model and parameters
+    ("no module", lambda: module(model=lambda x: x), TypeError, "model: expected a torch.nn.Module, got function"),
+    ("nothing to train", lambda: module(model=frozen()), ValueError, "model: expected at least one parameter with requires_grad=True, got none"),
+    ("unknown name", lambda: module(params="3.weight"), ValueError, "params: got '3.weight', which is no parameter of the model; choose among 0.weight, 0.bias, 2.weight, 2.bias"),
+    ("frozen name", lambda: module(model=half_frozen(), params="0.weight"), ValueError, "params: got '0.weight', which has requires_grad=False; choose among 2.weight, 2.bias"),
+    ("foreign parameter", lambda: module(params=[nn.Parameter(torch.ones(2))]), ValueError, "params: got a tensor of shape (2,), which is no parameter of the model"),
+    ("nothing selected", lambda: module(params=[]), ValueError, "params: expected at least one name, glob or Parameter, got an empty selection"),
+    ("predicate selects nothing", lambda: module(params=lambda name, p: False), ValueError, "params: the predicate chose none of the trainable parameters"),
+    ("selection by number", lambda: module(params=[0]), TypeError, "params: expected names, globs or Parameters, got int"),
+    # solvers
+    ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, maxiter, rtol, tol, x0"),
+    ("rtol twice", lambda: module(tol=1e-3), TypeError, "CGInfluenceModule got both rtol and tol, which is its older name; give one"),
+    ("maxiter 0", lambda: module(maxiter=0).stest([0]), ValueError, "maxiter: expected at least 1, got 0"),
+    ("negative rtol", lambda: module(rtol=-1.0).stest([0]), ValueError, "rtol, atol: expected tolerances >= 0, got -1.0 and 0.0"),
+    ("x0 of wrong length", lambda: module(x0=np.ones(4)).stest([0]), ValueError, "x0: expected shape [43] or [1, 43], got [4]"),
+    ("M of wrong shape", lambda: module(M=np.ones((4, 4))).stest([0]), ValueError, "M: expected shape [43, 43], got [4, 4]"),
+    ("M a number", lambda: module(M=3.0).stest([0]), TypeError, "M: expected an array, sparse matrix, linear operator or callable, got float"),
+    ("depth 0", lambda: module(LiSSAInfluenceModule, depth=0).stest([0]), ValueError, "depth: expected an integer >= 1, got 0"),
+    ("repeat 1.5", lambda: module(LiSSAInfluenceModule, repeat=1.5).stest([0]), ValueError, "repeat: expected an integer >= 1, got 1.5"),
+    ("scale 0", lambda: module(LiSSAInfluenceModule, scale=0.0).stest([0]), ValueError, "scale: expected a number > 0, got 0.0"),
+    ("scale nan", lambda: module(LiSSAInfluenceModule, scale=NAN).stest([0]), ValueError, "scale: expected a number > 0, got nan"),
+    ("negative eigenvalue", lambda: module(AutogradInfluenceModule, objective=Concave(), check_eigvals=True), ValueError, "the damped Hessian has a negative eigenvalue, -9."),
+    ("singular", lambda: module(AutogradInfluenceModule, model=linear(), objective=Flat(), damp=0.0), torch.linalg.LinAlgError, "the curvature matrix is singular"),
+]  # fmt: skip
+
+
+def half_frozen() -> nn.Module:
+    model = network()
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(("act", "kind", "words"), [row[1:] for row in ERRORS], ids=[row[0] for row in ERRORS])
+def test_error(act: Callable[[], Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        act()
+    assert type(caught.value) is kind
+
+
+class SummedTrain(Classification):
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], reduction="sum")
+
+
+class SummedTest(Classification):
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "act"),
+    [
+        (SummedTrain(), "train_loss", lambda it: it.hvp(torch.ones(43))),
+        (SummedTrain(), "train_loss", lambda it: it.train_loss_grad([0])),
+        (SummedTrain(), "train_loss", lambda it: it.influences([0], None, torch.ones(43))),
+        (SummedTest(), "test_loss", lambda it: it.test_loss_grad([0])),
+        (SummedTest(), "test_loss", lambda it: it.stests([0])),
+    ],
+)
+def test_summed_loss_is_noticed(objective: Classification, name: str, act: Callable[[Any], Any]) -> None:
+    it = module(objective=objective)
+    with pytest.warns(UserWarning, match=f"{name}: expected the mean loss over the batch, got what looks like the sum"):
+        act(it)
+
+
+def test_mean_loss_and_class_weights_are_not_taken_for_a_sum(recwarn: pytest.WarningsRecorder) -> None:
+    class Weighted(Classification):
+        def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs, batch[1], weight=torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+
+    for objective in (Classification(), Weighted()):
+        it = module(objective=objective)
+        it.influences([0], [0])
+    assert not recwarn.list
+
+
+def test_indefinite_matrix_is_solved_with_a_warning_that_names_the_cure() -> None:
+    with pytest.warns(NegativeCurvatureWarning, match="smallest eigenvalue -9.*damping larger by") as caught:
+        it = module(AutogradInfluenceModule, objective=Concave())
+    v = torch.randn(43, dtype=torch.float64)
+    torch.testing.assert_close(it.hvp(it.inverse_hvp(v)) + it.inverse_hvp(v), v)
+    cure = float(re.search(r"larger by ([0-9.e+-]+)", str(caught[0].message)).group(1))  # type: ignore[union-attr]
+    module(AutogradInfluenceModule, objective=Concave(), damp=1.0 + cure, check_eigvals=True)
+
+
+def test_diverging_lissa_says_so() -> None:
+    it = module(LiSSAInfluenceModule, scale=1e-3, depth=200)
+    with pytest.warns(DivergenceWarning, match="LiSSA diverged for 1 of 1.*scale=0.001 is below half"):
+        it.inverse_hvp(torch.randn(43, dtype=torch.float64))
+    assert not it.last_report.converged.any()
+
+
+def test_scores_that_are_not_finite_say_so() -> None:
+    train = loader()
+    train.dataset.tensors[0][4] = NAN
+    it = module(train_loader=train)
+    with pytest.warns(RuntimeWarning, match="1 of 23 training examples have scores that are not finite.*example 4"):
+        scores = it.influences(range(23), None, torch.ones(43, dtype=torch.float64))
+    assert scores.isnan().nonzero().flatten().tolist() == [4]
+
+
+def test_users_own_mistake_in_the_objective_is_raised_as_it_is() -> None:
+    class Broken(Classification):
+        def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[7])
+
+    it = module(CGInfluenceModule, objective=Broken())
+    with pytest.raises(IndexError, match="list index out of range"):
+        it.influences([0, 1], None, torch.ones(43, dtype=torch.float64))
+    assert isinstance(it.train_loader.dataset, TensorDataset)
