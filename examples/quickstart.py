@@ -1,6 +1,7 @@
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
 from torch_influence import BaseObjective, CGInfluenceModule
 
 

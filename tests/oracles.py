@@ -49,8 +49,8 @@ def assert_close(
     assert actual.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
     if expected.numel() == 0:
         return
-    size = float(expected.abs().max()) if scale is None else scale
-    error = float((actual.double() - expected.double()).abs().max())
+    size = float(expected.detach().abs().max()) if scale is None else scale
+    error = float((actual.detach().double() - expected.detach().double()).abs().max())
     allowed = size * (tolerance(actual.dtype, condition, operations) + inherent)
     assert error <= allowed, f"deviates by {error:.3g} where {allowed:.3g} is allowed (largest entry {size:.3g})"
 

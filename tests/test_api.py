@@ -37,7 +37,19 @@ def test_names_and_import_paths_of_the_old_package() -> None:
         (CGInfluenceModule, ["model", "objective", "train_loader", "test_loader", "device", "damp", "gnh"]),
         (
             LiSSAInfluenceModule,
-            "model objective train_loader test_loader device damp repeat depth scale gnh debug_callback".split(),
+            [
+                "model",
+                "objective",
+                "train_loader",
+                "test_loader",
+                "device",
+                "damp",
+                "repeat",
+                "depth",
+                "scale",
+                "gnh",
+                "debug_callback",
+            ],
         ),
     ],
 )
@@ -123,7 +135,7 @@ def test_every_index_type_is_taken() -> None:
         assert torch.equal(it.influences(idxs, [0]), expected)
 
 
-# -- subclasses of the user's -------------------------------------------------------------------------------------------
+# -- subclasses of the user's ------------------------------------------------------------------------------------------
 
 
 class OneVectorAtATime(BaseInfluenceModule):
@@ -276,7 +288,7 @@ def test_overridden_train_loss_is_used_for_hessian_and_scores() -> None:
             module(kind, objective=Scaled(), gnh=True)
 
 
-# -- parameters ---------------------------------------------------------------------------------------------------------
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
 def pick(names: list[str]) -> Any:
@@ -342,7 +354,7 @@ def test_tied_weights_can_be_selected_by_either_name() -> None:
     assert by_first == by_second == ("first.weight",)
 
 
-# -- solvers' own arguments ---------------------------------------------------------------------------------------------
+# -- solvers' own arguments --------------------------------------------------------------------------------------------
 
 
 def test_cg_takes_the_older_name_of_rtol() -> None:

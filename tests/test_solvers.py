@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_
 
 D, K = 30, 5
 CONDITION = 100.0
+MILD = 9.0  # converges in far fewer than D iterations, where two ways to round don't yet part
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -52,7 +54,7 @@ def solution(matrix: Tensor, rows: Tensor) -> Tensor:
 
 
 def relative_residuals(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    return (rows - x @ matrix).double().norm(dim=1) / rows.double().norm(dim=1)
+    return (rows.double() - x.double() @ matrix.double()).norm(dim=1) / rows.double().norm(dim=1)
 
 
 # -- conjugate gradients: solutions -----------------------------------------------------------------------------------
@@ -74,7 +76,8 @@ def test_the_residual_of_the_report_is_the_true_one(dtype: torch.dtype) -> None:
     x, report = cg(Dense(matrix), rows, rtol=1e-3)
     assert report.converged.all()
     assert (report.residual <= 1e-3).all()
-    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0)
+    rounding = tolerance(dtype, operations=D, condition=CONDITION)
+    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
 
 
 def test_cg_is_linear() -> None:
@@ -91,13 +94,14 @@ def test_the_inverse_by_cg_is_symmetric() -> None:
 @dtypes
 def test_rows_of_very_different_scale_are_each_solved_to_their_own_size(dtype: torch.dtype) -> None:
     matrix = positive_definite().to(dtype)
-    scales = torch.tensor([1e-12, 1e-5, 1.0, 1e6, 1e12], dtype=dtype)
+    scales = torch.tensor([1e-30, 1e-12, 1.0, 1e12, 1e30], dtype=dtype)
     rows = torch.randn(1, D).to(dtype) * scales[:, None]
-    x, report = cg(Dense(matrix), rows, rtol=1e-4)
+    rtol = 1e-4
+    x, report = cg(Dense(matrix), rows, rtol=rtol)
     assert report.converged.all()
-    assert (relative_residuals(matrix, x, rows) <= 1e-4 + tolerance(dtype, operations=D)).all()
+    expected = solution(matrix, rows[2:3])[0]
     for row, size in zip(x, scales, strict=True):
-        assert_close(row / size, x[2], operations=D, condition=CONDITION)
+        assert_close(row / size, expected, operations=D, condition=CONDITION, inherent=rtol * CONDITION)
 
 
 def test_zero_rows_give_zero_without_work() -> None:
@@ -183,30 +187,31 @@ def scipy_cg(matrix: Tensor, row: Tensor, **options: Any) -> tuple[np.ndarray, i
         {"rtol": 1e-3, "atol": 1e-1},
         {"maxiter": 4},
         {"x0": np.linspace(-1, 1, D)},
-        {"M": np.diag(np.linspace(0.5, 2.0, D))},
-        {"x0": np.linspace(-1, 1, D), "M": np.diag(np.linspace(0.5, 2.0, D)), "rtol": 1e-8},
+        {"M": np.diag(np.linspace(0.9, 1.1, D))},
+        {"x0": np.linspace(-1, 1, D), "M": np.diag(np.linspace(0.9, 1.1, D)), "rtol": 1e-8},
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore::torch_influence.ConvergenceWarning")
 def test_iterations_and_iterates_are_those_of_scipy(options: dict[str, Any]) -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
-    x, report = cg(Dense(matrix), rows, **options)
+    matrix, rows = positive_definite(condition=MILD), torch.randn(K, D, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        x, report = cg(Dense(matrix), rows, **options)
     for row, mine, count in zip(rows, x, report.iterations, strict=True):
         theirs, steps = scipy_cg(matrix, row, **options)
         assert int(count) == steps
-        assert_close(mine, torch.from_numpy(theirs), operations=D * steps, condition=CONDITION)
+        assert_close(mine, torch.from_numpy(theirs), operations=D * steps, condition=MILD)
 
 
 def test_the_callback_gets_every_iterate_as_scipy_does() -> None:
-    matrix, row = positive_definite(), torch.randn(1, D, dtype=torch.float64)
+    matrix, row = positive_definite(condition=MILD), torch.randn(1, D, dtype=torch.float64)
     mine: list[np.ndarray] = []
     theirs: list[np.ndarray] = []
     cg(Dense(matrix), row, rtol=1e-8, callback=lambda xk: mine.append(xk.copy()))
     scipy.sparse.linalg.cg(matrix.numpy(), row[0].numpy(), rtol=1e-8, callback=lambda xk: theirs.append(xk.copy()))
     assert [xk.shape for xk in mine] == [(D,)] * len(theirs)
     for a, b in zip(mine, theirs, strict=True):
-        assert_close(torch.from_numpy(a), torch.from_numpy(b), operations=D * len(theirs), condition=CONDITION)
+        assert_close(torch.from_numpy(a), torch.from_numpy(b), operations=D * len(theirs), condition=MILD)
 
 
 def test_the_callback_is_called_once_per_iteration_of_each_row() -> None:
@@ -323,14 +328,22 @@ def test_too_few_iterations_warn_with_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("d", [40, 200])
-def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(d: int) -> None:
-    condition = 1e6
-    matrix = positive_definite(d, condition).float()
-    x, report = cg(Dense(matrix), torch.randn(K, d), rtol=1e-9)
+@pytest.mark.parametrize("condition", [1e3, 1e6])
+def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(d: int, condition: float) -> None:
+    eigenvalues = torch.cat([torch.linspace(0.5, 1.0, d - 2), torch.tensor([2.0, 1.0]) / condition])
+    matrix, rows = with_spectrum(eigenvalues).float(), torch.randn(K, d)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, report = cg(Dense(matrix), rows, rtol=1e-9)
     assert report.precision_limit.all()
     assert not report.converged.any()
-    assert (report.iterations < 10 * d).all()
-    assert_close(report.residual, relative_residuals(matrix, x, torch.zeros_like(x) + 1.0), operations=d, scale=1e9)
+    assert (report.iterations < 5 * d).all()  # 10 d is where it would give up
+    sizes = (x.double().norm(dim=1) / rows.double().norm(dim=1)).max()
+    reachable = tolerance(torch.float32, operations=d) * float(1.0 + sizes)
+    assert (relative_residuals(matrix, x, rows) <= reachable).all()
+    few_digits = bool((report.residual > torch.finfo(torch.float32).eps ** 0.5).any())
+    assert [w.category for w in caught] == [ConvergenceWarning] * few_digits
+    assert few_digits == (condition == 1e6)
 
 
 @pytest.mark.parametrize("where", ["row", "matrix"])
@@ -374,10 +387,11 @@ def indefinite() -> Tensor:
     return with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 3), torch.tensor([-0.4, -0.7, -1.1])]))
 
 
-@pytest.mark.filterwarnings("ignore::torch_influence.ConvergenceWarning")
 def test_an_indefinite_matrix_is_flagged_and_judged_by_the_true_residual() -> None:
     matrix, rows = indefinite(), torch.randn(K, D, dtype=torch.float64)
-    x, report = cg(Dense(matrix), rows, rtol=1e-8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        x, report = cg(Dense(matrix), rows, rtol=1e-8)
     assert report.negative_curvature.all()
     assert torch.equal(report.converged, relative_residuals(matrix, x, rows) <= 1e-8)
     solved = report.converged
@@ -406,12 +420,14 @@ def test_a_singular_matrix_with_a_consistent_right_hand_side_gives_the_least_nor
     assert_close(x, wanted, operations=1e-12 / tolerance(torch.float64), condition=4.0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_singular_matrix_with_an_inconsistent_right_hand_side_is_never_silent(seed: int) -> None:
+@dtypes
+@pytest.mark.parametrize("seed", range(8))
+def test_a_singular_matrix_with_an_inconsistent_right_hand_side_is_never_silent(dtype: torch.dtype, seed: int) -> None:
+    """Rounding makes x so large that |A||x| rounds off more than b: that alone must not pass for a solution."""
     torch.manual_seed(seed)
-    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 4), torch.zeros(4)]))
-    with pytest.warns(ConvergenceWarning):
-        _, report = cg(Dense(matrix), torch.randn(K, D, dtype=torch.float64), rtol=1e-8)
+    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 4), torch.zeros(4)])).to(dtype)
+    with pytest.warns(ConvergenceWarning, match="for 5 of 5"):
+        _, report = cg(Dense(matrix), torch.randn(K, D).to(dtype), rtol=1e-5)
     assert not report.converged.any()
 
 
@@ -432,7 +448,8 @@ def test_cholesky(dtype: torch.dtype) -> None:
     assert factor.definite
     assert report.method == "Cholesky"
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
-    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, condition=CONDITION, scale=1.0)
+    rounding = tolerance(dtype, operations=D, condition=CONDITION)
+    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
     inverse = factor.inverse()
     assert_close(inverse, torch.linalg.inv(matrix.double()), operations=D, condition=CONDITION)
     assert_close(inverse, inverse.mT, operations=D, condition=CONDITION)
@@ -461,7 +478,7 @@ def test_a_singular_matrix_is_an_error_that_says_damp() -> None:
 def test_a_matrix_that_is_not_finite_is_never_silent(value: float) -> None:
     matrix = positive_definite()
     matrix[3, 3] = value
-    with pytest.raises((ValueError, torch.linalg.LinAlgError)):
+    with pytest.raises(ValueError, match="not finite"):
         Factor(matrix)
 
 

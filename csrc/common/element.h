@@ -62,9 +62,9 @@ TORCH_INFLUENCE_INLINE float widen(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Without branches, so that loops over it vectorise. Normal numbers, infinities and NaNs: exponent and mantissa moved into
-  // place, the exponent raised to the top of float's range and scaled back by 2^-112. Subnormals: mantissa under the exponent
-  // of 0.5, then 0.5 subtracted.
+  // Without branches, so that loops over it vectorise. Normal numbers, infinities and NaNs: exponent and mantissa moved
+  // into place, the exponent raised to the top of float's range and scaled back by 2^-112. Subnormals: mantissa under the
+  // exponent of 0.5, then 0.5 subtracted.
   const uint32_t shifted = uint32_t(x.bits) << 17;  // the sign bit is gone
   const uint32_t normal = float_bits(bits_float((shifted >> 4) + (0xE0u << 23)) * 0x1p-112f);
   const uint32_t subnormal = float_bits(bits_float((shifted >> 17) | (126u << 23)) - 0.5f);
@@ -73,7 +73,7 @@ TORCH_INFLUENCE_INLINE float widen(Half x) {
 #endif
 }
 
-// ---- narrow: Wide<T> -> T, the type of the second argument; to nearest even, too large becomes infinite, NaN stays NaN ----
+// ---- narrow: Wide<T> -> T, T being the type of the second argument; to nearest even, beyond the range is infinite ----
 
 TORCH_INFLUENCE_INLINE float narrow(float x, float) { return x; }
 TORCH_INFLUENCE_INLINE double narrow(double x, double) { return x; }

@@ -29,10 +29,10 @@ __device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pac
   *reinterpret_cast<Pack<T, width>*>(pointer) = pack;
 }
 
-// Rows that start at `pointer`, `stride` elements apart, can be moved in packs of the widest kind.
+// `rows` rows that start at `pointer`, `stride` elements apart, can be moved in packs of the widest kind.
 template <class T>
-bool packs_fit(const T* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kWidest<T> == 0;
+bool packs_fit(const void* pointer, int64_t stride, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (rows == 1 || stride % kWidest<T> == 0);
 }
 
 // The sum over a block of kThreads threads, in thread 0. Always the same tree: lanes by halves, then warps by halves.

@@ -1,12 +1,12 @@
 """Influence functions for PyTorch: which training examples caused this prediction?"""
 
+# ruff: noqa: I001  (in the order in which data flow: objective, kernels, solvers, and the modules that join them)
 from importlib.metadata import version as _version
 
-# In the order in which data flow: what the user supplies, the kernels, solvers, and the modules that join them.
 from torch_influence.objective import BaseObjective
 from torch_influence.ops import backend_info
 from torch_influence.solvers import ConvergenceWarning, DivergenceWarning, NegativeCurvatureWarning, SolveReport
-from torch_influence.base import BaseInfluenceModule  # isort: skip
+from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 
 __version__ = _version("torch-influence")

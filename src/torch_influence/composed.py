@@ -1,8 +1,8 @@
 """Operators that torch can't differentiate twice, or changes weights in, rebuilt from operators without that fault.
 
 torch has no second derivative of ``embedding_bag``; that of ``_weight_norm``, which both kinds of weight_norm call,
-leaves out the norm's own derivative (its Hessians aren't symmetric); and ``max_norm`` rescales an embedding's weight in
-place, in eval mode too.
+leaves out the norm's own derivative (its Hessians aren't symmetric); an embedding with ``max_norm`` rescales its weight
+in place, in eval mode too, and one with ``sparse`` has gradients of a layout that can't be flattened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def wanted(model: nn.Module) -> bool:
     """Whether the model uses one of these operators; the mode costs time at every call of torch."""
     return any(
         isinstance(m, nn.EmbeddingBag)
-        or (isinstance(m, nn.Embedding) and m.max_norm is not None)
+        or (isinstance(m, nn.Embedding) and (m.max_norm is not None or m.sparse))
         or type(m).__name__ == "_WeightNorm"  # torch.nn.utils.parametrizations.weight_norm
         or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
         for m in model.modules()

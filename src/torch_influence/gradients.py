@@ -273,7 +273,10 @@ def _groups(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group
             yield from groups
             groups = []
         tensors: list[Tensor] = []
-        template = map_leaves(functools.partial(_take, found=tensors), batch)
+        try:
+            template = map_leaves(functools.partial(_take, found=tensors), batch)
+        except Exception:  # a container that looks into what it is made of (PackedSequence): an example by itself
+            template, tensors = batch, []
         group = next((g for g in groups if g.takes(template)), None)
         if group is None:
             groups.append(group := _Group(template))

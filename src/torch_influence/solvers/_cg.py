@@ -56,7 +56,8 @@ def cg(
         ValueError: a shape, a tolerance or ``maxiter`` that makes no sense.
 
     Warns:
-        ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic.
+        ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least half
+            of the digits right.
 
     Cost:
         iterations + 1 products (2 without an exact zero start); memory 4 k d.
@@ -124,12 +125,12 @@ class _State:
         q = self.product(self.p)
         curvature = _dot(self.p, q)
         self.negative[self.at_work] |= curvature <= 0
-        self.largest[self.at_work] = torch.maximum(self.largest[self.at_work], _norm(q) / _norm(self.p))
         alpha = rho / curvature
         works = alpha.isfinite() & q.isfinite().all(dim=-1)
         if not works.all():  # breakdown: x stays where it is, and the row is judged there
             self.keep(works)
             alpha, q = alpha[works], q[works]
+        self.largest[self.at_work] = torch.maximum(self.largest[self.at_work], _norm(q) / _norm(self.p))
         self.x[self.at_work] += _column(alpha, q) * self.p
         self.r -= _column(alpha, q) * q
         self.iterations[self.at_work] += 1
@@ -138,7 +139,7 @@ class _State:
     def settle(self) -> None:
         """Lets go of the rows that are done, judged by their true residual; restarts those that only seemed to be."""
         norm = _norm(self.r)
-        done = norm <= self.tolerance[self.at_work]
+        done = self.within(norm, self.at_work)
         if not done.any():
             return
         check = done & ~self.verified
@@ -147,12 +148,15 @@ class _State:
             self.r[check] = self.true_residual(which)
             norm[check] = _norm(self.r[check])
             self.rho[check] = 0.0
-            done = norm <= self.tolerance[self.at_work]
+            done = self.within(norm, self.at_work)
             self.limited[which] = ~done[check] & ~(norm[check] < 0.5 * self.best[which])
             self.best[which] = norm[check]
         self.residual[self.at_work] = norm
         self.converged[self.at_work] = done
         self.keep(~(done | self.limited[self.at_work]))
+
+    def within(self, norm: Tensor, which: Tensor) -> Tensor:
+        return norm.isfinite() & (norm <= self.tolerance[which])  # an infinite b has an infinite tolerance
 
     def keep(self, which: Tensor) -> None:
         self.at_work, self.verified = self.at_work[which], self.verified[which]
@@ -163,19 +167,20 @@ class _State:
         which = (~(self.converged | self.limited)).nonzero().flatten()
         if len(which):
             self.residual[which] = _norm(self.true_residual(which))
-            self.converged[which] = self.residual[which] <= self.tolerance[which]
+            self.converged[which] = self.within(self.residual[which], which)
 
     def report(self, seconds: float) -> SolveReport:
         size = _norm(self.b)
         unit = torch.finfo(self.b.dtype).eps
         reachable = _ROUNDINGS * unit * (self.largest * _norm(self.x) + size)
+        reachable = torch.minimum(reachable, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
         relative = torch.where(size > 0, self.residual / size, self.residual)
         return SolveReport(
             method="conjugate gradients",
             iterations=self.iterations,
             residual=relative,
             converged=self.converged,
-            precision_limit=~self.converged & (self.residual <= reachable),
+            precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= reachable),
             negative_curvature=self.negative,
             products=self.products,
             seconds=seconds,
@@ -183,8 +188,8 @@ class _State:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot products, summed in float64."""
-    return (a * b).sum(dim=-1, dtype=torch.float64)
+    """Row-wise dot products in float64, so that squares of very small and large entries neither vanish nor overflow."""
+    return (a.double() * b.double()).sum(dim=-1)
 
 
 def _norm(a: Tensor) -> Tensor:
@@ -234,7 +239,8 @@ def _preconditioner(M: Any, rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _warn(report: SolveReport, rtol: float, limit: int, dtype: torch.dtype) -> None:
-    failed = ~(report.converged | report.precision_limit)
+    usable = report.residual <= torch.finfo(dtype).eps ** 0.5  # half of the digits
+    failed = ~(report.converged | report.precision_limit & usable)
     if not failed.any():
         return
     worst = float(report.residual[failed].max())

@@ -22,6 +22,7 @@ class Factor:
         matrix: as given.
 
     Raises:
+        ValueError: the matrix is not finite.
         torch.linalg.LinAlgError: the matrix is singular.
 
     Warns:
@@ -34,6 +35,11 @@ class Factor:
     def __init__(self, matrix: Tensor) -> None:
         start = time.perf_counter()
         self.matrix = matrix
+        if not matrix.isfinite().all():
+            raise ValueError(
+                "the curvature matrix has entries that are not finite: a second derivative of the training loss is NaN "
+                "or infinite at these parameters"
+            )
         lower, failed = torch.linalg.cholesky_ex(matrix)
         self.definite = not bool(failed)
         if self.definite:
@@ -49,8 +55,8 @@ class Factor:
             self._factor = (lu, pivots)
             warnings.warn(
                 f"the damped curvature is not positive definite: smallest eigenvalue {smallest:.3g}. Scores are "
-                f"those of a saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} makes it "
-                "positive definite, gnh=True (in the iterative modules) does too",
+                f"those of a saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} "
+                "makes it positive definite, gnh=True (in the iterative modules) does too",
                 NegativeCurvatureWarning,
                 stacklevel=4,
             )

@@ -60,7 +60,7 @@ def lissa(
     if not isinstance(base, Sampled):
         raise TypeError(f"operator: expected one that can be sampled by minibatch, got {type(base).__name__}")
     for name, value in (("repeat", repeat), ("depth", depth)):
-        if int(value) != value or value < 1:
+        if not value >= 1 or value % 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value}")
     if not scale > 0:
         raise ValueError(f"scale: expected a number > 0, got {scale}")
@@ -92,8 +92,8 @@ def lissa(
     if not bool(finite.all()):
         warnings.warn(
             f"LiSSA diverged for {int((~finite).sum())} of {k} right-hand sides: the result is not finite. "
-            f"scale={scale:g} is below half the largest eigenvalue of a minibatch's curvature; raise scale (try 10 times "
-            "as much), or raise damp if the curvature has negative eigenvalues",
+            f"scale={scale:g} is below half the largest eigenvalue of a minibatch's curvature; raise scale (try 10 "
+            "times as much), or raise damp if the curvature has negative eigenvalues",
             DivergenceWarning,
             stacklevel=4,
         )

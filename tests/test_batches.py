@@ -1,0 +1,460 @@
+"""Batches of every make, loaders of every setting, and the minibatches that LiSSA draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracles import IdentityModule, Supervised, assert_close, dense_hessian, example_gradients
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
+
+from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
+
+N, BATCH, INPUTS, CLASSES, L2 = 11, 4, 3, 3, 0.1
+
+
+class Pairs(Dataset):
+    """Examples (x, y)."""
+
+    def __init__(self, n: int = N) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(n, INPUTS, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(CLASSES, (n,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Unpacked(BaseObjective):
+    """Softmax classification; ``unpack`` makes (inputs, targets) of a batch."""
+
+    def __init__(self, unpack: Callable[[Any], tuple[Any, Tensor]]) -> None:
+        self.unpack = unpack
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(self.unpack(batch)[0])
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, self.unpack(batch)[1])
+
+    def train_regularization(self, params: Tensor) -> Tensor:
+        return 0.5 * L2 * params.square().sum()
+
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        inputs, targets = self.unpack(batch)
+        return F.cross_entropy(model(inputs), targets)
+
+
+def network() -> nn.Module:
+    """Always the same, and without a trace in the default generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        return nn.Sequential(nn.Linear(INPUTS, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+
+
+D = (INPUTS + 1) * 4 + (4 + 1) * CLASSES
+
+
+def results(loader: DataLoader, unpack: Callable[[Any], tuple[Any, Tensor]], model: nn.Module) -> dict[str, Tensor]:
+    objective = Unpacked(unpack)
+    d = sum(p.numel() for p in model.parameters())
+    v = torch.linspace(-1, 1, d, dtype=torch.float64)
+    scores = IdentityModule(model, objective, loader, loader, "cpu")
+    return {
+        "hessian": CGInfluenceModule(model, objective, loader, loader, "cpu", 0.0).hvp(v),
+        "gauss-newton": CGInfluenceModule(model, objective, loader, loader, "cpu", 0.0, gnh=True).hvp(v),
+        "train gradient": scores.train_loss_grad([7, 2, 10, 3, 4]),
+        "test gradient": scores.test_loss_grad([0, 9]),
+        "few": scores.influence_matrix([3, 8, 1], [6, 2]),
+        "many": scores.influence_matrix(),
+        "self": scores.self_influences(),
+    }
+
+
+def check(loader: DataLoader, unpack: Callable[[Any], tuple[Any, Tensor]] = tuple) -> None:
+    """The same numbers as from a plain loader."""
+    plain = results(DataLoader(Pairs(), batch_size=BATCH), tuple, network())
+    for name, value in results(loader, unpack, network()).items():
+        size = max(float(plain[name].abs().max()), 1.0)
+        assert_close(value, plain[name], operations=4 * N * D, scale=size)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+Couple = namedtuple("Couple", ["x", "y"])
+
+
+@dataclasses.dataclass
+class Record:
+    x: Tensor
+    y: Tensor
+    name: str = "record"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRecord:
+    inner: Record
+    count: int = 1
+
+
+class Encoding(UserDict):
+    """Like the BatchEncoding of tokenizers: a mapping that moves itself, and gives attributes."""
+
+    moved = 0
+
+    def to(self, device: torch.device) -> Encoding:
+        Encoding.moved += 1
+        return Encoding({key: value.to(device) for key, value in self.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
+
+
+def filled(kind: Callable[[], Any], x: Tensor, y: Tensor) -> Any:
+    mapping = kind()
+    mapping["x"], mapping["y"] = x, y
+    return mapping
+
+
+def by_key(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch["x"], batch["y"]
+
+
+def by_attribute(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch.x, batch.y
+
+
+def of_type(kind: type, unpack: Callable[[Any], tuple[Any, Tensor]]) -> Callable[[Any], tuple[Any, Tensor]]:
+    def checked(batch: Any) -> tuple[Any, Tensor]:
+        assert type(batch) is kind
+        return unpack(batch)
+
+    return checked
+
+
+def missing_default() -> Tensor:
+    raise AssertionError("a default was asked for")
+
+
+BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Any, Tensor]]]] = {
+    "tuple": (lambda x, y: (x, y), of_type(tuple, tuple)),
+    "list": (lambda x, y: [x, y], of_type(list, tuple)),
+    "dict": (lambda x, y: {"x": x, "y": y}, of_type(dict, by_key)),
+    "UserDict": (lambda x, y: filled(UserDict, x, y), of_type(UserDict, by_key)),
+    "OrderedDict": (lambda x, y: filled(OrderedDict, x, y), of_type(OrderedDict, by_key)),
+    "defaultdict": (lambda x, y: filled(lambda: defaultdict(missing_default), x, y), of_type(defaultdict, by_key)),
+    "mapping proxy": (lambda x, y: types.MappingProxyType({"x": x, "y": y}), by_key),
+    "namedtuple": (Couple, of_type(Couple, by_attribute)),
+    "dataclass": (Record, of_type(Record, by_attribute)),
+    "frozen dataclass in a tuple": (
+        lambda x, y: (FrozenRecord(Record(x, y)), "tag"),
+        lambda batch: (of_type(FrozenRecord, lambda b: b)(batch[0]).inner.x, batch[0].inner.y),
+    ),
+    "SimpleNamespace": (lambda x, y: types.SimpleNamespace(x=x, y=y), of_type(types.SimpleNamespace, by_attribute)),
+    "None, str, int and float inside": (
+        lambda x, y: {"x": x, "none": None, "task": "digits", "scale": 2, "shift": 0.5, "y": y},
+        lambda b: ((b["x"] * b["scale"] + b["shift"] - b["shift"]) / (2 if b["none"] is None else 1), b["y"]),
+    ),
+    "nested": (lambda x, y: {"in": [{"x": x}, (None,)], "out": ((y,),)}, lambda b: (b["in"][0]["x"], b["out"][0][0])),
+    "BatchEncoding": (lambda x, y: Encoding({"x": x, "y": y}), of_type(Encoding, by_attribute)),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_every_make(kind: str) -> None:
+    make, unpack = BATCHES[kind]
+    check(DataLoader(Pairs(), batch_size=BATCH, collate_fn=lambda items: make(*default_collate(items))), unpack)
+
+
+def test_things_that_move_themselves_are_asked_to() -> None:
+    before = Encoding.moved
+    make, unpack = BATCHES["BatchEncoding"]
+    check(DataLoader(Pairs(), batch_size=BATCH, collate_fn=lambda items: make(*default_collate(items))), unpack)
+    assert Encoding.moved > before
+
+
+# -- variable length --------------------------------------------------------------------------------------------------
+
+
+class Sequences(Dataset):
+    """Sequences of 1 to 4 vectors, and a label; the first ones of equal length."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(7)
+        lengths = [2, 2, 2, 4, 1, 3, 4, 1, 2, 3, 4]
+        self.x = [torch.randn(t, INPUTS, generator=generator, dtype=torch.float64) for t in lengths]
+        self.y = torch.randint(CLASSES, (N,), generator=generator)
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class MeanOfSequence(nn.Module):
+    """Masks what is padded; takes a padded tensor with lengths, or a PackedSequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: tuple[Tensor, Tensor] | PackedSequence) -> Tensor:
+        if isinstance(x, PackedSequence):
+            padded, lengths = nn.utils.rnn.pad_packed_sequence(x, batch_first=True)
+        else:
+            padded, lengths = x
+        mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+        hidden = self.body[1](self.body[0](padded)) * mask.unsqueeze(-1)
+        return self.body[2](hidden.sum(1) / lengths.unsqueeze(1))
+
+
+def padded(items: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    lengths = torch.tensor([len(x) for x, _ in items])
+    return (pad_sequence([x for x, _ in items], batch_first=True), lengths), torch.stack([y for _, y in items])
+
+
+def packed(items: list[tuple[Tensor, Tensor]]) -> tuple[PackedSequence, Tensor]:
+    return pack_sequence([x for x, _ in items], enforce_sorted=False), torch.stack([y for _, y in items])
+
+
+@pytest.mark.parametrize("collate", [padded, packed])
+@pytest.mark.parametrize("batch_size", [1, BATCH])
+def test_sequences_of_different_length(collate: Callable[[Any], Any], batch_size: int) -> None:
+    model = MeanOfSequence()
+    loader = DataLoader(Sequences(), batch_size=batch_size, collate_fn=collate)
+    got = results(loader, tuple, model)
+    reference = DataLoader(Sequences(), batch_size=1, collate_fn=padded)
+    objective = Unpacked(tuple)
+    matrix = dense_hessian(model, objective, ((padded([item]), 1) for item in Sequences()))
+    gradients = example_gradients(model, objective, reference)
+    v = torch.linspace(-1, 1, D, dtype=torch.float64)
+    operations = 4 * N * D
+    assert_close(got["hessian"], matrix @ v, operations=operations, scale=float((matrix.abs() @ v.abs()).max()))
+    assert_close(got["self"], gradients.square().sum(1) / N, operations=operations)
+
+
+# -- loaders ----------------------------------------------------------------------------------------------------------
+
+
+class TwoThenRest:
+    """A batch sampler without a batch_size, shuffling as it likes."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(N).tolist()
+        for start in range(0, N, BATCH):
+            yield order[start : start + BATCH]
+
+    def __len__(self) -> int:
+        return -(-N // BATCH)
+
+
+LOADERS: dict[str, Callable[[], DataLoader]] = {
+    "shuffle": lambda: DataLoader(Pairs(), batch_size=BATCH, shuffle=True),
+    "drop_last": lambda: DataLoader(Pairs(), batch_size=BATCH, drop_last=True),
+    "a sampler over a part": lambda: DataLoader(Pairs(), batch_size=BATCH, sampler=[3, 3, 1]),
+    "batch_sampler": lambda: DataLoader(
+        Pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, drop_last=True)
+    ),
+    "batch_sampler without batch_size": lambda: DataLoader(Pairs(), batch_sampler=TwoThenRest()),
+    "a list as batch_sampler": lambda: DataLoader(Pairs(), batch_sampler=[[4, 3, 2, 1], [0]]),
+    "workers": lambda: DataLoader(Pairs(), batch_size=BATCH, num_workers=2),
+    "workers that persist": lambda: DataLoader(
+        Pairs(), batch_size=BATCH, num_workers=1, persistent_workers=True, prefetch_factor=3
+    ),
+    "batches of one": lambda: DataLoader(Pairs(), batch_size=1),
+    "one batch": lambda: DataLoader(Pairs(), batch_size=N),
+    "a batch larger than the data": lambda: DataLoader(Pairs(), batch_size=10 * N),
+    "subclass": lambda: type("Loader", (DataLoader,), {})(Pairs(), batch_size=BATCH),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_loaders_of_every_setting(kind: str) -> None:
+    check(LOADERS[kind]())
+
+
+def with_leading_axis(item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return item[0].unsqueeze(0), item[1].unsqueeze(0)
+
+
+@pytest.mark.parametrize("collate", [None, with_leading_axis])
+def test_a_loader_that_does_not_batch_takes_each_item_for_an_example(collate: Callable[[Any], Any] | None) -> None:
+    unpack = tuple if collate else lambda batch: with_leading_axis(batch)
+    check(DataLoader(Pairs(), batch_size=None, collate_fn=collate), unpack)
+
+
+def test_mean_gradients_of_a_subset_weigh_a_ragged_last_batch_by_its_size() -> None:
+    model, objective = network(), Unpacked(tuple)
+    loader = DataLoader(Pairs(), batch_size=BATCH)
+    some = [9, 0, 3, 5, 2, 10]  # 4 + 2
+    expected = example_gradients(model, objective, loader, some).mean(0)
+    module = IdentityModule(model, objective, loader, None, "cpu")
+    assert_close(module.train_loss_grad(some), expected, operations=4 * N * D)
+
+
+def test_batches_yields_the_examples_in_the_order_asked_for_with_their_number() -> None:
+    data = Pairs()
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True)
+    module = IdentityModule(network(), Unpacked(tuple), loader, loader, "cpu")
+    order = [8, 1, 6, 0, 10]
+    read = list(module.batches(idxs=order))
+    assert [size for _, size in read] == [4, 1]
+    assert torch.equal(torch.cat([batch[0] for batch, _ in read]), data.x[order])
+    assert [size for _, size in module.batches(train=False, batch_size=5)] == [5, 5, 1]
+
+
+# -- random state -----------------------------------------------------------------------------------------------------
+
+DEPTH, REPEAT, SCALE, DAMP = 6, 2, 5.0, 0.2
+
+
+def recursion(v: Tensor, loaders: list[DataLoader]) -> Tensor:
+    """LiSSA written down, its minibatches from torch's own loaders: one loader per run, one batch per step."""
+    model, objective = network(), Unpacked(tuple)
+    total = torch.zeros_like(v)
+    for loader in loaders:
+        h = v.clone()
+        for batch in loader:
+            matrix = dense_hessian(model, objective, [(batch, len(batch[1]))])
+            h = v + h - (matrix @ h + DAMP * h) / SCALE
+        total += h / SCALE
+    return total / len(loaders)
+
+
+def drawing_loader(batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+    sampler = RandomSampler(range(N), replacement=True, num_samples=DEPTH * batch_size, generator=generator)
+    return DataLoader(Pairs(), batch_size=batch_size, sampler=sampler, generator=generator)
+
+
+def lissa_module(batch_size: int, **options: Any) -> LiSSAInfluenceModule:
+    loader = DataLoader(Pairs(), batch_size=batch_size, shuffle=True, drop_last=True)
+    return LiSSAInfluenceModule(
+        network(), Unpacked(tuple), loader, loader, "cpu", DAMP, REPEAT, DEPTH, SCALE, **options
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_lissa_draws_what_a_loader_with_replacement_draws_from_the_default_generator(batch_size: int) -> None:
+    v = torch.linspace(-1, 1, D, dtype=torch.float64)
+    module = lissa_module(batch_size)
+    torch.manual_seed(12)
+    estimate = module.inverse_hvp(v)
+    after = torch.get_rng_state()
+    loaders = [drawing_loader(batch_size) for _ in range(REPEAT)]
+    torch.manual_seed(12)
+    assert_close(estimate, recursion(v, loaders), operations=4 * D * batch_size * DEPTH * REPEAT)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_seeded_scores_of_lissa_are_those_of_loaders_iterated_in_the_order_of_the_formula() -> None:
+    """Test gradient first, which takes one draw as any pass of a loader does; then the runs."""
+    module = lissa_module(3)
+    torch.manual_seed(13)
+    stest = module.stest([4, 7])
+
+    loader = DataLoader(Pairs())
+    gradient = IdentityModule(network(), Unpacked(tuple), loader, loader, "cpu")
+    v = gradient.test_loss_grad([4, 7])
+    torch.manual_seed(13)
+    for _ in DataLoader(Pairs(), batch_size=3, sampler=[4, 7]):
+        pass
+    expected = recursion(v, [drawing_loader(3) for _ in range(REPEAT)])
+    assert_close(stest, expected, operations=4 * D * 3 * DEPTH * REPEAT)
+
+
+def test_lissa_with_a_generator_leaves_the_default_one_alone_and_repeats() -> None:
+    v = torch.linspace(-1, 1, D, dtype=torch.float64)
+    before = torch.get_rng_state()
+    estimates = [lissa_module(3, generator=torch.Generator().manual_seed(seed)).inverse_hvp(v) for seed in (1, 1, 2)]
+    assert torch.equal(estimates[0], estimates[1])
+    assert not torch.equal(estimates[0], estimates[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    generator = torch.Generator().manual_seed(1)
+    expected = recursion(v, [drawing_loader(3, generator) for _ in range(REPEAT)])
+    assert_close(estimates[0], expected, operations=4 * D * 3 * DEPTH * REPEAT)
+
+
+def test_rows_solved_together_see_the_same_minibatches() -> None:
+    rows = torch.randn(3, D, dtype=torch.float64)
+    module = lissa_module(3)
+    alone = []
+    torch.manual_seed(14)
+    together = module.inverse_hvp(rows)
+    for row in rows:
+        torch.manual_seed(14)
+        alone.append(module.inverse_hvp(row))
+    assert_close(together, torch.stack(alone), operations=4 * D * 3 * DEPTH * REPEAT)
+
+
+class RandomlyAugmented(Pairs):
+    """Draws from torch's default generator whenever an example is read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        torch.rand(1)
+        return super().__getitem__(index)
+
+
+def test_the_check_for_summed_losses_does_not_draw_random_numbers() -> None:
+    loader = DataLoader(RandomlyAugmented(), batch_sampler=TwoThenRest())
+    module = IdentityModule(network(), Unpacked(tuple), loader, loader, "cpu")
+    states = []
+    for _ in range(2):  # the check runs in the first call only
+        torch.manual_seed(15)
+        module.train_loss_grad([0, 1, 2, 3, 4])
+        module.test_loss_grad([0, 1])
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_building_a_module_does_not_draw_random_numbers() -> None:
+    model, loader = network(), DataLoader(Pairs(), batch_sampler=TwoThenRest())
+    before = torch.get_rng_state()
+    CGInfluenceModule(model, Unpacked(tuple), loader, loader, "cpu", 0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_whose_examples_are_bare_tensors() -> None:
+    """No labels: an autoencoder's batch is one tensor."""
+    x = Pairs().x
+    model = nn.Linear(INPUTS, INPUTS).double()
+
+    class Reconstruction(Supervised):
+        def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch)
+
+        def train_loss_on_outputs(self, outputs: Any, batch: Any) -> Tensor:
+            return F.mse_loss(outputs, batch)
+
+        def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+            return F.mse_loss(model(batch), batch)
+
+    objective = Reconstruction(F.mse_loss, L2)
+    loader = DataLoader(x, batch_size=BATCH)
+    gradients = example_gradients(model, objective, loader)
+    module = IdentityModule(model, objective, loader, loader, "cpu")
+    assert_close(module.self_influences(), gradients.square().sum(1) / N, operations=4 * N * INPUTS * INPUTS)
+
+
+def test_a_tensor_data_set_and_a_list_of_examples_are_the_same() -> None:
+    data = Pairs()
+    check(DataLoader(TensorDataset(data.x, data.y), batch_size=BATCH))
+    check(DataLoader([data[i] for i in range(N)], batch_size=BATCH))
