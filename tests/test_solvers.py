@@ -177,21 +177,20 @@ def scipy_cg(matrix: Tensor, row: Tensor, **options: Any) -> tuple[np.ndarray, i
     return x, len(steps)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"rtol": 1e-3},
-        {"rtol": 1e-10},
-        {"rtol": 0.0, "atol": 1e-4},
-        {"rtol": 1e-3, "atol": 1e-1},
-        {"maxiter": 4},
-        {"x0": np.linspace(-1, 1, D)},
-        {"M": np.diag(np.linspace(0.9, 1.1, D))},
-        {"x0": np.linspace(-1, 1, D), "M": np.diag(np.linspace(0.9, 1.1, D)), "rtol": 1e-8},
-    ],
-    ids=str,
-)
+LIKE_SCIPY: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "loose": {"rtol": 1e-3},
+    "tight": {"rtol": 1e-10},
+    "atol alone": {"rtol": 0.0, "atol": 1e-4},
+    "atol above rtol": {"rtol": 1e-3, "atol": 1e-1},
+    "maxiter": {"maxiter": 4},
+    "x0": {"x0": np.linspace(-1, 1, D)},
+    "M": {"M": np.diag(np.linspace(0.9, 1.1, D))},
+    "x0, M and rtol": {"x0": np.linspace(-1, 1, D), "M": np.diag(np.linspace(0.9, 1.1, D)), "rtol": 1e-8},
+}
+
+
+@pytest.mark.parametrize("options", LIKE_SCIPY.values(), ids=LIKE_SCIPY)
 def test_iterations_and_iterates_are_those_of_scipy(options: dict[str, Any]) -> None:
     matrix, rows = positive_definite(condition=MILD), torch.randn(K, D, dtype=torch.float64)
     with warnings.catch_warnings():
@@ -302,7 +301,7 @@ def test_an_exact_preconditioner_takes_one_iteration(kind: str) -> None:
         ({"rtol": -1.0}, "rtol, atol: expected tolerances >= 0"),
         ({"atol": -1.0}, "rtol, atol: expected tolerances >= 0"),
     ],
-    ids=str,
+    ids=["x0", "M array", "M sparse", "maxiter", "rtol", "atol"],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
