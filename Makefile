@@ -26,7 +26,7 @@ demo: dev ## build and run the main job on real data
 	$(PY) -m torch_influence demo
 
 test: dev ## build what is missing and run the whole test suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 dev: $(BUILT) ## create .venv with an editable install
 

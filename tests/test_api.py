@@ -288,6 +288,38 @@ def test_overridden_train_loss_is_used_for_hessian_and_scores() -> None:
             module(kind, objective=Scaled(), gnh=True)
 
 
+def test_old_objectives_may_name_the_arguments_of_test_loss_in_any_order() -> None:
+    class Reordered(Classification):
+        def test_loss(self, batch: Any, *, params: Tensor, model: nn.Module) -> Tensor:  # type: ignore[override]
+            return super().test_loss(model, params, batch)
+
+    class Renamed(Classification):
+        def test_loss(self, net: nn.Module, theta: Tensor, data: Any) -> Tensor:  # type: ignore[override]
+            return super().test_loss(net, theta, data)
+
+    expected = module().influence_matrix()
+    for objective in (Reordered(), Renamed()):
+        assert torch.equal(module(objective=objective).influence_matrix(), expected)
+
+
+def test_every_kind_of_example_is_compared_with_the_plain_way() -> None:
+    class OddOnes(Classification):
+        """Right alone and under vmap, but for examples with the constant 1, which differ under vmap."""
+
+        def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+            loss = F.cross_entropy(outputs, batch[1])
+            mapped = torch._C._functorch.maybe_current_level() is not None
+            return loss * (3 if mapped and batch[2] == 1 else 1)
+
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]), int(items[0][0][0] > 0)
+
+    data = DataLoader(loader().dataset, batch_size=5, collate_fn=collate)
+    stest = torch.ones(43, dtype=torch.float64)
+    odd = module(objective=OddOnes(), train_loader=data).influences(range(23), None, stest)
+    torch.testing.assert_close(odd, module().influences(range(23), None, stest))
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
 
-pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.filterwarnings("error")
 
 N, BATCH, INPUTS, CLASSES, L2 = 11, 4, 3, 3, 0.1
 

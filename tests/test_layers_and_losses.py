@@ -33,7 +33,6 @@ from torch_influence.gradients import ExampleGradients
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 
 N, BATCH, MANY, FEW = 7, 3, 9, 2
@@ -289,7 +288,7 @@ def layer(build: Callable[[], nn.Module], inputs: Callable[[int], Tensor] = vect
 
 
 def recurrent(kind: type[nn.RNNBase], **options: Any) -> Case:
-    return layer(lambda: Recurrent(kind(4, 3, batch_first=True, **options)), sequences, why_plain="failed")
+    return layer(lambda: Recurrent(kind(4, 2, batch_first=True, **options)), sequences, why_plain="failed")
 
 
 def bag(mode: str, padding_idx: int | None = None) -> Case:
@@ -605,3 +604,16 @@ def test_self_influences_are_solved_together_also_where_examples_are_taken_one_a
     module.solved = []
     module.self_influences()
     assert module.solved == [N]
+
+
+def larger_under_vmap(outputs: Tensor, targets: Tensor) -> Tensor:
+    factor = 1.0 if torch._C._functorch.maybe_current_level() is None else 2.0
+    return factor * F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("queries", [FEW, MANY])
+def test_a_loss_that_differs_under_vmap_is_found_out_and_taken_one_example_at_a_time(queries: int) -> None:
+    case, plain = (loss(function, classes) for function in (larger_under_vmap, F.cross_entropy))
+    module, reference = (c.module(IdentityModule, torch.float64) for c in (case, plain))
+    expected = reference.influence_matrix(None, range(queries))
+    assert_close(module.influence_matrix(None, range(queries)), expected, operations=SWEEPS * N * module._space.size)

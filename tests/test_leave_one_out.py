@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, BaseInfluenceModule, CGInfluenceModule
 
-pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.filterwarnings("error")
 
 D, QUERIES, L2 = 4, 5, 0.05
 N = 125 * D

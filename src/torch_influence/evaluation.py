@@ -8,6 +8,7 @@ clones; afterwards the very same Parameter objects, buffers and attributes are b
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ class Evaluation:
         self.objective = objective
         self.space = space
         self._host = _Host(model)
+        # torch-influence 0.1.0 passed these by name, so old objectives may have them in any order.
+        names = inspect.signature(objective.test_loss).parameters.keys()
+        self._test_loss_by_name = {"model", "params", "batch"} <= names
         self._open = False
 
     # -- parameters ---------------------------------------------------------------------------------------------
@@ -66,8 +70,13 @@ class Evaluation:
 
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean test loss of a batch."""
-        loss = self._call(leaves, lambda model, flat: self.objective.test_loss(model, flat, batch))
-        return _scalar(loss, "test_loss")
+
+        def run(model: nn.Module, flat: Tensor) -> Any:
+            if self._test_loss_by_name:
+                return self.objective.test_loss(model=model, params=flat, batch=batch)
+            return self.objective.test_loss(model, flat, batch)
+
+        return _scalar(self._call(leaves, run), "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
         """Model outputs for a training batch."""

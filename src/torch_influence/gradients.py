@@ -178,7 +178,7 @@ class ExampleGradients:
         many: Callable[[_Group], Tensor],
         one: Callable[[Any], Tensor],
     ) -> Iterator[tuple[list[int], Tensor]]:
-        verified = False
+        verified: list[Any] = []  # templates: another shape or constant may take another way in the model
         self.why_plain = ""
         for group in _groups(self._batches.bar(self._batches.read(indices, 1), self._describe, len(indices)), at_once):
             if not self.why_plain and len(group.positions) > 1:
@@ -188,11 +188,12 @@ class ExampleGradients:
                 except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop below
                     self.why_plain = f"many examples at once failed: {error}"
                 else:
-                    if not verified:
+                    if not any(map(group.takes, verified)):
                         probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
                         plain = torch.stack([one(group.single(j)) for j in probe])
-                        verified = agree(fast[probe], plain, self._space.pass_dtype)
-                    if verified:
+                        if agree(fast[probe], plain, self._space.pass_dtype):
+                            verified.append(group.template)
+                    if any(map(group.takes, verified)):
                         yield group.positions, fast
                         continue
                     self.why_plain = "many examples at once differ from one at a time"
@@ -213,12 +214,12 @@ class _Group:
 
     def __init__(self, template: Any) -> None:
         self.positions: list[int] = []
-        self._template = template
+        self.template = template
         self._parts: list[list[Tensor]] = []
 
     def takes(self, template: Any) -> bool:
         try:
-            return type(template) is type(self._template) and bool(template == self._template)
+            return type(template) is type(self.template) and bool(template == self.template)
         except (ValueError, RuntimeError):  # an array among the constants compares element by element
             return False
 
@@ -233,7 +234,7 @@ class _Group:
     def batch(self, tensors: Sequence[Tensor]) -> Any:
         """The batch of one with these tensors in it."""
         supply = iter(tensors)
-        return map_leaves(lambda leaf: next(supply) if isinstance(leaf, _Slot) else leaf, self._template)
+        return map_leaves(lambda leaf: next(supply) if isinstance(leaf, _Slot) else leaf, self.template)
 
     def single(self, j: int) -> Any:
         return self.batch(self._parts[j])
