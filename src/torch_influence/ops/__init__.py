@@ -1,6 +1,7 @@
 """The hot loops as native ops, each with a plain-torch reference that defines it and stands in for it."""
 
+from torch_influence.ops._cg_step import CGScalars, cg_step
 from torch_influence.ops._lissa_step import lissa_step
 from torch_influence.ops._native import BackendInfo, backend_info
 
-__all__ = ["BackendInfo", "backend_info", "lissa_step"]
+__all__ = ["BackendInfo", "CGScalars", "backend_info", "cg_step", "lissa_step"]

@@ -1,0 +1,296 @@
+#include "common/launch.cuh"
+#include "ops/cg_step/cg_step.h"
+
+// Three kernels, or two where z is given: alpha must be known before r can change, and beta before p can, and only the end
+// of a kernel waits for all of its blocks. Each one's sums are left as a part per block, and every block of the next adds
+// them up for itself, in the same order. No kernel writes what another of its blocks reads: what the blocks of one must
+// know of a row, the kernel before has copied into its CgPlan.
+
+namespace torch_influence {
+namespace {
+
+constexpr int64_t kMostBlocks = 1024;  // per row: enough for the largest GPU, few enough to add up their parts
+
+// Packs of each array that a thread loads before it uses the first.
+constexpr int in_flight(int arrays) { return arrays == 2 ? 4 : 2; }
+
+struct CgPlan {
+  double steps;  // 1 where the kernel that reads it has anything to do
+  double alpha;
+  double rho_before;
+};
+
+// Columns of a row that a block owns: a multiple of what its threads move at a time, from 16 KiB on.
+template <class T>
+int64_t columns_of(int64_t d) {
+  constexpr int64_t kStride = int64_t(kThreads) * kWidest<T>;
+  const int64_t strides = (d + kMostBlocks * kStride - 1) / (kMostBlocks * kStride);
+  return (strides < 4 ? 4 : strides) * kStride;
+}
+
+template <class T>
+int64_t blocks_of(int64_t d) {
+  return d ? (d + columns_of<T>(d) - 1) / columns_of<T>(d) : 1;
+}
+
+// Calls f with the elements of `arrays` rows at the columns of this block that this thread owns, which are packs of `width`
+// elements, kThreads packs apart, from left to right or, `backward`, the other way round: then what the kernel before has
+// read last comes first. Stores those rows whose bit in `written` is set.
+template <int width, unsigned written, bool backward, class T, int arrays, class F>
+__device__ __forceinline__ void for_columns(T* const (&row)[arrays], int64_t d, int64_t columns, F f) {
+  constexpr int kInFlight = in_flight(arrays);
+  constexpr int64_t kStep = int64_t(kThreads) * width * kInFlight;
+  const int64_t begin = blockIdx.x * columns, end = begin + columns < d ? begin + columns : d;
+  const int64_t steps = (end - begin + kStep - 1) / kStep;
+#pragma unroll 1
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t first = begin + (backward ? steps - 1 - i : i) * kStep + threadIdx.x * width;
+    Pack<T, width> pack[kInFlight][arrays];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t column = first + u * (kThreads * width);
+      if (column + width > end) continue;
+#pragma unroll
+      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(row[a] + column);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int64_t column = first + u * (kThreads * width);
+      if (column + width <= end) {
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          T element[arrays];
+#pragma unroll
+          for (int a = 0; a < arrays; ++a) element[a] = pack[u][a].element[e];
+          f(element);
+#pragma unroll
+          for (int a = 0; a < arrays; ++a) pack[u][a].element[e] = element[a];
+        }
+#pragma unroll
+        for (int a = 0; a < arrays; ++a) {
+          if (written >> a & 1) store_pack(row[a] + column, pack[u][a]);
+        }
+      } else {
+        for (int64_t j = column; j < end; ++j) {
+          T element[arrays];
+#pragma unroll
+          for (int a = 0; a < arrays; ++a) element[a] = row[a][j];
+          f(element);
+#pragma unroll
+          for (int a = 0; a < arrays; ++a) {
+            if (written >> a & 1) row[a][j] = element[a];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const void* rows, int64_t stride, int64_t row) {
+  return static_cast<T*>(const_cast<void*>(rows)) + row * stride;
+}
+
+// The sum of a row's `blocks` parts, every `apart`-th double from `parts` on, in every thread. A thread from left to right,
+// then block_sum's tree.
+__device__ __forceinline__ double total(const double* parts, int64_t blocks, int apart) {
+  __shared__ double result;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += parts[i * apart];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) result = sum;
+  __syncthreads();
+  sum = result;
+  __syncthreads();  // result may be written again
+  return sum;
+}
+
+// ---- the kernels ----
+//
+// In each a block owns columns_of<T>(d) columns of a row (of every gridDim.y-th row, where there are more rows than a grid
+// has), a thread packs of `width` elements of them. Order of summation: a thread as it goes, then block_sum's tree; the
+// parts of a row's blocks are added by total(). A row at rest costs a block a few reads.
+
+// p'q, p'p and q'q. Reads p and q: 2 * sizeof(T) bytes per element; writes 24 bytes per block.
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads) dots_kernel(const CgStep s, int64_t columns, CgDots* __restrict__ parts) {
+  for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
+    if (cg_scalar(s, kActive, row) == 0) continue;
+    T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
+    double pq = 0, pp = 0, qq = 0;
+    for_columns<width, 0u, false>(rows, s.d, columns, [&](T(&element)[2]) {
+      const double p = widen(element[0]), q = widen(element[1]);
+      pq += p * q;
+      pp += p * p;
+      qq += q * q;
+    });
+    pq = block_sum(pq);
+    pp = block_sum(pp);
+    qq = block_sum(qq);
+    if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = {pq, pp, qq};
+  }
+}
+
+// r <- r - alpha q and r'r; with a preconditioner x <- x + alpha p too. Reads r and q, writes r: 3 * sizeof(T) bytes per
+// element, with x 6 * sizeof(T); reads 24 bytes per block of the row, writes 8 per block.
+template <class T, int width, bool with_x>
+__global__ void __launch_bounds__(kThreads) residual_kernel(const CgStep s, int64_t columns, const CgDots* __restrict__ parts,
+                                                            double* __restrict__ residuals, CgPlan* __restrict__ plans) {
+  for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
+    const bool active = cg_scalar(s, kActive, row) != 0;
+    const double rho = cg_scalar(s, kRho, row);
+    double alpha = 0;
+    bool works = false;
+    if (active) {
+      const double* of_row = &parts[row * gridDim.x].pq;
+      const CgDots dots = {total(of_row, gridDim.x, 3), total(of_row + 1, gridDim.x, 3), total(of_row + 2, gridDim.x, 3)};
+      alpha = cg_alpha<Wide<T>>(rho, dots, &works);
+      if (blockIdx.x == 0 && threadIdx.x == 0) cg_record_dots(s, row, dots, alpha, works);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) plans[row] = {works ? 1.0 : 0.0, alpha, rho};
+    if (!works) continue;
+
+    const Wide<T> step = static_cast<Wide<T>>(alpha);
+    double sum = 0;
+    auto move_r = [&](T& r, T q) {
+      r = cg_moved(r, -step, q);
+      const double stored = widen(r);
+      sum += stored * stored;
+    };
+    if constexpr (with_x) {
+      T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row),
+                         row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row)};
+      for_columns<width, 5u, true>(rows, s.d, columns, [&](T(&element)[4]) {
+        move_r(element[0], element[1]);
+        element[2] = cg_moved(element[2], step, element[3]);
+      });
+    } else {
+      T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
+      for_columns<width, 1u, true>(rows, s.d, columns, [&](T(&element)[2]) { move_r(element[0], element[1]); });
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) residuals[row * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+// The end of a call that is followed by another with z. A block owns a row. Reads 8 bytes per block of residual_kernel.
+__global__ void __launch_bounds__(kThreads) settle_kernel(const CgStep s, int64_t blocks,
+                                                          const double* __restrict__ residuals,
+                                                          const CgPlan* __restrict__ plans) {
+  const int64_t row = blockIdx.x;
+  const bool steps = plans[row].steps != 0;
+  const double residual = steps ? total(residuals + row * blocks, blocks, 1) : 0;
+  if (threadIdx.x == 0) cg_record_residual(s, row, steps, residual, cg_done(residual, cg_scalar(s, kTolerance, row)));
+}
+
+// x <- x + alpha p and, where the row isn't done, p <- r + beta p. Reads x, p and r, writes x and p: 5 * sizeof(T) bytes per
+// element; reads 8 bytes per block of the row.
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads) iterate_kernel(const CgStep s, int64_t columns,
+                                                           const double* __restrict__ residuals,
+                                                           const CgPlan* __restrict__ plans) {
+  for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
+    const CgPlan plan = plans[row];
+    const bool steps = plan.steps != 0;
+    const double residual = steps ? total(residuals + row * gridDim.x, gridDim.x, 1) : 0;
+    const bool done = cg_done(residual, cg_scalar(s, kTolerance, row));
+    if (blockIdx.x == 0 && threadIdx.x == 0) cg_record_residual(s, row, steps, residual, done);
+    if (!steps) continue;
+
+    const auto alpha = static_cast<Wide<T>>(plan.alpha);
+    const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(residual, plan.rho_before));
+    T* const x = row_of<T>(s.x, s.x_stride, row);
+    T* const p = row_of<T>(s.p, s.p_stride, row);
+    if (done) {
+      T* const rows[] = {x, p};
+      for_columns<width, 1u, false>(rows, s.d, columns,
+                                    [&](T(&element)[2]) { element[0] = cg_moved(element[0], alpha, element[1]); });
+    } else {
+      T* const rows[] = {x, p, row_of<T>(s.r, s.r_stride, row)};
+      for_columns<width, 3u, false>(rows, s.d, columns, [&](T(&element)[3]) {
+        element[0] = cg_moved(element[0], alpha, element[1]);
+        element[1] = cg_direction(element[2], beta, element[1]);
+      });
+    }
+  }
+}
+
+// r'z. Reads r and z: 2 * sizeof(T) bytes per element; writes 8 bytes per block.
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads) rho_kernel(const CgStep s, int64_t columns, double* __restrict__ parts,
+                                                       CgPlan* __restrict__ plans) {
+  for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
+    const bool active = cg_scalar(s, kActive, row) != 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) plans[row] = {active ? 1.0 : 0.0, 0.0, cg_scalar(s, kRho, row)};
+    if (!active) continue;
+    T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
+    double sum = 0;
+    for_columns<width, 0u, false>(rows, s.d, columns,
+                                  [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+// p <- z + beta p. Reads z and p, writes p: 3 * sizeof(T) bytes per element; reads 8 bytes per block of the row.
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads) turn_kernel(const CgStep s, int64_t columns, const double* __restrict__ parts,
+                                                        const CgPlan* __restrict__ plans) {
+  for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
+    const CgPlan plan = plans[row];
+    if (plan.steps == 0) continue;
+    const double rho = total(parts + row * gridDim.x, gridDim.x, 1);
+    if (blockIdx.x == 0 && threadIdx.x == 0) cg_scalar(s, kRho, row) = rho;
+    const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(rho, plan.rho_before));
+    T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
+    for_columns<width, 1u, true>(rows, s.d, columns,
+                                 [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
+  }
+}
+
+template <class T, int width>
+const char* launch(const CgStep& s, double* scratch, cudaStream_t stream) {
+  const int64_t columns = columns_of<T>(s.d), blocks = blocks_of<T>(s.d);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(s.k < 65535 ? s.k : 65535));
+  auto* const plans = reinterpret_cast<CgPlan*>(scratch);
+  auto* const dots = reinterpret_cast<CgDots*>(plans + s.k);
+  auto* const sums = reinterpret_cast<double*>(dots + s.k * blocks);
+  if (s.call == CgCall::turn) {
+    rho_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
+    if (const char* error = launch_error()) return error;
+    turn_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
+    return launch_error();
+  }
+  dots_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, dots);
+  if (const char* error = launch_error()) return error;
+  if (s.call == CgCall::move) {
+    residual_kernel<T, width, true><<<grid, kThreads, 0, stream>>>(s, columns, dots, sums, plans);
+    if (const char* error = launch_error()) return error;
+    settle_kernel<<<static_cast<unsigned>(s.k), kThreads, 0, stream>>>(s, blocks, sums, plans);
+    return launch_error();
+  }
+  residual_kernel<T, width, false><<<grid, kThreads, 0, stream>>>(s, columns, dots, sums, plans);
+  if (const char* error = launch_error()) return error;
+  iterate_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
+  return launch_error();
+}
+
+}  // namespace
+
+int64_t cg_step_cuda_scratch(DType dtype, int64_t k, int64_t d) {
+  static_assert(sizeof(CgPlan) == 3 * sizeof(double) && sizeof(CgDots) == 3 * sizeof(double));
+  return with_element_type(dtype, [&](auto element) { return k * (3 + 4 * blocks_of<decltype(element)>(d)); });
+}
+
+const char* cg_step_cuda(const CgStep& s, double* scratch, void* stream) {
+  return with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    auto fits = [](const void* rows, int64_t stride) { return packs_fit(static_cast<const T*>(rows), stride); };
+    const bool packed = fits(s.x, s.x_stride) && fits(s.r, s.r_stride) && fits(s.p, s.p_stride) &&
+                        fits(s.given, s.given_stride);
+    return packed ? launch<T, kWidest<T>>(s, scratch, cuda_stream) : launch<T, 1>(s, scratch, cuda_stream);
+  });
+}
+
+}  // namespace torch_influence
