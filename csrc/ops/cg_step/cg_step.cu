@@ -9,10 +9,12 @@
 namespace torch_influence {
 namespace {
 
+constexpr int kResident = 3;  // blocks on a multiprocessor at least; the compiler would aim higher, and spill for it
 constexpr int64_t kMostBlocks = 1024;  // per row: enough for the largest GPU, few enough to add up their parts
 
 // Packs of each array that a thread loads before it uses the first.
-constexpr int in_flight(int arrays) { return arrays == 2 ? 4 : 2; }
+template <int arrays>
+constexpr int kInFlight = arrays == 2 ? 4 : 2;
 
 struct CgPlan {
   double steps;  // 1 where the kernel that reads it has anything to do
@@ -33,54 +35,52 @@ int64_t blocks_of(int64_t d) {
   return d ? (d + columns_of<T>(d) - 1) / columns_of<T>(d) : 1;
 }
 
-// Calls f with the elements of `arrays` rows at the columns of this block that this thread owns, which are packs of `width`
-// elements, kThreads packs apart, from left to right or, `backward`, the other way round: then what the kernel before has
-// read last comes first. Stores those rows whose bit in `written` is set.
+// Calls f with the elements of `arrays` rows at each column of this block that this thread owns, and stores those rows whose
+// bit in `written` is set. A thread owns packs of `width` elements, kThreads packs apart, and single elements in the last,
+// partial step of a row. From left to right or, `backward`, step by step from the right: then what the kernel before has
+// read last comes first.
 template <int width, unsigned written, bool backward, class T, int arrays, class F>
 __device__ __forceinline__ void for_columns(T* const (&row)[arrays], int64_t d, int64_t columns, F f) {
-  constexpr int kInFlight = in_flight(arrays);
-  constexpr int64_t kStep = int64_t(kThreads) * width * kInFlight;
+  constexpr int kPacks = kInFlight<arrays>;
+  constexpr int64_t kStride = int64_t(kThreads) * width, kStep = kPacks * kStride;
   const int64_t begin = blockIdx.x * columns, end = begin + columns < d ? begin + columns : d;
   const int64_t steps = (end - begin + kStep - 1) / kStep;
 #pragma unroll 1
   for (int64_t i = 0; i < steps; ++i) {
-    const int64_t first = begin + (backward ? steps - 1 - i : i) * kStep + threadIdx.x * width;
-    Pack<T, width> pack[kInFlight][arrays];
+    const int64_t step = begin + (backward ? steps - 1 - i : i) * kStep;
+    T element[arrays];
+    if (step + kStep > end) {
+      for (int64_t j = step + threadIdx.x; j < end; j += kThreads) {
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int64_t column = first + u * (kThreads * width);
-      if (column + width > end) continue;
-#pragma unroll
-      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(row[a] + column);
-    }
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int64_t column = first + u * (kThreads * width);
-      if (column + width <= end) {
-#pragma unroll
-        for (int e = 0; e < width; ++e) {
-          T element[arrays];
-#pragma unroll
-          for (int a = 0; a < arrays; ++a) element[a] = pack[u][a].element[e];
-          f(element);
-#pragma unroll
-          for (int a = 0; a < arrays; ++a) pack[u][a].element[e] = element[a];
-        }
+        for (int a = 0; a < arrays; ++a) element[a] = row[a][j];
+        f(element);
 #pragma unroll
         for (int a = 0; a < arrays; ++a) {
-          if (written >> a & 1) store_pack(row[a] + column, pack[u][a]);
+          if (written >> a & 1) row[a][j] = element[a];
         }
-      } else {
-        for (int64_t j = column; j < end; ++j) {
-          T element[arrays];
+      }
+      continue;
+    }
+    const int64_t first = step + threadIdx.x * width;
+    Pack<T, width> pack[kPacks][arrays];
 #pragma unroll
-          for (int a = 0; a < arrays; ++a) element[a] = row[a][j];
-          f(element);
+    for (int u = 0; u < kPacks; ++u) {
 #pragma unroll
-          for (int a = 0; a < arrays; ++a) {
-            if (written >> a & 1) row[a][j] = element[a];
-          }
-        }
+      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(row[a] + first + u * kStride);
+    }
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+#pragma unroll
+        for (int a = 0; a < arrays; ++a) element[a] = pack[u][a].element[e];
+        f(element);
+#pragma unroll
+        for (int a = 0; a < arrays; ++a) pack[u][a].element[e] = element[a];
+      }
+#pragma unroll
+      for (int a = 0; a < arrays; ++a) {
+        if (written >> a & 1) store_pack(row[a] + first + u * kStride, pack[u][a]);
       }
     }
   }
@@ -113,7 +113,8 @@ __device__ __forceinline__ double total(const double* parts, int64_t blocks, int
 
 // p'q, p'p and q'q. Reads p and q: 2 * sizeof(T) bytes per element; writes 24 bytes per block.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads) dots_kernel(const CgStep s, int64_t columns, CgDots* __restrict__ parts) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    dots_kernel(const CgStep s, int64_t columns, CgDots* __restrict__ parts) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     if (cg_scalar(s, kActive, row) == 0) continue;
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
@@ -134,8 +135,9 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const CgStep s, int64_t 
 // r <- r - alpha q and r'r; with a preconditioner x <- x + alpha p too. Reads r and q, writes r: 3 * sizeof(T) bytes per
 // element, with x 6 * sizeof(T); reads 24 bytes per block of the row, writes 8 per block.
 template <class T, int width, bool with_x>
-__global__ void __launch_bounds__(kThreads) residual_kernel(const CgStep s, int64_t columns, const CgDots* __restrict__ parts,
-                                                            double* __restrict__ residuals, CgPlan* __restrict__ plans) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    residual_kernel(const CgStep s, int64_t columns, const CgDots* __restrict__ parts, double* __restrict__ residuals,
+                    CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const bool active = cg_scalar(s, kActive, row) != 0;
     const double rho = cg_scalar(s, kRho, row);
@@ -174,9 +176,8 @@ __global__ void __launch_bounds__(kThreads) residual_kernel(const CgStep s, int6
 }
 
 // The end of a call that is followed by another with z. A block owns a row. Reads 8 bytes per block of residual_kernel.
-__global__ void __launch_bounds__(kThreads) settle_kernel(const CgStep s, int64_t blocks,
-                                                          const double* __restrict__ residuals,
-                                                          const CgPlan* __restrict__ plans) {
+__global__ void __launch_bounds__(kThreads)
+    settle_kernel(const CgStep s, int64_t blocks, const double* __restrict__ residuals, const CgPlan* __restrict__ plans) {
   const int64_t row = blockIdx.x;
   const bool steps = plans[row].steps != 0;
   const double residual = steps ? total(residuals + row * blocks, blocks, 1) : 0;
@@ -186,9 +187,8 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(const CgStep s, int64_
 // x <- x + alpha p and, where the row isn't done, p <- r + beta p. Reads x, p and r, writes x and p: 5 * sizeof(T) bytes per
 // element; reads 8 bytes per block of the row.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads) iterate_kernel(const CgStep s, int64_t columns,
-                                                           const double* __restrict__ residuals,
-                                                           const CgPlan* __restrict__ plans) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    iterate_kernel(const CgStep s, int64_t columns, const double* __restrict__ residuals, const CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const CgPlan plan = plans[row];
     const bool steps = plan.steps != 0;
@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kThreads) iterate_kernel(const CgStep s, int64
 
 // r'z. Reads r and z: 2 * sizeof(T) bytes per element; writes 8 bytes per block.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads) rho_kernel(const CgStep s, int64_t columns, double* __restrict__ parts,
-                                                       CgPlan* __restrict__ plans) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    rho_kernel(const CgStep s, int64_t columns, double* __restrict__ parts, CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const bool active = cg_scalar(s, kActive, row) != 0;
     if (blockIdx.x == 0 && threadIdx.x == 0) plans[row] = {active ? 1.0 : 0.0, 0.0, cg_scalar(s, kRho, row)};
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(kThreads) rho_kernel(const CgStep s, int64_t c
 
 // p <- z + beta p. Reads z and p, writes p: 3 * sizeof(T) bytes per element; reads 8 bytes per block of the row.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads) turn_kernel(const CgStep s, int64_t columns, const double* __restrict__ parts,
-                                                        const CgPlan* __restrict__ plans) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    turn_kernel(const CgStep s, int64_t columns, const double* __restrict__ parts, const CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const CgPlan plan = plans[row];
     if (plan.steps == 0) continue;
@@ -286,9 +286,8 @@ const char* cg_step_cuda(const CgStep& s, double* scratch, void* stream) {
   return with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    auto fits = [](const void* rows, int64_t stride) { return packs_fit(static_cast<const T*>(rows), stride); };
-    const bool packed = fits(s.x, s.x_stride) && fits(s.r, s.r_stride) && fits(s.p, s.p_stride) &&
-                        fits(s.given, s.given_stride);
+    const bool packed = packs_fit<T>(s.x, s.x_stride, s.k) && packs_fit<T>(s.r, s.r_stride, s.k) &&
+                        packs_fit<T>(s.p, s.p_stride, s.k) && packs_fit<T>(s.given, s.given_stride, s.k);
     return packed ? launch<T, kWidest<T>>(s, scratch, cuda_stream) : launch<T, 1>(s, scratch, cuda_stream);
   });
 }
