@@ -41,9 +41,13 @@ class Contract:
     def run(self, op: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
         """The written arguments, then the results, of a call on copies of the arguments with the same strides."""
         arguments = {name: copy_of(value) for name, value in arguments.items()}
-        results = op(**arguments)
-        results = results if isinstance(results, tuple) else () if results is None else (results,)
+        results = as_tuple(op(**arguments))
         return (*(arguments[name] for name in self.written), *results)
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    """An op's results: none, one or several."""
+    return results if isinstance(results, tuple) else () if results is None else (results,)
 
 
 def copy_of(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import Contract, assert_within, copy_of, needs_native, on_devices
+from contract import Contract, as_tuple, assert_within, copy_of, needs_native, on_devices
 
 import torch_influence.ops
 from torch_influence import backend_info
@@ -119,8 +119,7 @@ def test_any_memory_layout(op, dtype, shape, layout, device):
         call = {
             name: LAYOUTS[layout](value) if name in changed else copy_of(value) for name, value in arguments.items()
         }
-        results = wrapper_of(op)(**call)
-        results = results if isinstance(results, tuple) else (results,)
+        results = as_tuple(wrapper_of(op)(**call))
         for actual, reference, bound in zip(
             (*(call[name] for name in contract.written), *results), expected, bounds, strict=True
         ):
@@ -223,10 +222,9 @@ def test_can_be_captured_and_never_synchronises(op, dtype, shape):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.graph(graph):
-            results = wrapper_of(op)(**static)
+            results = as_tuple(wrapper_of(op)(**static))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    results = results if isinstance(results, tuple) else (results,)
     for _ in range(2):
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
