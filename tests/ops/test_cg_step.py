@@ -102,8 +102,8 @@ def changed(**changes):
 
 CONTRACT = Contract(
     arguments=arguments,
-    # A CPU block has 16384 columns and a row of more than two of them is shared by the threads; a CUDA block has 2048 to
-    # 8192 or, in rows of some millions, more.
+    # A CPU block has 16384 columns, and a row of more than two of them is shared by the threads; a CUDA block has 2048
+    # to 8192 or, in rows of some millions, more.
     shapes={
         "usual": (6, 256, WHOLE),
         "empty": (0, 5, WHOLE),

@@ -19,7 +19,7 @@ class CGScalars(NamedTuple):
     Attributes:
         active: 1 where the row is at work, else 0. The step turns it off where a row is done or has broken down.
         tolerance: The row is done as soon as ‖r‖ ≤ tolerance. Never written.
-        rho: r'z, or r'r without preconditioner, of the residual that p came from. 0 marks a start: then the next p is z.
+        rho: r'z, or r'r without preconditioner, of the residual that p came from; 0 marks a start: the next p is z.
         alpha: The step's length, in the precision of the rows' arithmetic; 0 where the row broke down.
         curvature: p'Ap of the last step.
         residual: ‖r‖² after the last step.

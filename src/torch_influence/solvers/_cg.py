@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.linop import LinearOperator
+from torch_influence.ops import CGScalars, cg_step
 from torch_influence.solvers._base import ConvergenceWarning, Progress, SolveReport
 
 # A product of d terms through a network carries some tens of roundings: below this many units of |A||x| + |b| a
@@ -60,7 +61,8 @@ def cg(
             of the digits right.
 
     Cost:
-        iterations + 1 products (2 without an exact zero start); memory 4 k d.
+        iterations + 1 products (2 without an exact zero start); memory 5 k d. On a GPU an iteration never waits for the
+        device, so a row's end is noticed one iteration late, and one product more is made.
     """
     start = time.perf_counter()
     d = rows.shape[1]
@@ -69,101 +71,151 @@ def cg(
         raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
     if rtol < 0 or atol < 0:
         raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
-    precondition = _preconditioner(M, rows)
-    state = _State(operator, rows, _first_guess(x0, rows), torch.clamp(rtol * _norm(rows), min=atol))
+    precondition = None if M is None else _preconditioner(M, rows)
+    state = _State(operator, rows, _first_guess(x0, rows), torch.clamp(rtol * _norm(rows), min=atol), precondition)
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
-    state.settle()
     for _ in steps:
         if not len(state.at_work):
             break
-        state.step(precondition)
+        state.step()
         if callback is not None:
-            for row in state.x[state.at_work]:
+            for row in state.stepped():
                 callback(row.cpu().numpy())
+        if state.some_stopped(wait=callback is not None):
+            state.settle()
+    if len(state.at_work) and state.some_stopped(wait=True):
         state.settle()
     state.give_up()
     report = state.report(time.perf_counter() - start)
     _warn(report, rtol, limit, rows.dtype)
-    return state.x, report
+    return state.all_x, report
 
 
 class _State:
-    """x and the report's entries for all rows; residual r, direction p and r'Mr for those still at work."""
+    """Of all rows: x and the report's entries. Of those still at work: x, r, p and scalars as ``cg_step`` has them."""
 
-    def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        x: Tensor | None,
+        tolerance: Tensor,
+        precondition: Callable[[Tensor], Tensor] | None,
+    ) -> None:
         k = len(b)
-        self.operator, self.b, self.tolerance = operator, b, tolerance
-        self.x = torch.zeros_like(b) if x is None else x
+        self.operator, self.b, self.precondition = operator, b, precondition
         self.products = 0
-        self.iterations = torch.zeros(k, dtype=torch.int64, device=b.device)
+        self.all_x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x
         self.residual = _norm(b)
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
-        self.largest = torch.zeros_like(self.residual)  # largest |Ap|/|p| seen, a lower bound of |A|
-        self.converged, self.limited, self.negative = (torch.zeros_like(self.residual).bool() for _ in range(3))
+        self.converged, self.limited = (torch.zeros_like(self.residual).bool() for _ in range(2))
+        self.all_scalars = b.new_zeros(len(CGScalars._fields), k, dtype=torch.float64)
+        self.row = CGScalars(*self.all_scalars)
+        self.tolerance = self.row.tolerance.copy_(tolerance)
 
         self.at_work = torch.arange(k, device=b.device)
-        self.r = b.clone() if x is None else self.true_residual(self.at_work)
-        self.verified = torch.ones_like(self.converged)  # whether r is b - Ax by definition, per row at work
-        self.p = torch.zeros_like(b)
-        self.rho = torch.zeros_like(self.residual)
+        self.x, self.scalars = self.all_x, self.all_scalars
+        self.r = b.clone(memory_format=torch.contiguous_format) if x is None else self.true_residual(self.at_work)
+        self.p = torch.empty_like(self.r)
+        self.late: tuple[Tensor, torch.cuda.Event] | None = None
+        norm = _norm(self.r)
+        self.converged = self.within(norm, self.at_work)
+        self.residual[self.converged] = norm[self.converged]
+        self.begin(~self.converged)
+        self.keep(~self.converged)
 
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1
-        return self.operator.product(rows)
+        return self.operator.product(rows).detach()
 
     def true_residual(self, which: Tensor) -> Tensor:
-        return self.b[which] - self.product(self.x[which])
+        return self.b[which] - self.product(self.all_x[which])
 
-    def step(self, precondition: Callable[[Tensor], Tensor]) -> None:
-        z = precondition(self.r)
-        rho = _dot(self.r, z)
-        beta = torch.where(self.rho == 0, 0.0, rho / self.rho)  # rho = 0 marks a (re)start: p = z
-        self.p = z + _column(beta, z) * self.p
-        self.rho = rho
+    def begin(self, which: Tensor) -> None:
+        """(Re)starts the iteration in these rows at work: the next direction is the (preconditioned) residual."""
+        self.row.active[which] = 1.0
+        self.row.residual[which] = torch.inf  # unknown to the recurrence
+        self.row.rho[which] = 0.0
+        if self.precondition is None:
+            self.p[which] = self.r[which]
+            self.row.rho[which] = _norm(self.r[which]).square()
+
+    def step(self) -> None:
+        preconditioned = self.precondition is not None
+        if self.precondition is not None:
+            z = self.precondition(self.r).detach()
+            cg_step(self.x, self.r, self.p, self.scalars, z=z, preconditioned=preconditioned)
         q = self.product(self.p)
-        curvature = _dot(self.p, q)
-        self.negative[self.at_work] |= curvature <= 0
-        alpha = rho / curvature
-        works = alpha.isfinite() & q.isfinite().all(dim=-1)
-        if not works.all():  # breakdown: x stays where it is, and the row is judged there
-            self.keep(works)
-            alpha, q = alpha[works], q[works]
-        self.largest[self.at_work] = torch.maximum(self.largest[self.at_work], _norm(q) / _norm(self.p))
-        self.x[self.at_work] += _column(alpha, q) * self.p
-        self.r -= _column(alpha, q) * q
-        self.iterations[self.at_work] += 1
-        self.verified = torch.zeros_like(self.verified)
+        cg_step(self.x, self.r, self.p, self.scalars, q=q, preconditioned=preconditioned)
+
+    def done(self) -> Tensor:
+        """Of the rows at work those whose recurrence is within tolerance, by the step's own comparison."""
+        return self.row.residual.isfinite() & (self.row.residual <= self.row.tolerance.square())
+
+    def stepped(self) -> Tensor:
+        """The iterates of the last step, without the rows that broke down in it."""
+        return self.x[(self.row.active != 0) | self.done()]
+
+    def some_stopped(self, wait: bool) -> bool:
+        """Whether some row at work is done or has broken down.
+
+        To tell, the host must wait for the device. A GPU would run dry meanwhile, so unless asked to ``wait`` this
+        answers for the step before, whose answer is there, while the device is busy with the last one.
+        """
+        if wait or not self.x.is_cuda:
+            return not bool(self.row.active.all())
+        before = self.late
+        event = torch.cuda.Event()
+        answer = self.row.active.all().to("cpu", non_blocking=True)
+        event.record(torch.cuda.current_stream(self.x.device))
+        self.late = (answer, event)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return not bool(before[0])
 
     def settle(self) -> None:
-        """Lets go of the rows that are done, judged by their true residual; restarts those that only seemed to be."""
-        norm = _norm(self.r)
-        done = self.within(norm, self.at_work)
-        if not done.any():
-            return
-        check = done & ~self.verified
+        """Lets go of the rows that have stopped.
+
+        Those done are judged by their true residual: what only seemed to be done starts again from there, unless that
+        has ceased to help. Those that broke down are judged at the end.
+        """
+        self.late = None
+        self.write_back()
+        check = (self.row.active == 0) & self.done()
         if check.any():
             which = self.at_work[check]
             self.r[check] = self.true_residual(which)
-            norm[check] = _norm(self.r[check])
-            self.rho[check] = 0.0
-            done = self.within(norm, self.at_work)
-            self.limited[which] = ~done[check] & ~(norm[check] < 0.5 * self.best[which])
-            self.best[which] = norm[check]
-        self.residual[self.at_work] = norm
-        self.converged[self.at_work] = done
-        self.keep(~(done | self.limited[self.at_work]))
+            norm = _norm(self.r[check])
+            done = self.within(norm, which)
+            self.residual[which], self.converged[which] = norm, done
+            self.limited[which] = ~done & ~(norm < 0.5 * self.best[which])
+            self.best[which] = norm
+            again = check.clone()
+            again[check] = ~(done | self.limited[which])
+            self.begin(again)
+        self.keep(self.row.active != 0)
 
     def within(self, norm: Tensor, which: Tensor) -> Tensor:
         return norm.isfinite() & (norm <= self.tolerance[which])  # an infinite b has an infinite tolerance
 
+    def write_back(self) -> None:
+        if self.x is not self.all_x:
+            self.all_x[self.at_work] = self.x
+            self.all_scalars[:, self.at_work] = self.scalars
+
     def keep(self, which: Tensor) -> None:
-        self.at_work, self.verified = self.at_work[which], self.verified[which]
-        self.r, self.p, self.rho = self.r[which], self.p[which], self.rho[which]
+        if which.all():
+            return
+        self.at_work = self.at_work[which]
+        self.x, self.r, self.p, self.scalars = self.x[which], self.r[which], self.p[which], self.scalars[:, which]
+        self.row = CGScalars(*self.scalars)
 
     def give_up(self) -> None:
         """The true residual of rows that ran out of iterations or broke down."""
+        self.write_back()
         which = (~(self.converged | self.limited)).nonzero().flatten()
         if len(which):
             self.residual[which] = _norm(self.true_residual(which))
@@ -172,32 +224,25 @@ class _State:
     def report(self, seconds: float) -> SolveReport:
         size = _norm(self.b)
         unit = torch.finfo(self.b.dtype).eps
-        reachable = _ROUNDINGS * unit * (self.largest * _norm(self.x) + size)
+        scalars = CGScalars(*self.all_scalars)
+        largest = scalars.largest.sqrt()  # a lower bound of |A|
+        reachable = _ROUNDINGS * unit * (largest * _norm(self.all_x) + size)
         reachable = torch.minimum(reachable, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
         relative = torch.where(size > 0, self.residual / size, self.residual)
         return SolveReport(
             method="conjugate gradients",
-            iterations=self.iterations,
+            iterations=scalars.iterations.long(),
             residual=relative,
             converged=self.converged,
             precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= reachable),
-            negative_curvature=self.negative,
+            negative_curvature=scalars.negative != 0,
             products=self.products,
             seconds=seconds,
         )
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot products in float64, so that squares of very small and large entries neither vanish nor overflow."""
-    return (a.double() * b.double()).sum(dim=-1)
-
-
 def _norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
-
-
-def _column(scalars: Tensor, like: Tensor) -> Tensor:
-    return scalars.to(like.dtype).unsqueeze(-1)
 
 
 def _first_guess(x0: Any, rows: Tensor) -> Tensor | None:
@@ -211,8 +256,6 @@ def _first_guess(x0: Any, rows: Tensor) -> Tensor | None:
 
 def _preconditioner(M: Any, rows: Tensor) -> Callable[[Tensor], Tensor]:
     d = rows.shape[1]
-    if M is None:
-        return lambda r: r
     if isinstance(M, LinearOperator):
         return M.product
     if isinstance(M, np.ndarray | Tensor):
