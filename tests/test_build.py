@@ -30,6 +30,8 @@ print(backend_info())
 # h = 0..4, v = 5..9, hvp = 10..14: v + h - (hvp + h/2)/2, exact in float32
 ANSWER = "[[0.0, 1.25, 2.5, 3.75, 5.0]] [46.875]"
 
+OPS = f"native ops: {', '.join(backend_info().ops)}\n"
+
 
 @pytest.fixture
 def build_info():
@@ -112,7 +114,7 @@ def test_library_needs_libtorch_by_name_and_nothing_else_of_it(library):
 
 
 def test_references_give_the_same_answer(build_info):
-    for backend, words in (("native", "native ops: lissa_step"), ("reference", "TORCH_INFLUENCE_BACKEND=reference")):
+    for backend, words in (("native", OPS), ("reference", "TORCH_INFLUENCE_BACKEND=reference")):
         result = run(PROGRAM, TORCH_INFLUENCE_BACKEND=backend)
         assert result.returncode == 0, result.stderr
         assert ANSWER in result.stdout
@@ -151,7 +153,7 @@ def test_a_whole_copy_is_native(installed_copy):
     assert result.returncode == 0, result.stderr
     assert str(package) in result.stdout
     assert ANSWER in result.stdout
-    assert "native ops: lissa_step" in result.stdout
+    assert OPS in result.stdout
 
 
 @pytest.mark.parametrize(
