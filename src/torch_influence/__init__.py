@@ -4,7 +4,7 @@
 from importlib.metadata import version as _version
 
 from torch_influence.objective import BaseObjective
-from torch_influence.ops import backend_info
+from torch_influence.ops import backend_info, self_test
 from torch_influence.solvers import ConvergenceWarning, DivergenceWarning, NegativeCurvatureWarning, SolveReport
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
@@ -22,4 +22,5 @@ __all__ = [
     "NegativeCurvatureWarning",
     "SolveReport",
     "backend_info",
+    "self_test",
 ]

@@ -3,5 +3,8 @@
 from torch_influence.ops._cg_step import CGScalars, cg_step
 from torch_influence.ops._lissa_step import lissa_step
 from torch_influence.ops._native import BackendInfo, backend_info
+from torch_influence.ops._self_test import SelfTest, self_test
 
-__all__ = ["BackendInfo", "CGScalars", "backend_info", "cg_step", "lissa_step"]
+OPS = ("cg_step", "lissa_step")
+
+__all__ = ["OPS", "BackendInfo", "CGScalars", "SelfTest", "backend_info", "cg_step", "lissa_step", "self_test"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,3 +66,9 @@ def fake(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor
 
 
 register_fake("lissa_step", fake)
+
+
+def example(generator: torch.Generator) -> dict[str, Any]:
+    """Arguments for the self-test, in float32."""
+    h, v, hvp = torch.randn(3, 5, 40_007, generator=generator)
+    return {"h": h, "v": v, "hvp": hvp, "damp": 0.1, "scale": 7.0}

@@ -99,7 +99,7 @@ def _try_load() -> tuple[dict, str, bool]:
 
 _build, _cpu_problem = _load()
 _ops = frozenset(_build.get("ops", ()))
-_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _cuda_problems: dict[int, str] = {}
 
 
@@ -135,7 +135,7 @@ def _launch_problem(device: torch.device) -> str:
 
 def runs_natively(op: str, tensor: Tensor) -> bool:
     """Whether the native `op` takes tensors like this one."""
-    return op in _ops and tensor.dtype in _DTYPES and not _problem(tensor.device)
+    return op in _ops and tensor.dtype in DTYPES and not _problem(tensor.device)
 
 
 def backend_info() -> BackendInfo:
