@@ -24,16 +24,12 @@ constexpr int64_t kBlock = 16384;
 // Rows up to this length are handed out whole, a row to a thread, in whose own cache it stays from phase to phase.
 constexpr int64_t kShortRow = 2 * kBlock;
 
-// Calls f(block, begin, end) for every block of a row of d columns. On the calling thread alone if that is at work for a
-// parallel_for already. A thread gets the same blocks every time; `backward` lets it begin with those it saw last.
+// Calls f(block, begin, end) for every block of a row of d columns, in parallel unless the calling thread is at work for a
+// parallel_for already. A thread gets the same blocks every time.
 template <class F>
-void for_blocks(int64_t d, bool backward, F f) {
-  const int64_t blocks = (d + kBlock - 1) / kBlock;
-  st::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t block = backward ? first + last - 1 - i : i;
-      f(block, block * kBlock, std::min((block + 1) * kBlock, d));
-    }
+void for_blocks(int64_t d, F f) {
+  st::parallel_for(0, (d + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i, i * kBlock, std::min((i + 1) * kBlock, d));
   });
 }
 
@@ -62,22 +58,20 @@ void run_row(const CgStep& s, int64_t row, CgDots* partials) {
   };
 
   if (s.call == CgCall::turn) {
-    for_blocks(s.d, false, [&](int64_t i, int64_t begin, int64_t end) {
-      partials[i] = {rho_block(s, row, begin, end), 0, 0};
-    });
+    for_blocks(s.d, [&](int64_t i, int64_t begin, int64_t end) { partials[i] = {rho_block(s, row, begin, end), 0, 0}; });
     const double rho = total().pq, beta = cg_beta<W>(rho, rho_before);
     cg_scalar(s, kRho, row) = rho;
-    for_blocks(s.d, true, [&](int64_t, int64_t begin, int64_t end) { direction_block(s, row, begin, end, beta); });
+    for_blocks(s.d, [&](int64_t, int64_t begin, int64_t end) { direction_block(s, row, begin, end, beta); });
     return;
   }
 
-  for_blocks(s.d, false, [&](int64_t i, int64_t begin, int64_t end) { partials[i] = dots_block(s, row, begin, end); });
+  for_blocks(s.d, [&](int64_t i, int64_t begin, int64_t end) { partials[i] = dots_block(s, row, begin, end); });
   const CgDots dots = total();
   bool works;
   const double alpha = cg_alpha<W>(rho_before, dots, &works);
   cg_record_dots(s, row, dots, alpha, works);
   if (!works) return cg_record_residual(s, row, false, 0, false);
-  for_blocks(s.d, true, [&](int64_t i, int64_t begin, int64_t end) {
+  for_blocks(s.d, [&](int64_t i, int64_t begin, int64_t end) {
     partials[i] = {residual_block(s, row, begin, end, alpha), 0, 0};
     if (s.call == CgCall::move) iterate_block(s, row, begin, end, alpha);
   });
@@ -86,9 +80,11 @@ void run_row(const CgStep& s, int64_t row, CgDots* partials) {
   cg_record_residual(s, row, true, residual, done);
   if (s.call == CgCall::move) return;
   const double beta = cg_beta<W>(residual, rho_before);
-  for_blocks(s.d, false, [&](int64_t, int64_t begin, int64_t end) {
-    if (done) iterate_block(s, row, begin, end, alpha);
-    else iterate_and_direction_block(s, row, begin, end, alpha, beta);
+  for_blocks(s.d, [&](int64_t, int64_t begin, int64_t end) {
+    if (done)
+      iterate_block(s, row, begin, end, alpha);
+    else
+      iterate_and_direction_block(s, row, begin, end, alpha, beta);
   });
 }
 
@@ -153,8 +149,8 @@ void cg_step(Tensor x, Tensor r, Tensor p, Tensor scalars, const std::optional<T
   const CgCall call = z ? CgCall::turn : preconditioned ? CgCall::move : CgCall::whole;
   const Tensor x_rows = adjacent_columns(x), r_rows = adjacent_columns(r), p_rows = adjacent_columns(p);
   const Tensor given = adjacent_columns(z ? *z : *q), all_scalars = st::contiguous(scalars);
-  run({call, dtype, x_rows.mutable_data_ptr(), r_rows.mutable_data_ptr(), p_rows.mutable_data_ptr(),
-       given.const_data_ptr(), x_rows.stride(0), r_rows.stride(0), p_rows.stride(0), given.stride(0),
+  run({call, dtype, x_rows.mutable_data_ptr(), r_rows.mutable_data_ptr(), p_rows.mutable_data_ptr(), given.const_data_ptr(),
+       x_rows.stride(0), r_rows.stride(0), p_rows.stride(0), given.stride(0),
        static_cast<double*>(all_scalars.mutable_data_ptr()), k, d},
       all_scalars);
   keep(x, x_rows);

@@ -37,17 +37,14 @@ int64_t blocks_of(int64_t d) {
 
 // Calls f with the elements of `arrays` rows at each column of this block that this thread owns, and stores those rows whose
 // bit in `written` is set. A thread owns packs of `width` elements, kThreads packs apart, and single elements in the last,
-// partial step of a row. From left to right or, `backward`, step by step from the right: then what the kernel before has
-// read last comes first.
-template <int width, unsigned written, bool backward, class T, int arrays, class F>
+// partial step of a row.
+template <int width, unsigned written, class T, int arrays, class F>
 __device__ __forceinline__ void for_columns(T* const (&row)[arrays], int64_t d, int64_t columns, F f) {
   constexpr int kPacks = kInFlight<arrays>;
   constexpr int64_t kStride = int64_t(kThreads) * width, kStep = kPacks * kStride;
   const int64_t begin = blockIdx.x * columns, end = begin + columns < d ? begin + columns : d;
-  const int64_t steps = (end - begin + kStep - 1) / kStep;
 #pragma unroll 1
-  for (int64_t i = 0; i < steps; ++i) {
-    const int64_t step = begin + (backward ? steps - 1 - i : i) * kStep;
+  for (int64_t step = begin; step < end; step += kStep) {
     T element[arrays];
     if (step + kStep > end) {
       for (int64_t j = step + threadIdx.x; j < end; j += kThreads) {
@@ -119,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (cg_scalar(s, kActive, row) == 0) continue;
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
     double pq = 0, pp = 0, qq = 0;
-    for_columns<width, 0u, false>(rows, s.d, columns, [&](T(&element)[2]) {
+    for_columns<width, 0u>(rows, s.d, columns, [&](T(&element)[2]) {
       const double p = widen(element[0]), q = widen(element[1]);
       pq += p * q;
       pp += p * p;
@@ -162,13 +159,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (with_x) {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row),
                          row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row)};
-      for_columns<width, 5u, true>(rows, s.d, columns, [&](T(&element)[4]) {
+      for_columns<width, 5u>(rows, s.d, columns, [&](T(&element)[4]) {
         move_r(element[0], element[1]);
         element[2] = cg_moved(element[2], step, element[3]);
       });
     } else {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
-      for_columns<width, 1u, true>(rows, s.d, columns, [&](T(&element)[2]) { move_r(element[0], element[1]); });
+      for_columns<width, 1u>(rows, s.d, columns, [&](T(&element)[2]) { move_r(element[0], element[1]); });
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) residuals[row * gridDim.x + blockIdx.x] = sum;
@@ -203,11 +200,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     T* const p = row_of<T>(s.p, s.p_stride, row);
     if (done) {
       T* const rows[] = {x, p};
-      for_columns<width, 1u, false>(rows, s.d, columns,
-                                    [&](T(&element)[2]) { element[0] = cg_moved(element[0], alpha, element[1]); });
+      for_columns<width, 1u>(rows, s.d, columns,
+                             [&](T(&element)[2]) { element[0] = cg_moved(element[0], alpha, element[1]); });
     } else {
       T* const rows[] = {x, p, row_of<T>(s.r, s.r_stride, row)};
-      for_columns<width, 3u, false>(rows, s.d, columns, [&](T(&element)[3]) {
+      for_columns<width, 3u>(rows, s.d, columns, [&](T(&element)[3]) {
         element[0] = cg_moved(element[0], alpha, element[1]);
         element[1] = cg_direction(element[2], beta, element[1]);
       });
@@ -225,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (!active) continue;
     T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
     double sum = 0;
-    for_columns<width, 0u, false>(rows, s.d, columns,
-                                  [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
+    for_columns<width, 0u>(rows, s.d, columns,
+                           [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
     sum = block_sum(sum);
     if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = sum;
   }
@@ -243,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (blockIdx.x == 0 && threadIdx.x == 0) cg_scalar(s, kRho, row) = rho;
     const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(rho, plan.rho_before));
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
-    for_columns<width, 1u, true>(rows, s.d, columns,
-                                 [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
+    for_columns<width, 1u>(rows, s.d, columns,
+                           [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
   }
 }
 

@@ -96,7 +96,8 @@ TORCH_INFLUENCE_INLINE T cg_direction(T z, Wide<T> beta, T p) {
 // ---- CPU: columns [begin, end) of one row ----
 
 TORCH_INFLUENCE_SIMD_DECLARE(CgDots cg_dots_block(const CgStep& s, int64_t row, int64_t begin, int64_t end))
-TORCH_INFLUENCE_SIMD_DECLARE(double cg_residual_block(const CgStep& s, int64_t row, int64_t begin, int64_t end, double alpha))
+TORCH_INFLUENCE_SIMD_DECLARE(double cg_residual_block(const CgStep& s, int64_t row, int64_t begin, int64_t end,
+                                                      double alpha))
 TORCH_INFLUENCE_SIMD_DECLARE(double cg_rho_block(const CgStep& s, int64_t row, int64_t begin, int64_t end))
 TORCH_INFLUENCE_SIMD_DECLARE(void cg_iterate_block(const CgStep& s, int64_t row, int64_t begin, int64_t end, double alpha))
 TORCH_INFLUENCE_SIMD_DECLARE(void cg_iterate_and_direction_block(const CgStep& s, int64_t row, int64_t begin, int64_t end,
