@@ -34,7 +34,11 @@ inline SimdLevel simd_level() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       return SimdLevel::avx512;
     }
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdLevel::avx2;
+    // Every processor with AVX2 can convert float16 too, but a virtual machine may hide it.
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      return SimdLevel::avx2;
+    }
 #endif
     return SimdLevel::base;
   }();
