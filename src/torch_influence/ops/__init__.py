@@ -4,7 +4,18 @@ from torch_influence.ops._cg_step import CGScalars, cg_step
 from torch_influence.ops._lissa_step import lissa_step
 from torch_influence.ops._native import BackendInfo, backend_info
 from torch_influence.ops._self_test import SelfTest, self_test
+from torch_influence.ops._softmax_curvature import softmax_curvature
 
-OPS = ("cg_step", "lissa_step")
+OPS = ("cg_step", "lissa_step", "softmax_curvature")
 
-__all__ = ["OPS", "BackendInfo", "CGScalars", "SelfTest", "backend_info", "cg_step", "lissa_step", "self_test"]
+__all__ = [
+    "OPS",
+    "BackendInfo",
+    "CGScalars",
+    "SelfTest",
+    "backend_info",
+    "cg_step",
+    "lissa_step",
+    "self_test",
+    "softmax_curvature",
+]

@@ -1,0 +1,101 @@
+"""The curvature of softmax cross-entropy with respect to the logits, times many tangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.ops import _arguments
+from torch_influence.ops._native import register_fake, runs_natively
+
+
+def softmax_curvature(p: Tensor, t: Tensor, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    r"""Multiplies tangents of the logits by the Hessian of softmax cross-entropy, w · (diag(p) − p pᵀ) t.
+
+    Computed as w · p · (t − Σⱼ pⱼ tⱼ), for each of n examples and k tangents. The Hessian is the same for every label,
+    and is the output curvature of the Gauss-Newton matrix.
+
+    Args:
+        p: Probabilities [n, c], float32, float64, float16 or bfloat16. A row need not sum to one.
+        t: Tangents [k, n, c], dtype and device of p.
+        weights: Factors w of the examples [n], 1/n for a mean say; float64 if t is, float32 otherwise. None: ones.
+        out: Like t, where the products go. It may be t itself, which saves memory and a third of the traffic, but must
+            not overlap t otherwise, nor p. None: a new tensor.
+
+    Returns:
+        The products [k, n, c]: out, if it was given.
+
+    Raises:
+        TypeError: For a wrong type or dtype, naming the argument.
+        ValueError: For a wrong shape or device, or a tensor that requires grad, naming the argument.
+
+    Cost:
+        One pass: t is read and out is written once; p is read once for all k tangents as far as caches reach. 16-bit
+        tensors are computed in float32. No host synchronisation; can be captured in a CUDA graph.
+
+    Source:
+        Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent, table 1.
+    """
+    _check(p, t, weights, out)
+    if not runs_natively("softmax_curvature", t):
+        return reference(p, t, weights, out)
+    if out is None:
+        out = torch.empty_like(t)
+    torch.ops.torch_influence.softmax_curvature(p, t, weights, out)
+    torch.autograd.graph.increment_version(out)  # the op's schema alone doesn't
+    return out
+
+
+def reference(p: Tensor, t: Tensor, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The specification in plain torch: 16-bit tensors are computed in float32."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    p_wide, t_wide = p.to(wide), t.to(wide)
+    product = (t_wide - (p_wide * t_wide).sum(-1, keepdim=True)).mul_(p_wide)
+    if weights is not None:
+        product.mul_(weights[:, None])
+    return product.to(t.dtype) if out is None else out.copy_(product)
+
+
+def _check(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor | None) -> None:
+    _arguments.check_rows("softmax_curvature", "p", p)
+    n, c = p.shape
+    _check_one("t", t, p.dtype, ("k", n, c), p)
+    if weights is not None:
+        _check_one("weights", weights, torch.promote_types(p.dtype, torch.float32), (n,), p)
+    if out is not None:
+        _arguments.check_like("softmax_curvature", "out", out, "t", t)
+        _arguments.check_written("softmax_curvature", "out", out)
+
+
+def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | str, ...], p: Tensor) -> None:
+    """A tensor on p's device with this dtype and shape, a letter standing for any size, without a graph."""
+    op = "softmax_curvature"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name}: expected dtype {dtype}, since p has {p.dtype}, got {tensor.dtype}")
+    free = len([size for size in shape if isinstance(size, str)])
+    if tensor.dim() != len(shape) or tensor.shape[free:] != shape[free:]:
+        expected = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        raise ValueError(f"{op}: {name}: expected shape {expected} to go with p, got {tuple(tensor.shape)}")
+    if tensor.device != p.device:
+        raise ValueError(f"{op}: {name}: expected device {p.device}, as p has, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
+
+
+def fake(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """Nothing is returned: out is written."""
+
+
+register_fake("softmax_curvature", fake)
+
+
+def example(generator: torch.Generator) -> dict[str, Any]:
+    """Arguments for the self-test, in float32."""
+    p = torch.randn(37, 301, generator=generator).softmax(dim=-1)
+    return {"p": p, "t": torch.randn(3, 37, 301, generator=generator)}
