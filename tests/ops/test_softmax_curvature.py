@@ -22,7 +22,7 @@ def arguments(shape, dtype, device):
 
 
 def bound(call):
-    """A mean is a sum of c rounded products in any order, so it is off by at most c roundings of Σ p|t|; the difference,
+    """A mean is a sum of c rounded products in any order: it is off by at most c roundings of Σ p|t|; the difference,
     two products and, in 16 bits, storing round once each. Both sides do."""
     p, t = call["p"].double().abs(), call["t"].double().abs()
     weights = 1.0 if call["weights"] is None else call["weights"].double().abs()[:, None]
