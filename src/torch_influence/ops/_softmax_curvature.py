@@ -60,25 +60,24 @@ def reference(p: Tensor, t: Tensor, weights: Tensor | None = None, out: Tensor |
 
 def _check(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor | None) -> None:
     _arguments.check_rows("softmax_curvature", "p", p)
-    n, c = p.shape
-    _check_one("t", t, p.dtype, ("k", n, c), p)
+    _check_one("t", t, p.dtype, 1, p.shape, p)
     if weights is not None:
-        _check_one("weights", weights, torch.promote_types(p.dtype, torch.float32), (n,), p)
+        _check_one("weights", weights, torch.promote_types(p.dtype, torch.float32), 0, p.shape[:1], p)
     if out is not None:
-        _arguments.check_like("softmax_curvature", "out", out, "t", t)
+        if out is not t:
+            _arguments.check_like("softmax_curvature", "out", out, "t", t)
         _arguments.check_written("softmax_curvature", "out", out)
 
 
-def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | str, ...], p: Tensor) -> None:
-    """A tensor on p's device with this dtype and shape, a letter standing for any size, without a graph."""
+def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, leading: int, sizes: torch.Size, p: Tensor) -> None:
+    """A tensor on p's device with this dtype, these sizes after `leading` others, and no graph."""
     op = "softmax_curvature"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: {name}: expected dtype {dtype}, since p has {p.dtype}, got {tensor.dtype}")
-    free = len([size for size in shape if isinstance(size, str)])
-    if tensor.dim() != len(shape) or tensor.shape[free:] != shape[free:]:
-        expected = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    if tensor.dim() != leading + len(sizes) or tensor.shape[leading:] != sizes:
+        expected = f"(k, {', '.join(map(str, sizes))})" if leading else tuple(sizes)
         raise ValueError(f"{op}: {name}: expected shape {expected} to go with p, got {tuple(tensor.shape)}")
     if tensor.device != p.device:
         raise ValueError(f"{op}: {name}: expected device {p.device}, as p has, got {tensor.device}")
