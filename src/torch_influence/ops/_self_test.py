@@ -1,4 +1,4 @@
-"""Every native op against its reference, on the devices at hand: tells a working build from one that returns garbage."""
+"""Every native op against its reference on the devices at hand: tells a working build from one that returns garbage."""
 
 from __future__ import annotations
 
