@@ -149,8 +149,11 @@ def test_independent_of_the_number_of_threads(op, dtype, shape):
     finally:
         torch.set_num_threads(threads)
     for results in by_threads[1:]:
-        for alone, together in zip(by_threads[0], results, strict=True):
-            assert torch.equal(alone, together)
+        for alone, together, bound in zip(by_threads[0], results, contract.bound(arguments), strict=True):
+            if contract.uses_blas:  # what isn't ours to order may round otherwise, and no more than that
+                assert_within(together, alone, bound)
+            else:
+                assert torch.equal(alone, together)
 
 
 @on_devices

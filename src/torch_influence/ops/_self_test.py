@@ -94,7 +94,9 @@ def self_test() -> SelfTest:
         module = importlib.import_module(f"torch_influence.ops._{op}")
         for device in devices:
             for dtype in DTYPES:
-                checks.append(_check(op, getattr(ops, op), module.reference, module.example, device, dtype))
+                drawn = module.example(torch.Generator().manual_seed(0))  # on the CPU, in float32
+                rounded = _rounded(drawn, dtype, getattr(module, "WIDE", ()))
+                checks.append(_check(op, getattr(ops, op), module.reference, rounded, device, dtype))
     return SelfTest(tuple(checks))
 
 
@@ -102,13 +104,10 @@ def _check(
     op: str,
     wrapper: Callable[..., Any],
     reference: Callable[..., Any],
-    example: Callable[[torch.Generator], Arguments],
+    rounded: Arguments,
     device: str,
     dtype: torch.dtype,
 ) -> Check:
-    # Drawn on the CPU, and rounded to the dtype before both sides see them.
-    drawn = example(torch.Generator().manual_seed(0))
-    rounded = {name: _cast(value, dtype) for name, value in drawn.items()}
     exact = {name: value.double().clone() if isinstance(value, Tensor) else value for name, value in rounded.items()}
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in rounded.items()}
     again = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
@@ -126,11 +125,18 @@ def _check(
     return Check(op, device, dtype, runs, error, torch.finfo(dtype).eps ** 0.5, seconds)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A copy. Arguments that are float64 by nature (scalars of a solver) come as such and stay; others in float32."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.dtype == torch.float64 else value.to(dtype, copy=True)
+def _rounded(drawn: Arguments, dtype: torch.dtype, wide: tuple[str, ...]) -> Arguments:
+    """The arguments as both sides see them: in the dtype, those named ``wide`` in float32 at least.
+
+    What is float64 by nature (scalars of a solver) comes as such and stays.
+    """
+
+    def rounded(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == torch.float64:
+            return value
+        return value.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype)
+
+    return {name: rounded(name, value) for name, value in drawn.items()}
 
 
 def _outcome(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:

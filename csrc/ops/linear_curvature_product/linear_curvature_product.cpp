@@ -1,0 +1,262 @@
+#include "ops/linear_curvature_product/linear_curvature_product.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "common/aten.h"
+#include "common/check.h"
+#include "common/stream.h"
+#include "ops/softmax_curvature/softmax_curvature.h"
+
+namespace torch_influence {
+namespace {
+
+namespace st = torch::stable;
+constexpr const char* kName = "linear_curvature_product";
+
+// ---- few columns, on the CPU: loops of our own ----
+
+// Up to here they are faster than BLAS, whose products of a tall matrix with so few columns wait for memory twice.
+constexpr int64_t kFewColumns = 48;
+// Examples are cut into slabs, each with sums of its own that are added from left to right: the result does not depend on
+// the number of threads, and sums over many examples lose less. So much memory for the sums at most.
+constexpr int64_t kMostSlabs = 64, kTilesPerSlab = 8, kMostSumBytes = 32 << 20;
+
+int64_t slabs_of(const LinearCurvatureProduct& s) {
+  const int64_t element = s.dtype == DType::float64 ? 8 : 4;
+  const int64_t fit = kMostSumBytes / (s.k * s.row_length() * element);
+  const int64_t rows = linear_curvature_tile(s) * kTilesPerSlab;
+  return std::min({kMostSlabs, (s.n + rows - 1) / rows, fit});
+}
+
+template <class W>
+void run_slabs(const LinearCurvatureProduct& s, int64_t slabs) {
+  const int64_t d = s.row_length(), size = s.k * d;
+  static const auto slab = TORCH_INFLUENCE_SIMD_PICK(linear_curvature_slab);
+  std::vector<W> sums(slabs * size);
+  st::parallel_for(0, slabs, 1, [&](int64_t first, int64_t last) {
+    std::vector<W> scratch(linear_curvature_scratch(s));
+    for (int64_t i = first; i < last; ++i) {
+      slab(s, s.n * i / slabs, s.n * (i + 1) / slabs, sums.data() + i * size, scratch.data());
+    }
+  });
+  st::parallel_for(0, size, 8192, [&](int64_t first, int64_t last) {
+    for (int64_t i = 1; i < slabs; ++i) {
+      for (int64_t j = first; j < last; ++j) sums[j] += sums[i * size + j];
+    }
+  });
+  for (int64_t row = 0; row < s.k; ++row) {
+    std::memcpy(static_cast<W*>(s.out) + row * s.out_stride, sums.data() + row * d, d * sizeof(W));
+  }
+}
+
+// ---- many columns, and CUDA: tiles of examples, multiplied by BLAS ----
+
+// Scratch of a tile in bytes. A tile that stays in a GPU's second-level cache is read by its second product from there.
+constexpr int64_t kTileBytes = 24 << 20;
+constexpr int64_t kLeastTile = 256;  // examples: below, BLAS is slower per example
+
+template <class W>
+void cpu_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile) {
+  const int64_t m = s.columns();
+  std::vector<W> bias(m);
+  for (int64_t j = 0; j < m; ++j) {
+    bias[j] = static_cast<const W*>(s.v)[linear_curvature_bias_at(j, s.c, s.f, s.v_stride)];
+  }
+  st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      W* t = static_cast<W*>(tile.t) + row * m;
+      for (int64_t j = 0; j < m; ++j) t[j] += bias[j];
+    }
+  });
+}
+
+template <class W>
+void cpu_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first_tile) {
+  auto put = [first_tile](W* to, const W* from, int64_t count) {
+    if (first_tile) {
+      std::memcpy(to, from, count * sizeof(W));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+    }
+  };
+  W* out = static_cast<W*>(s.out);
+  st::parallel_for(0, s.columns(), std::max<int64_t>(32768 / std::max<int64_t>(s.f, 1), 1), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      put(out + linear_curvature_weight_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.product) + row * s.f,
+          s.f);
+      if (s.bias) {
+        put(out + linear_curvature_bias_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.bias_sums) + row, 1);
+      }
+    }
+  });
+}
+
+// What comes between the products, where the tensors are.
+class Between {
+ public:
+  Between(const LinearCurvatureProduct& s, const Tensor& out) : s_(s), is_cuda_(out.is_cuda()) {
+    if (is_cuda_) stream_ = current_stream(out.get_device_index());
+  }
+
+  void bias(const LinearCurvatureTile& tile) const {
+#if defined(TORCH_INFLUENCE_WITH_CUDA)
+    if (is_cuda_) return check(linear_curvature_product_cuda_bias(s_, tile, stream_));
+#endif
+    s_.dtype == DType::float64 ? cpu_bias<double>(s_, tile) : cpu_bias<float>(s_, tile);
+  }
+
+  // t <- B t for the examples from `first` on.
+  void softmax(const LinearCurvatureTile& tile, int64_t first) const {
+    const int64_t element = s_.dtype == DType::float64 ? 8 : 4, m = s_.columns();
+    const auto at = [element](const void* rows, int64_t offset) { return static_cast<const char*>(rows) + offset * element; };
+    const SoftmaxCurvature p{at(s_.curvature, first * s_.curvature_stride), tile.t,
+                             s_.weights ? at(s_.weights, first) : nullptr, tile.t, s_.curvature_stride, m, m, s_.c, s_.c,
+                             s_.k, tile.rows, s_.c, s_.dtype};
+#if defined(TORCH_INFLUENCE_WITH_CUDA)
+    if (is_cuda_) return check(softmax_curvature_cuda(p, stream_));
+#endif
+    static const auto block = TORCH_INFLUENCE_SIMD_PICK(softmax_curvature_block);
+    st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1),
+                     [&](int64_t begin, int64_t end) { block(p, begin, end, 0, s_.k); });
+  }
+
+  void add(const LinearCurvatureTile& tile, bool first) const {
+#if defined(TORCH_INFLUENCE_WITH_CUDA)
+    if (is_cuda_) return check(linear_curvature_product_cuda_add(s_, tile, first, stream_));
+#endif
+    s_.dtype == DType::float64 ? cpu_add<double>(s_, tile, first) : cpu_add<float>(s_, tile, first);
+  }
+
+ private:
+  [[maybe_unused]] static void check(const char* error) {
+    if (error) throw std::runtime_error(std::string(kName) + ": CUDA: " + error);
+  }
+
+  const LinearCurvatureProduct& s_;
+  bool is_cuda_;
+  [[maybe_unused]] void* stream_ = nullptr;
+};
+
+// [k, row_length] -> its weights [m, f], without gaps.
+Tensor weights_of(const LinearCurvatureProduct& s, const Tensor& v) {
+  const Tensor part = s.bias ? st::narrow(const_cast<Tensor&>(v), 1, 0, s.c * s.f) : v;
+  return st::view(st::contiguous(part), {s.columns(), s.f});
+}
+
+void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
+  const int64_t m = s.columns(), element = s.dtype == DType::float64 ? 8 : 4;
+  const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element;
+  const int64_t most = std::min(std::max(kTileBytes / per_example, kLeastTile), s.n);
+  const Between between(s, v);
+  const Tensor columns = weights_of(s, v), columns_t = st::transpose(columns, 0, 1);
+  const Tensor product = st::new_empty(v, {m, s.f}), bias_sums = st::new_empty(v, {1, m});
+  Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
+  Tensor ones = st::new_empty(v, {1, most});
+  if (s.bias) st::fill_(ones, 1.0);
+
+  for (int64_t first = 0; first < s.n; first += most) {
+    const int64_t rows = std::min(most, s.n - first);
+    Tensor x_tile = st::narrow(const_cast<Tensor&>(x), 0, first, rows);
+    if (s.x_dtype != s.dtype) {
+      Tensor widened = st::new_empty(v, {rows, s.f});
+      st::copy_(widened, x_tile);
+      x_tile = widened;
+    }
+    const Tensor t = st::narrow(all_t, 0, 0, rows), sums = st::narrow(all_s, 0, 0, rows);
+    mm_out(x_tile, columns_t, t);
+    const LinearCurvatureTile tile{t.mutable_data_ptr(), product.const_data_ptr(), bias_sums.const_data_ptr(), rows};
+    if (s.bias) between.bias(tile);
+    if (s.blocks) {
+      const Tensor blocks = st::transpose(st::narrow(const_cast<Tensor&>(curvature), 0, first, rows), 1, 2);
+      bmm_out(st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
+    } else {
+      between.softmax(tile, first);
+    }
+    mm_out(st::transpose(sums, 0, 1), x_tile, product);
+    if (s.bias) mm_out(st::narrow(ones, 1, 0, rows), sums, bias_sums);
+    between.add(tile, first == 0);
+  }
+}
+
+void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
+  const int64_t slabs = v.is_cuda() || s.columns() > kFewColumns ? 0 : slabs_of(s);
+  if (slabs == 0) return run_tiles(s, x, v, curvature);
+  s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
+}
+
+// ---- checks ----
+
+Tensor adjacent_columns(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : st::contiguous(t); }
+
+void check_beside(const char* argument, const Tensor& t, const Tensor& v) {
+  if (t.scalar_type() != v.scalar_type()) fail(kName, argument, "expected the dtype of v, got another");
+  if (t.is_cuda() != v.is_cuda() || t.get_device_index() != v.get_device_index()) {
+    fail(kName, argument, "expected the device of v, got another");
+  }
+}
+
+void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& curvature,
+                              const std::optional<Tensor>& weights, bool bias, Tensor out) {
+  check_dim(kName, "x", x, 2);
+  const DType x_dtype = floating_dtype(kName, "x", x);
+  const DType dtype = x_dtype == DType::float64 ? DType::float64 : DType::float32;
+  check_dim(kName, "v", v, 2);
+  if (floating_dtype(kName, "v", v) != dtype) fail(kName, "v", "expected float64 if x is, float32 otherwise, got another");
+  if (v.is_cuda() != x.is_cuda() || v.get_device_index() != x.get_device_index()) {
+    fail(kName, "v", "expected the device of x, got another");
+  }
+  const bool blocks = curvature.dim() == 3;
+  if (!blocks) check_dim(kName, "curvature", curvature, 2);
+  const int64_t n = x.size(0), f = x.size(1), c = curvature.size(1), k = v.size(0);
+  if (curvature.size(0) != n || (blocks && curvature.size(2) != c)) {
+    fail(kName, "curvature", "expected shape [", n, ", c] or [", n, ", c, c], got ", shape_text(curvature));
+  }
+  check_beside("curvature", curvature, v);
+  const int64_t d = c * f + (bias ? c : 0);
+  if (v.size(1) != d) fail(kName, "v", "expected shape [k, ", d, "], got ", shape_text(v));
+  check_like(kName, "out", out, "v", v);
+  if (weights) {
+    if (blocks) fail(kName, "weights", "expected none with blocks, got some");
+    if (weights->dim() != 1 || weights->size(0) != n) {
+      fail(kName, "weights", "expected shape [", n, "], got ", shape_text(*weights));
+    }
+    check_beside("weights", *weights, v);
+  }
+
+  if (k == 0 || d == 0) return;
+  if (n == 0) return (void)st::zero_(out);
+  std::optional<st::accelerator::DeviceGuard> guard;
+  if (v.is_cuda()) guard.emplace(v.get_device_index());
+  const Tensor x_rows = adjacent_columns(x), v_rows = adjacent_columns(v), out_rows = adjacent_columns(out);
+  const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
+  const Tensor weights_row = weights ? st::contiguous(*weights) : v;
+  run({x_rows.const_data_ptr(), v_rows.const_data_ptr(), curvature_rows.const_data_ptr(),
+       weights ? weights_row.const_data_ptr() : nullptr, out_rows.mutable_data_ptr(), x_rows.stride(0),
+       v_rows.stride(0), curvature_rows.stride(0), out_rows.stride(0), n, f, c, k, blocks, bias, x_dtype, dtype},
+      x_rows, v_rows, curvature_rows);
+  if (out_rows.mutable_data_ptr() != out.mutable_data_ptr()) st::copy_(out, out_rows);
+}
+
+}  // namespace
+}  // namespace torch_influence
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torch_influence, m) {
+  m.def(
+      "linear_curvature_product(Tensor x, Tensor v, Tensor curvature, Tensor? weights, bool bias, Tensor(a!) out) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(torch_influence, CPU, m) {
+  m.impl("linear_curvature_product", TORCH_BOX(&torch_influence::linear_curvature_product));
+}
+#if defined(TORCH_INFLUENCE_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(torch_influence, CUDA, m) {
+  m.impl("linear_curvature_product", TORCH_BOX(&torch_influence::linear_curvature_product));
+}
+#endif
