@@ -15,7 +15,13 @@ import harness
 from torch_influence.ops import linear_curvature_product
 from torch_influence.ops._linear_curvature_product import reference
 
-SIZES = [(50000, 784, 10, 1), (5000, 784, 10, 1), (5000, 784, 10, 4), (5000, 784, 10, 64), (1000, 100, 10, 1)]  # n f c k
+SIZES = [
+    (50000, 784, 10, 1),
+    (5000, 784, 10, 1),
+    (5000, 784, 10, 4),
+    (5000, 784, 10, 64),
+    (1000, 100, 10, 1),
+]  # n f c k
 
 
 def best_in_place(x: Tensor, v: Tensor, p: Tensor, out: Tensor, work: Tensor) -> None:

@@ -174,6 +174,23 @@ def test_compiles_without_graph_breaks(op, dtype, shape):
         assert torch.equal(first, second)
 
 
+def test_compiles_with_inductor():
+    """All ops in one function, since the compiler takes its time."""
+    calls = {op: contract_of(op).arguments(contract_of(op).shapes["usual"], torch.float32, "cpu") for op in REGISTERED}
+
+    def every_op(calls):
+        return [result for op, call in calls.items() for result in as_tuple(wrapper_of(op)(**call))]
+
+    def outcome(function):
+        copies = {op: {name: copy_of(value) for name, value in call.items()} for op, call in calls.items()}
+        results = function(copies)
+        return [*results, *(copies[op][name] for op in REGISTERED for name in contract_of(op).written)]
+
+    torch.compiler.reset()
+    for first, second in zip(outcome(torch.compile(every_op, fullgraph=True)), outcome(every_op), strict=True):
+        assert torch.equal(first, second)
+
+
 @cases(["usual"])
 def test_written_arguments_count_a_version(op, dtype, shape):
     contract = contract_of(op)

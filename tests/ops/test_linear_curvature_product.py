@@ -68,8 +68,8 @@ def changed(**changes):
 
 CONTRACT = Contract(
     arguments=arguments,
-    # k, n, f, c, bias, kind. Up to 48 columns (k c) loops of our own on the CPU, in slabs of 8 tiles of up to 64 examples
-    # for short rows; beyond, and on CUDA, tiles of 24 MiB for BLAS.
+    # k, n, f, c, bias, kind. Up to 48 columns (k c) loops of our own on the CPU, in slabs of 8 tiles of at most 64
+    # examples; beyond, and on CUDA, tiles of 24 MiB for BLAS.
     shapes={
         "usual": (2, 100, 33, 5, 1, SOFTMAX),
         "empty": (2, 0, 5, 3, 1, SOFTMAX),
@@ -112,7 +112,11 @@ CONTRACT = Contract(
         "v elsewhere": (changed(v=torch.ones(2, 8, device="meta")), ValueError, "v: expected device cpu.* got meta"),
         "v with gradient": (changed(v=torch.ones(2, 8, requires_grad=True)), ValueError, "v: .*without gradient"),
         "curvature no tensor": (changed(curvature=None), TypeError, "curvature: expected a tensor, got NoneType"),
-        "curvature of other dtype": (changed(curvature=torch.ones(4, 2).double()), TypeError, "curvature: expected dty"),
+        "curvature of other dtype": (
+            changed(curvature=torch.ones(4, 2).double()),
+            TypeError,
+            "curvature: expected dty",
+        ),
         "curvature of other size": (
             changed(curvature=torch.ones(5, 2)),
             ValueError,

@@ -96,9 +96,7 @@ def reference(
     return whole if out is None else out.copy_(whole)
 
 
-def _check(
-    x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias: bool, out: Tensor | None
-) -> None:
+def _check(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias: bool, out: Tensor | None) -> None:
     _arguments.check_rows(_OP, "x", x)
     _arguments.check_rows(_OP, "v", v)
     wide = torch.promote_types(x.dtype, torch.float32)
