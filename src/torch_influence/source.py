@@ -104,27 +104,31 @@ def _batch_size(loader: Any) -> int | None:
 
 @contextlib.contextmanager
 def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
-    """Puts the random states of torch (CPU), NumPy and Python back at the end; starts them at a seed if one is given.
+    """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
 
-    Yields a function that says whether any random number has been drawn from them since.
+    Yields a function that says whether any random number has been drawn from them so far.
     """
-    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that augmentations draw from
-    with torch.random.fork_rng(devices=()):
-        try:
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
-                random.seed(seed)
-            start = _random_state()
-            yield lambda: _random_state() != start
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)  # noqa: NPY002
+    before = _random_states()
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
+            random.seed(seed)
+        start = before if seed is None else _random_states()
+        yield lambda: not _same_states(start, _random_states())
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
 
 
-def _random_state() -> tuple[bytes, Any, bytes, int]:
-    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), int(position)
+def _random_states() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _same_states(one: tuple[Tensor, Any, Any], other: tuple[Tensor, Any, Any]) -> bool:
+    numbers = (np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    return torch.equal(one[0], other[0]) and all(numbers) and one[2] == other[2]
 
 
 def holdings(dataset: Any) -> dict[str, tuple[Any, ...]]:
