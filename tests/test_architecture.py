@@ -12,14 +12,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
 # Left: a file or folder. Right: what of the package it may import.
 MAY_IMPORT = {
     "parameters": set(),
-    "batches": set(),
+    "leaves": set(),
+    "source": set(),
+    "kept": {"leaves"},
+    "resident": {"leaves", "source", "kept"},
+    "batches": {"leaves", "source", "kept", "resident"},
     "linop": set(),
     "ops": {"_C", "_no_native"},  # the compiled part, and the note that stands in for it
     "plan": set(),
     "objective": set(),
     "composed": set(),
     "evaluation": {"objective", "parameters", "composed"},
-    "gradients": {"parameters", "batches", "evaluation", "plan", "ops"},
+    "gradients": {"parameters", "batches", "leaves", "evaluation", "plan", "ops"},
     "curvature": {"linop", "parameters", "batches", "evaluation", "plan", "ops", "gradients"},
     "solvers": {"linop", "ops"},
     "scores": {"gradients", "batches", "plan", "ops"},

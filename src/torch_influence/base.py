@@ -19,6 +19,7 @@ from torch_influence.gradients import ExampleGradients, mean_gradient, warn_if_s
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.resident import Cache
 from torch_influence.scores import score_matrix
 from torch_influence.solvers import SolveReport
 
@@ -49,6 +50,12 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         params: restricts the differentiated parameters: a name, a glob (``"head.*"``), a Parameter, a list of these,
             or a predicate ``f(name, parameter)``. None: all with requires_grad. The rest is held fixed.
         progress: shows tqdm bars.
+        cache: whether the data of each loader are kept on the device when they have been read once: True, whatever it
+            takes; False, never; a number, up to so many bytes; ``"auto"``, up to a quarter of the memory that is free
+            on the device then. It changes no result. Data that differ from one reading to the next (random
+            augmentation) are kept only with True, which freezes one draw, with a warning. A data set that changes is
+            read again: its length, its attributes, its tensors and three of its examples are looked at in each call.
+            After other edits (an example in a NumPy array or a file) call ``clear_cache()``.
 
     A subclass implements ``inverse_hvp``. It gets one vector [d] at a time, or rows [k, d] if it sets the class
     attribute ``batched = True``. ``hvp``, ``batches`` and ``flat_parameters`` are there to build it from.
@@ -74,6 +81,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         *,
         params: Selection = None,
         progress: bool = False,
+        cache: Cache = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -87,6 +95,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         self.train_loader = train_loader
         self.test_loader = test_loader
         self.progress = progress
+        self._cache = cache
         self.last_report: SolveReport | None = None
 
         self._space = ParameterSpace(model, params)
@@ -95,6 +104,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         self.params_shape = self._space.shapes
         self._train = self._batches_of(train_loader, "train_loader")
         self._means_checked: set[str] = set()
+        self._evaluation.on_open = self._refresh
 
     @abc.abstractmethod
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -150,10 +160,17 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             generator: where these are drawn from; torch's default generator if None.
         """
         batches = self._train if train else self._test
+        if not self._evaluation.is_open:
+            batches.refresh()
         indices = None if idxs is None else batches.indices(idxs, "idxs")
         if sample is not None:
             return batches.sample(sample, indices=indices, batch_size=batch_size, generator=generator)
         return batches.read(indices, batch_size)
+
+    def clear_cache(self) -> None:
+        """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache)."""
+        for batches in self._opened():
+            batches.clear()
 
     # -- influence ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +298,15 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return self._batches_of(self.test_loader, "test_loader")
 
     def _batches_of(self, loader: Any, name: str) -> Batches:
-        return Batches(loader, name, self._transfer_to_device, self._bar)
+        return Batches(loader, name, self._transfer_to_device, self._bar, self._cache)
+
+    def _opened(self) -> list[Batches]:
+        """Of the two loaders, those in use so far."""
+        return [batches for name in ("_train", "_test") if (batches := vars(self).get(name)) is not None]
+
+    def _refresh(self) -> None:
+        for batches in self._opened():
+            batches.refresh()
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:

@@ -1,15 +1,13 @@
 """Loader -> batches on a device, and the only weighted mean over data.
 
 Data are read in data-set order, in the loader's own batch size and through its own collate_fn; sampler, shuffle and
-drop_last of the loader are for training and ignored here.
+drop_last of the loader are for training and ignored here. While they fit a budget they are read once and kept.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import itertools
 import operator
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -17,49 +15,67 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from torch_influence.kept import KeptBatches, Stacked, is_range
+from torch_influence.leaves import map_leaves
+from torch_influence.resident import Cache, Resident
+from torch_influence.source import Source, quiet
+
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
 
 class Batches:
     """The data of one loader.
 
+    Once as many examples have been asked for as there are, the data are kept on the device, if they fit the budget.
+    Where batches are nothing but their examples put together (some are compared: alone, and in another order) they are
+    kept as one tensor per tensor of a batch, which serves any examples. Otherwise the loader's own batches are kept,
+    and serve whole passes in its own batch size. What is served equals what the loader gives, and so does the random
+    state afterwards: every pass takes one int64 from torch's default generator, as a pass of a DataLoader does, from
+    memory or not, so that seeded results don't depend on ``cache``. Loading and probing take nothing.
+
+    Nothing is kept of a data set that draws random numbers when it is read (unless ``cache=True``), of batches with
+    things in them whose size is unknown, nor for a model or an objective that edits its batches in place.
+
     Args:
         loader: a DataLoader over a map-style data set.
         name: what to call it in errors, ``"train_loader"`` or ``"test_loader"``.
         transfer: moves a batch to the device.
         progress: wraps an iterable of known length in a progress bar; kept as ``bar``.
+        cache: keep data? True: whatever it takes. False: never. A number: up to so many bytes. ``"auto"``: up to a
+            quarter of the memory that is free on the device when data are first kept.
 
     Attributes:
-        n: number of examples.
         batch_size: examples per batch; None where the loader doesn't batch (``batch_size=None``): then each item of
             the data set is one example, and passes through collate_fn alone.
     """
 
-    def __init__(self, loader: Any, name: str, transfer: Callable[[Any], Any], progress: Progress) -> None:
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise TypeError(f"{name}: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
-        if isinstance(dataset, data.IterableDataset) or not (
-            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        ):
-            raise TypeError(
-                f"{name}: expected a data set with __len__ and __getitem__, got {type(dataset).__name__}; influence is "
-                "per example, so examples need an index: list(dataset) makes an iterable data set one of that kind"
-            )
-        self.n = len(dataset)
-        if self.n == 0:
-            raise ValueError(f"{name}: expected at least one example, got an empty data set")
-        self.batch_size = _batch_size(loader)
-        self._loader = loader
-        self._transfer = transfer
+    def __init__(
+        self,
+        loader: Any,
+        name: str,
+        transfer: Callable[[Any], Any],
+        progress: Progress,
+        cache: Cache = "auto",
+    ) -> None:
+        self._source = Source(loader, name, transfer)
+        self._resident = Resident(self._source, cache)
+        self.batch_size = self._source.batch_size
         self.bar = progress
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self._source.n
 
     def indices(self, wanted: Any, argument: str) -> list[int]:
         """Example indices as a list of ints, checked; None means all."""
         return list(range(self.n)) if wanted is None else check_indices(wanted, self.n, argument)
 
     def read(self, indices: Sequence[int] | None = None, batch_size: int | None = None) -> Iterator[tuple[Any, int]]:
-        """Yields (batch on the device, its number of examples) over these examples, in this order."""
+        """Yields (batch on the device, its number of examples) over these examples, in this order.
+
+        What it yields may be a view of data that are kept: to be read, not written to.
+        """
         order = range(self.n) if indices is None else indices
         return self._read(order, len(order), batch_size)
 
@@ -74,7 +90,7 @@ class Batches:
         """Yields ``steps`` batches whose examples are drawn uniformly with replacement.
 
         Without a generator the draws come from torch's default one in the way DataLoader and RandomSampler take them:
-        one int64 for the loader, one for the sampler's seed.
+        one int64 for the loader, one for the sampler's seed. Data that are kept change nothing of that.
         """
         pool = range(self.n) if indices is None else indices
         count = steps * (batch_size or self.batch_size or 1)
@@ -85,29 +101,33 @@ class Batches:
     def _read(
         self, order: Iterable[int], count: int, batch_size: int | None, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Any, int]]:
-        loader = self._loader
         size = self.batch_size if batch_size is None or self.batch_size is None else batch_size
-        fresh: data.DataLoader[Any] = data.DataLoader(
-            loader.dataset,
-            batch_size=size,
-            sampler=order,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor,
-            timeout=loader.timeout,
-            generator=generator,
-        )
-        for start, batch in zip(range(0, count, size or 1), fresh, strict=True):
-            yield self._transfer(batch), min(size or 1, count - start)
+        step = size or 1
+        # A whole pass in the loader's own batches: the one that fills, and the one that kept batches serve.
+        own = isinstance(order, Sequence) and count == self.n and is_range(order) and size == self.batch_size
+        resident = self._resident
+        kept = resident.now()
+        if kept is None and resident.worth(count):
+            if own and resident.may_keep():
+                yield from resident.filling()
+                return
+            kept = resident.load(stack_only=max(step, self.batch_size or 1) > 1)
+        resident.count(count)
+        if isinstance(kept, Stacked) or (isinstance(kept, KeptBatches) and (own or kept.batch_size == step == 1)):
+            yield from _serve(kept, order, count, step, own, generator)
+            return
+        for start, batch in zip(
+            range(0, count, step), self._source.through_loader(order, size, generator), strict=True
+        ):
+            yield self._source.transfer(batch), min(step, count - start)
 
     def peek(self, indices: Sequence[int]) -> Any:
-        """One batch of these examples, read here and now without touching torch's random state."""
-        dataset, collate = self._loader.dataset, self._loader.collate_fn
-        with torch.random.fork_rng(devices=()):
-            items = [dataset[i] for i in indices]
-            return self._transfer(collate(items) if self.batch_size is not None else collate(items[0]))
+        """One batch of these examples, here and now, without touching the default random states."""
+        kept = self._resident.now()
+        if isinstance(kept, Stacked):
+            return kept.batch(indices)
+        with quiet():
+            return self._source.read(indices)
 
     def mean(
         self, term: Callable[[Any], Tensor], indices: Sequence[int] | None = None, describe: str | None = None
@@ -124,6 +144,67 @@ class Batches:
         assert total is not None  # callers pass at least one example
         return total.div_(count)
 
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def stacked(self, reading: int | None = None) -> Stacked | None:
+        """All examples as one tensor [n, ...] per tensor of a batch, if they can be had so; loads them if need be.
+
+        The same object while the data are the same. With ``reading``, the number of examples about to be read, they
+        are loaded only where that makes it worth while. No random number is drawn.
+        """
+        kept = self._resident.now()
+        if kept is None and (reading is None or self._resident.worth(reading)):
+            kept = self._resident.load(stack_only=True)
+        return kept if isinstance(kept, Stacked) else None
+
+    @property
+    def why_not_kept(self) -> str:
+        """Why nothing is kept at the moment; empty when something is."""
+        return self._resident.why_not
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the data that are kept take."""
+        return self._resident.nbytes
+
+    def refresh(self) -> None:
+        """Drops what is kept if the data set has changed since.
+
+        Noticed are: another length; an attribute of the data set, or of the data set that it is a subset of, that is
+        another object now; a list or dict among them with other items; a tensor among them edited in place; any
+        change of the first, the middle and the last example. Edits of other examples in NumPy arrays, in files or in
+        objects deeper inside are not: ``clear`` is for these.
+
+        Cost: one batch of three examples; nothing while nothing is kept.
+        """
+        self._resident.refresh()
+
+    def clear(self) -> None:
+        """Drops what is kept and what is known about the data: the next pass reads them again."""
+        self._resident.clear()
+
+
+def _serve(
+    kept: Stacked | KeptBatches,
+    order: Iterable[int],
+    count: int,
+    step: int,
+    own: bool,
+    generator: torch.Generator | None,
+) -> Iterator[tuple[Any, int]]:
+    """What a loader would give, from memory, with the same draws in the same order."""
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed a DataLoader draws for its workers
+    left: Any = order if isinstance(order, range) else iter(order)
+    for number, start in enumerate(range(0, count, step)):
+        some = left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
+        if isinstance(kept, Stacked):
+            batch = kept.batch(some)
+        else:
+            batch = kept.batch(number) if own else kept.batch(some[0], copy=True)
+        yield batch, len(some)
+    if not isinstance(left, range):
+        next(left, None)  # a loader looks for one more batch; a sampler may draw then
+
 
 class _Through:
     """A sampler over positions, as indices of a subset."""
@@ -133,17 +214,6 @@ class _Through:
 
     def __iter__(self) -> Iterator[int]:
         return (self._indices[p] for p in self._positions)
-
-
-def _batch_size(loader: Any) -> int | None:
-    """A custom batch sampler without a batch_size is asked for its first batch, torch's random state left alone."""
-    if loader.batch_size is not None or loader.batch_sampler is None:
-        return loader.batch_size
-    declared = getattr(loader.batch_sampler, "batch_size", None)
-    if isinstance(declared, int):
-        return declared
-    with torch.random.fork_rng(devices=()):
-        return len(next(iter(loader.batch_sampler)))
 
 
 def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
@@ -183,28 +253,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _moves(item: Any) -> bool:
     return callable(getattr(item, "to", None)) and not isinstance(item, type)
-
-
-def map_leaves(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[Any], bool] = lambda item: False) -> Any:
-    """The batch rebuilt with ``function`` applied to everything in it that is not a container."""
-    if is_leaf(batch):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        mapped = {key: map_leaves(function, value, is_leaf) for key, value in batch.items()}
-        if type(batch) is dict or not hasattr(batch, "__setitem__"):
-            return mapped
-        twin: Any = copy.copy(batch)  # keeps the type and what else it carries: UserDict, OrderedDict, defaultdict
-        for key, value in mapped.items():
-            twin[key] = value
-        return twin
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_leaves(function, item, is_leaf) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(map_leaves(function, item, is_leaf) for item in batch)
-    if isinstance(batch, types.SimpleNamespace) or (dataclasses.is_dataclass(batch) and not isinstance(batch, type)):
-        twin = copy.copy(batch)
-        names = vars(batch) if isinstance(batch, types.SimpleNamespace) else [f.name for f in dataclasses.fields(batch)]
-        for name in list(names):
-            object.__setattr__(twin, name, map_leaves(function, getattr(batch, name), is_leaf))  # frozen ones too
-        return twin
-    return function(batch)

@@ -34,7 +34,11 @@ class _Host(nn.Module):
 
 
 class Evaluation:
-    """Losses and outputs of a model at given parameters, without side effects on the model."""
+    """Losses and outputs of a model at given parameters, without side effects on the model.
+
+    Attributes:
+        on_open: called when a session opens, not for those inside it: the place to look for what has changed.
+    """
 
     def __init__(self, model: nn.Module, objective: BaseObjective, space: ParameterSpace) -> None:
         self.model = model
@@ -45,6 +49,7 @@ class Evaluation:
         names = inspect.signature(objective.test_loss).parameters.keys()
         self._test_loss_by_name = {"model", "params", "batch"} <= names
         self._open = False
+        self.on_open: Callable[[], None] | None = None
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -107,6 +112,11 @@ class Evaluation:
         """Whether the user's train_loss is something else than the sum of its parts."""
         return type(self.objective).train_loss is not BaseObjective.train_loss
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a session is open."""
+        return self._open
+
     # -- surroundings -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -127,6 +137,8 @@ class Evaluation:
             self.model.eval()
             self._open = True
             stack.callback(setattr, self, "_open", False)
+            if self.on_open is not None:
+                self.on_open()
             yield
 
 

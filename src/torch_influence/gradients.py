@@ -7,7 +7,6 @@ batches at a time; it is compared with the plain loop on the first of them, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -15,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_influence.batches import Batches, map_leaves
+from torch_influence.batches import Batches
 from torch_influence.evaluation import Evaluation
+from torch_influence.leaves import alike, put_together, take_apart
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
@@ -171,6 +171,18 @@ class ExampleGradients:
 
         yield from self._chunks(indices, _EXAMPLES_AT_ONCE, many, one)
 
+    def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
+        """The batches of one of these examples, in groups; cut from larger batches where these are known to be such."""
+        batches, total = self._batches, len(indices)
+        if batches.stacked(total) is None:
+            yield from _collected(batches.bar(batches.read(indices, 1), self._describe, total), at_once)
+            return
+        parts = batches.bar(batches.read(indices, at_once), self._describe, -(-total // at_once))
+        for number, (batch, size) in enumerate(parts):
+            template, tensors = take_apart(batch, leading=1)
+            ones = [t.unsqueeze(1) for t in tensors]
+            yield _Group(list(range(number * at_once, number * at_once + size)), template, ones)
+
     def _chunks(
         self,
         indices: Sequence[int],
@@ -180,7 +192,7 @@ class ExampleGradients:
     ) -> Iterator[tuple[list[int], Tensor]]:
         verified: list[Any] = []  # templates: another shape or constant may take another way in the model
         self.why_plain = ""
-        for group in _groups(self._batches.bar(self._batches.read(indices, 1), self._describe, len(indices)), at_once):
+        for group in self._groups(indices, at_once):
             if not self.why_plain and len(group.positions) > 1:
                 try:
                     with _quiet_vmap():
@@ -188,12 +200,12 @@ class ExampleGradients:
                 except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop below
                     self.why_plain = f"many examples at once failed: {error}"
                 else:
-                    if not any(map(group.takes, verified)):
+                    if not any(alike(group.template, known) for known in verified):
                         probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
                         plain = torch.stack([one(group.single(j)) for j in probe])
                         if agree(fast[probe], plain, self._space.pass_dtype):
                             verified.append(group.template)
-                    if any(map(group.takes, verified)):
+                    if any(alike(group.template, known) for known in verified):
                         yield group.positions, fast
                         continue
                     self.why_plain = "many examples at once differ from one at a time"
@@ -212,32 +224,17 @@ def _quiet_vmap() -> Iterator[None]:
 class _Group:
     """Batches of one that differ only in the values of their tensors, which are stacked along a new leading axis."""
 
-    def __init__(self, template: Any) -> None:
-        self.positions: list[int] = []
+    def __init__(self, positions: list[int], template: Any, tensors: list[Tensor]) -> None:
+        self.positions = positions
         self.template = template
-        self._parts: list[list[Tensor]] = []
-
-    def takes(self, template: Any) -> bool:
-        try:
-            return type(template) is type(self.template) and bool(template == self.template)
-        except (ValueError, RuntimeError):  # an array among the constants compares element by element
-            return False
-
-    def add(self, position: int, tensors: list[Tensor]) -> None:
-        self.positions.append(position)
-        self._parts.append(tensors)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [torch.stack(column) for column in zip(*self._parts, strict=True)]
+        self.tensors = tensors
 
     def batch(self, tensors: Sequence[Tensor]) -> Any:
         """The batch of one with these tensors in it."""
-        supply = iter(tensors)
-        return map_leaves(lambda leaf: next(supply) if isinstance(leaf, _Slot) else leaf, self.template)
+        return put_together(self.template, tensors)
 
     def single(self, j: int) -> Any:
-        return self.batch(self._parts[j])
+        return self.batch([t[j] for t in self.tensors])
 
 
 def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -253,43 +250,25 @@ def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterato
         yield positions, torch.cat(rows)
 
 
-class _Slot:
-    """The place of a tensor in a template; equal for tensors that stack."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._kind = (tensor.shape, tensor.dtype, tensor.device)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Slot) and self._kind == other._kind
-
-    def __hash__(self) -> int:
-        return hash(self._kind)
-
-
-def _groups(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group]:
+def _collected(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group]:
     """Groups what stacks, reading ``at_once`` batches of one before it hands any on, so that memory stays bounded."""
-    groups: list[_Group] = []
+    kinds: list[tuple[Any, list[int], list[list[Tensor]]]] = []
+
+    def groups() -> Iterator[_Group]:
+        for template, positions, parts in kinds:
+            yield _Group(positions, template, [torch.stack(column) for column in zip(*parts, strict=True)])
+        kinds.clear()
+
     for position, (batch, _) in enumerate(batches):
         if position % at_once == 0:
-            yield from groups
-            groups = []
-        tensors: list[Tensor] = []
-        try:
-            template = map_leaves(functools.partial(_take, found=tensors), batch)
-        except Exception:  # a container that looks into what it is made of (PackedSequence): an example by itself
-            template, tensors = batch, []
-        group = next((g for g in groups if g.takes(template)), None)
-        if group is None:
-            groups.append(group := _Group(template))
-        group.add(position, tensors)
-    yield from groups
-
-
-def _take(leaf: Any, *, found: list[Tensor]) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    found.append(leaf)
-    return _Slot(leaf)
+            yield from groups()
+        template, tensors = take_apart(batch)
+        kind = next((k for k in kinds if alike(template, k[0])), None)
+        if kind is None:
+            kinds.append(kind := (template, [], []))
+        kind[1].append(position)
+        kind[2].append(tensors)
+    yield from groups()
 
 
 def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:

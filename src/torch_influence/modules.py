@@ -14,6 +14,7 @@ from torch.utils import data
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
+from torch_influence.resident import Cache
 from torch_influence.solvers import Factor, cg, lissa
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
@@ -25,7 +26,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     The matrix stays that of the construction: a warning says so if the parameters have changed since.
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
         damp: λ >= 0, added once to the Hessian's diagonal.
         check_eigvals: raise if A has a negative eigenvalue. Without it an indefinite A is solved by LU, with a warning.
 
@@ -59,8 +60,11 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         *,
         params: Selection = None,
         progress: bool = False,
+        cache: Cache = "auto",
     ) -> None:
-        super().__init__(model, objective, train_loader, test_loader, device, params=params, progress=progress)
+        super().__init__(
+            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+        )
         self.damp = damp
         self.hess = self._curvature().dense()
         self._built_at = self._evaluation.fingerprint()
@@ -112,7 +116,7 @@ class CGInfluenceModule(BaseInfluenceModule):
     """Solves by conjugate gradients, all right-hand sides at once, on the device.
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature: A = ∇²L(θ) + λI.
         gnh: the Gauss-Newton matrix, positive semi-definite for convex losses, in place of the Hessian.
         **kwargs: those of ``scipy.sparse.linalg.cg``: rtol (or its older name tol), atol, maxiter, x0, M, callback,
@@ -149,6 +153,7 @@ class CGInfluenceModule(BaseInfluenceModule):
         *,
         params: Selection = None,
         progress: bool = False,
+        cache: Cache = "auto",
         **kwargs: Any,
     ) -> None:
         known = inspect.signature(cg).parameters.keys() - {"operator", "rows", "progress"} | {"tol"}
@@ -159,7 +164,9 @@ class CGInfluenceModule(BaseInfluenceModule):
                 )
         if {"tol", "rtol"} <= kwargs.keys():
             raise TypeError("CGInfluenceModule got both rtol and tol, which is its older name; give one")
-        super().__init__(model, objective, train_loader, test_loader, device, params=params, progress=progress)
+        super().__init__(
+            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+        )
         self.damp = damp
         self.gnh = gnh
         self.cg_kwargs = kwargs
@@ -181,7 +188,7 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         h₀ = v,   h_t = v + h_{t-1} - (H_t + damp·I) h_{t-1} / scale,   A⁻¹v ≈ mean over repeats of h_depth / scale
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature; it is not multiplied by ``scale``.
         repeat: independent runs that are averaged.
         depth: steps of each.
@@ -221,9 +228,12 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         *,
         params: Selection = None,
         progress: bool = False,
+        cache: Cache = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(model, objective, train_loader, test_loader, device, params=params, progress=progress)
+        super().__init__(
+            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+        )
         self.damp = damp
         self.gnh = gnh
         self.repeat = repeat

@@ -1,0 +1,244 @@
+"""The two forms in which a data set is kept on the device, and what makes them of a loader's batches."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.leaves import alike, leaves, map_leaves, put_together, take_apart
+
+_KNOWN = (Tensor, str, bytes, int, float, complex, type(None))  # leaves whose size is known and whose edits are seen
+
+
+class Stacked:
+    """All examples of a data set, one tensor [n, ...] per tensor of a batch; any examples make a batch.
+
+    Attributes:
+        n: number of examples.
+        template: a batch with slots for the tensors.
+        tensors: in the order of the slots. Not to be written to.
+        nbytes: of the tensors.
+    """
+
+    def __init__(self, template: Any, tensors: Sequence[Tensor]) -> None:
+        self.template = template
+        self.tensors = list(tensors)
+        self.n = len(self.tensors[0])
+        self.nbytes = sum(t.nbytes for t in self.tensors)
+        self._versions = versions(self.tensors)
+
+    def rows(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
+        """These examples of each tensor: a view where the indices are a range, else a copy."""
+        if not isinstance(indices, Tensor):
+            if is_range(indices):
+                return [t.narrow(0, indices[0], len(indices)) for t in self.tensors]
+            indices = torch.tensor(indices, dtype=torch.int64)
+        where: dict[torch.device, Tensor] = {}
+        for t in self.tensors:
+            if t.device not in where:
+                where[t.device] = indices.to(t.device)
+        return [t.index_select(0, where[t.device]) for t in self.tensors]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Any:
+        """The batch of these examples, in this order: at least one."""
+        return put_together(self.template, self.rows(indices))
+
+    def intact(self) -> bool:
+        """Whether nobody has edited the tensors in place."""
+        return versions(self.tensors) == self._versions
+
+
+class KeptBatches:
+    """The loader's own batches, in order.
+
+    Attributes:
+        batch_size: examples per batch but the last.
+        nbytes: of what is kept.
+    """
+
+    def __init__(self, batches: Sequence[Any], batch_size: int, nbytes: int) -> None:
+        self._batches = list(batches)
+        self.batch_size = batch_size
+        self.nbytes = nbytes
+        self._versions = self._now()
+
+    def batch(self, number: int, copy: bool = False) -> Any:
+        """Containers are made anew, tensors are the kept ones (or copies), so that edits of them are seen."""
+        return _again(self._batches[number], copy)
+
+    def intact(self) -> bool:
+        """Whether nobody has edited the tensors in place."""
+        return self._now() == self._versions
+
+    def _now(self) -> list[list[int]]:
+        return [versions(leaves(batch)) for batch in self._batches]
+
+
+class Keeping:
+    """Takes the loader's batches one by one, as they are read, and makes something to keep of them.
+
+    Args:
+        n: how many examples there will be.
+        stack: try to keep them as Stacked.
+        budget: bytes that may be kept on a device.
+
+    Attributes:
+        why_not: why nothing will be kept; empty while it may be.
+    """
+
+    def __init__(self, n: int, stack: bool, budget: Callable[[torch.device], float]) -> None:
+        self._n = n
+        self._stack = stack
+        self._budget = budget
+        self._allowed = math.inf
+        self._ends: list[int] = []
+        self._template: Any = None
+        self._buffers: list[Tensor] = []
+        self._batches: list[Any] = []
+        self._nbytes = 0
+        self._before: list[int] = []
+        self.why_not = ""
+
+    def add(self, batch: Any, size: int) -> None:
+        """The next batch and its number of examples; stays the caller's."""
+        found = leaves(batch)
+        self._before = versions(found)
+        if self.why_not:
+            return
+        tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+        strange = [leaf for leaf in found if not isinstance(leaf, _KNOWN)]
+        if strange:
+            return self.give_up(f"batches hold objects of {type(strange[0]).__name__}, whose size is not known")
+        if any(t.requires_grad for t in tensors):
+            return self.give_up("the tensors of a batch require grad")
+        nbytes = sum(leaf.nbytes if isinstance(leaf, Tensor) else sys.getsizeof(leaf) for leaf in found)
+        if not self._ends:
+            device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+            self._allowed = self._budget(device)
+            if not self._fits(-(-nbytes * self._n // size)):
+                return None
+        if self._stack and not self._copy(batch, size):
+            self._stop_stacking()
+        if not self._stack:
+            if not self._fits(self._nbytes + nbytes):
+                return None
+            self._nbytes += nbytes
+            self._batches.append(_again(batch))
+        self._ends.append((self._ends[-1] if self._ends else 0) + size)
+
+    def look_again(self, batch: Any) -> None:
+        """At the batch last added, when it has been used."""
+        if versions(leaves(batch)) != self._before:
+            self.give_up("the model or the objective edits its batches in place")
+
+    def finish(self, verified: Callable[[Stacked], bool]) -> Stacked | KeptBatches | None:
+        """After the last batch; Stacked only if it is verified."""
+        if self._stack and not self.why_not:
+            stacked = Stacked(self._template, self._buffers)
+            if verified(stacked):
+                return stacked
+            self._stop_stacking()
+        return None if self.why_not else KeptBatches(self._batches, self._ends[0], self._nbytes)
+
+    def give_up(self, why: str) -> None:
+        """Frees what was kept so far."""
+        self.why_not = why
+        self._template, self._buffers, self._batches = None, [], []
+
+    def _fits(self, nbytes: int) -> bool:
+        if nbytes > self._allowed:
+            self.give_up(f"it would take about {nbytes:,} bytes, and the budget is {int(self._allowed):,}; see cache=")
+        return not self.why_not
+
+    def _copy(self, batch: Any, size: int) -> bool:
+        template, parts = take_apart(batch, leading=1)
+        if not parts or not all(_stacks(t, size) for t in parts):
+            return False
+        if not self._ends:
+            try:
+                self._buffers = [t.new_empty((self._n, *t.shape[1:])) for t in parts]
+            except (RuntimeError, MemoryError):  # more than there is, whatever the budget says
+                return False
+            self._template = template
+            self._nbytes = sum(t.nbytes for t in self._buffers)
+        elif not alike(template, self._template):
+            return False
+        start = self._ends[-1] if self._ends else 0
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            buffer[start : start + size].copy_(part)
+        return True
+
+    def _stop_stacking(self) -> None:
+        """The batches so far become views of what was stacked of them."""
+        starts = [0, *self._ends[:-1]]
+        self._batches = [
+            put_together(self._template, [t[start:end] for t in self._buffers])
+            for start, end in zip(starts, self._ends, strict=False)
+        ]
+        self._stack, self._template, self._buffers = False, None, []
+
+
+def _stacks(t: Tensor, size: int) -> bool:
+    plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
+    return plain and t.dim() > 0 and len(t) == size
+
+
+def _again(batch: Any, copy: bool = False) -> Any:
+    """The same batch in new containers; its tensors are new objects over the same memory, and share their version."""
+
+    def renew(leaf: Any) -> Any:
+        if copy and isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf.detach() if type(leaf) is Tensor else leaf
+
+    return map_leaves(renew, batch)
+
+
+def versions(items: Sequence[Any]) -> list[int]:
+    """Of the tensors among these items, how often each has been edited in place."""
+    return [-1 if t.is_inference() else t._version for t in items if isinstance(t, Tensor)]
+
+
+def is_range(indices: Sequence[int]) -> bool:
+    """Whether these are one or more consecutive ascending integers."""
+    if isinstance(indices, range):
+        return len(indices) > 0 and indices.step == 1
+    if not len(indices) or indices[-1] - indices[0] != len(indices) - 1:
+        return False
+    return all(index == indices[0] + position for position, index in enumerate(indices))
+
+
+class Watched:
+    """A collate_fn that also tells what kinds of examples it was given: {kind: position of the first of them}.
+
+    Examples of one kind have tensors of the same shapes and lists and texts of the same lengths. A collate_fn that
+    pads can treat only examples of different kinds differently, so one of each kind is compared with what is stacked.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: Any) -> tuple[Any, dict[Any, int]]:
+        """The batch and the kinds in it."""
+        kinds: dict[Any, int] = {}
+        for position, item in enumerate(items if isinstance(items, list) else []):
+            kinds.setdefault(_kind(item), position)
+        return self._collate(items), kinds
+
+
+def _kind(item: Any) -> Any:
+    shape = getattr(item, "shape", None)
+    if isinstance(shape, tuple):
+        return tuple(shape)
+    if isinstance(item, str | bytes):
+        return len(item)
+    if isinstance(item, Mapping):
+        return tuple((str(key), _kind(value)) for key, value in item.items())
+    if isinstance(item, list | tuple):
+        return (len(item), *map(_kind, item[:16]))  # a longer one is a sequence of things of one kind
+    return type(item).__name__

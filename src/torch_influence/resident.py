@@ -1,0 +1,291 @@
+"""A data set kept on the device: loaded when it is worth while, while it fits a budget and is the same on each read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched
+from torch_influence.leaves import alike, same, take_apart
+from torch_influence.source import Source, holdings, quiet, unchanged
+
+Cache: TypeAlias = bool | int | str
+
+_KINDS = 16  # of examples (lengths, shapes) in a data set that is stacked; one of each is compared
+_REREADS = 16  # of data that draw random numbers, to see a difference: a flip hides in 1 of 2^16 cases
+
+
+@dataclasses.dataclass
+class _Outlook:
+    """What reading a few examples says about the data.
+
+    Attributes:
+        n: number of examples then.
+        probe: Source.probe() then.
+        stack: batches look like their examples put together.
+        frozen: reads differ, and one of them is kept all the same.
+        refused: why nothing is to be kept.
+    """
+
+    n: int = 0
+    probe: list[Any] = dataclasses.field(default_factory=list)
+    stack: bool = False
+    frozen: bool = False
+    refused: str = ""
+
+
+class Resident:
+    """What is kept of a source.
+
+    Args:
+        source: where the data come from.
+        cache: True, False, "auto" or bytes: see ``Batches``.
+
+    Attributes:
+        why_not: why nothing is kept at the moment; empty when something is.
+    """
+
+    def __init__(self, source: Source, cache: Cache) -> None:
+        check_cache(cache)
+        self._source = source
+        self._cache = cache
+        self._warned = False
+        self._busy = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops what is kept, and what is known about the data."""
+        self._kept: Stacked | KeptBatches | None = None
+        self._outlook: _Outlook | None = None
+        self._held: dict[str, tuple[Any, ...]] = {}
+        self._asked = 0
+        self.why_not = "cache=False" if self._cache is False else "the data have not been read in whole yet"
+
+    @property
+    def nbytes(self) -> int:
+        """What the tensors that are kept take."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def now(self) -> Stacked | KeptBatches | None:
+        """What is kept, if nobody has edited it."""
+        if self._kept is not None and not self._kept.intact():
+            self._refuse("the model or the objective edits its batches in place")
+        return self._kept
+
+    def worth(self, count: int) -> bool:
+        """Whether reading so many more makes it worth while to load all: with those before, as many as there are."""
+        return self._asked + count >= self._source.n
+
+    def count(self, examples: int) -> None:
+        """So many are being read."""
+        self._asked += examples
+
+    def load(self, stack_only: bool) -> Stacked | KeptBatches | None:
+        """Keeps the data, if they can be kept (as Stacked, if nothing else will do). No random number is drawn."""
+        if self.may_keep() and self._outlook is not None and (self._outlook.stack or not stack_only):
+            with quiet():
+                for _ in self.filling():
+                    pass
+        return self._kept
+
+    def refresh(self) -> None:
+        """Drops what is kept if the data have changed."""
+        if self._kept is not None and not self._busy and self._changed():
+            self.clear()
+
+    def may_keep(self) -> bool:
+        """Whether a pass from now on should be a ``filling`` one. Reads a few examples, the first time."""
+        if self._busy or self._cache is False:
+            return False
+        if self._outlook is None:
+            try:
+                self._outlook, differs = self._look()
+            except Exception as error:  # it shows again, where it belongs, when the data are read in earnest
+                self.why_not = f"reading the first, the middle and the last example failed: {error}"
+                return False
+            if differs and not self._warned:
+                self._warned = True
+                self._warn_of_randomness()
+            if self._outlook.refused:
+                self._refuse(self._outlook.refused)
+        return not self._outlook.refused
+
+    def filling(self) -> Iterator[tuple[Any, int]]:
+        """A pass over all data in the loader's own batches that also keeps them.
+
+        Takes one int64 from torch's default generator, like any pass. Whatever ends it early leaves nothing kept.
+        """
+        source, outlook = self._source, self._outlook
+        assert outlook is not None  # may_keep() comes first
+        n, step = source.n, source.batch_size or 1
+        keeping = Keeping(n, outlook.stack, lambda device: budget(self._cache, device))
+        kinds: dict[Any, int] = {}
+        before = holdings(source.dataset)
+        self._busy, self._outlook = True, None  # known again when all went well
+        try:
+            passing = iter(source.through_loader(range(n), source.batch_size, collate=Watched(source.collate)))
+            for start in range(0, n, step):
+                size = min(step, n - start)
+                with torch.inference_mode(False):
+                    collated, found = next(passing)
+                    batch = source.transfer(collated)
+                    keeping.add(batch, size)
+                if len(kinds) <= _KINDS:
+                    kinds = {kind: start + at for kind, at in found.items()} | kinds
+                yield batch, size
+                keeping.look_again(batch)
+            with torch.inference_mode(False), quiet():
+                self._finish(keeping, outlook, kinds, before)
+        finally:
+            self._busy = False
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _refuse(self, why: str) -> None:
+        self.clear()
+        self.why_not = why
+        self._outlook = _Outlook(refused=why)
+
+    def _look(self) -> tuple[_Outlook, bool]:
+        """Reads three examples twice, from different random states, and whether the two differ."""
+        source = self._source
+        drew = differs = False
+        reads: list[list[Any]] = []
+        for seed in range(_REREADS):
+            with torch.inference_mode(False), quiet(seed) as drawn:
+                reads[1:] = [source.probe()]
+                drew = drew or drawn()
+            differs = not same(reads[0], reads[-1])
+            if differs or (seed > 0 and not drew):
+                break
+        outlook = _Outlook(source.n, reads[0], frozen=(drew or differs) and self._cache is True)
+        if (drew or differs) and not outlook.frozen:
+            outlook.refused = (
+                "the data set gives other data each time it is read"
+                if differs
+                else ("the data set draws random numbers when it is read")
+            )
+        elif source.batch_size is not None:
+            with torch.inference_mode(False), quiet():
+                outlook.stack = self._looks_stackable(outlook)
+        return outlook, differs
+
+    def _looks_stackable(self, outlook: _Outlook) -> bool:
+        """Whether a batch of two is two batches of one, put together."""
+        try:
+            batches = [self._source.read(indices) for indices in ([0], [outlook.n - 1], [outlook.n - 1, 0])]
+        except Exception:  # a collate_fn that wants more than one example, or just one
+            return False
+        apart = [take_apart(batch, leading=1) for batch in batches]
+        if not apart[0][1] or not all(alike(template, apart[0][0]) for template, _ in apart[1:]):
+            return False
+        (_, first), (_, last), (_, both) = apart
+        for a, b, two in zip(first, last, both, strict=True):
+            if not (a.dim() and len(a) == len(b) == 1 and len(two) == 2):
+                return False
+            if not outlook.frozen and not same([b[0], a[0]], [two[0], two[1]]):
+                return False
+        return True
+
+    def _finish(
+        self, keeping: Keeping, outlook: _Outlook, kinds: dict[Any, int], before: dict[str, tuple[Any, ...]]
+    ) -> None:
+        source, n = self._source, outlook.n
+
+        def verified(stacked: Stacked) -> bool:
+            if len(kinds) > _KINDS or (outlook.frozen and len(kinds) > 1):
+                return False
+            if outlook.frozen:
+                return True
+            alone = sorted({0, n // 2, n - 1, *kinds.values()})
+            groups = [[i] for i in alone] + ([[n - 1, 0]] if n > 1 else [])
+            return all(same(source.read(group), stacked.batch(group)) for group in groups)
+
+        kept = keeping.finish(verified)
+        if keeping.why_not:
+            return self._refuse(keeping.why_not)
+        after = holdings(source.dataset)
+        unmoved = len(source.dataset) == n and self._reads_as(outlook)
+        # What changes by reading the same examples again (counters, buffers) is no data.
+        self._held = _constant(after, holdings(source.dataset))
+        if not unmoved or len(_constant(self._held, before)) < len(self._held):
+            self.clear()
+            self.why_not = "the data changed while they were being read"
+            return None
+        self._kept, self._outlook, self.why_not = kept, outlook, ""
+        return None
+
+    def _reads_as(self, outlook: _Outlook) -> bool:
+        return outlook.frozen or same(outlook.probe, self._source.probe())
+
+    def _changed(self) -> bool:
+        outlook = self._outlook
+        if outlook is None or len(self._source.dataset) != outlook.n:
+            return True
+        if len(_constant(self._held, holdings(self._source.dataset))) < len(self._held):
+            return True
+        try:
+            with quiet():
+                return not self._reads_as(outlook)
+        except Exception:  # it shows when the data are read in earnest
+            return True
+
+    def _warn_of_randomness(self) -> None:
+        name = self._source.name
+        draws = "cache=True keeps one draw and uses it for everything" if self._cache is True else "none is kept"
+        warnings.warn(
+            f"{name}: the data set gives other data each time it is read (random augmentation?), so scores are those "
+            f"of random draws of it, and {draws}; give {name} a data set without random transforms, as for evaluation",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _constant(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The holdings that are the same after as before."""
+    return {path: held for path, held in before.items() if path in after and unchanged(held, after[path])}
+
+
+def check_cache(cache: Any) -> None:
+    """True, False, "auto" or a number of bytes."""
+    if isinstance(cache, int):
+        if cache < 0:
+            raise ValueError(f"cache: expected a number of bytes >= 0, got {cache}; cache=False keeps nothing")
+    elif not isinstance(cache, str):
+        hint = f"; write {int(cache)}" if isinstance(cache, float) and cache.is_integer() else ""
+        raise TypeError(
+            f"cache: expected True, False, 'auto' or a number of bytes (int), got {cache!r} of "
+            f"{type(cache).__name__}{hint}"
+        )
+    elif cache != "auto":
+        raise ValueError(f"cache: expected True, False, 'auto' or a number of bytes (int), got {cache!r}")
+
+
+def budget(cache: Cache, device: torch.device) -> float:
+    """Bytes that may be kept on this device: for "auto" a quarter of what is free on it now."""
+    if isinstance(cache, bool):
+        return math.inf if cache else 0
+    return cache if isinstance(cache, int) else free_memory(device) // 4
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on this device; of the machine's memory for devices other than CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):  # no Linux
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):  # nor anything like it
+        return 4 * 2**30
