@@ -98,6 +98,12 @@ class Batches:
         order: Iterable[int] = drawn if indices is None else _Through(drawn, indices)
         return self._read(order, count, batch_size, generator)
 
+    def draw(self, steps: int, *, generator: torch.Generator | None = None) -> Iterator[list[int]]:
+        """The examples of the batches that ``sample`` would give, by the same draws."""
+        step = self.batch_size or 1
+        drawn = data.RandomSampler(range(self.n), replacement=True, num_samples=steps * step, generator=generator)
+        return _chunks(drawn, steps * step, step, generator)
+
     def _read(
         self, order: Iterable[int], count: int, batch_size: int | None, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Any, int]]:
@@ -137,12 +143,7 @@ class Batches:
         batches: Iterable[tuple[Any, int]] = self.read(indices)
         if describe is not None:
             batches = self.bar(batches, describe, -(-count // (self.batch_size or 1)))
-        total: Tensor | None = None
-        for batch, size in batches:
-            value = term(batch)
-            total = value * size if total is None else total.add_(value, alpha=size)
-        assert total is not None  # callers pass at least one example
-        return total.div_(count)
+        return weighted_mean((term(batch), size) for batch, size in batches)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -184,6 +185,17 @@ class Batches:
         self._resident.clear()
 
 
+def weighted_mean(terms: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Σ size·term / Σ size over (term, size) pairs, at least one."""
+    total: Tensor | None = None
+    count = 0
+    for value, size in terms:
+        total = value * size if total is None else total.add_(value, alpha=size)
+        count += size
+    assert total is not None  # callers pass at least one example
+    return total.div_(count)
+
+
 def _serve(
     kept: Stacked | KeptBatches,
     order: Iterable[int],
@@ -193,15 +205,20 @@ def _serve(
     generator: torch.Generator | None,
 ) -> Iterator[tuple[Any, int]]:
     """What a loader would give, from memory, with the same draws in the same order."""
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed a DataLoader draws for its workers
-    left: Any = order if isinstance(order, range) else iter(order)
-    for number, start in enumerate(range(0, count, step)):
-        some = left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
+    for number, some in enumerate(_chunks(order, count, step, generator)):
         if isinstance(kept, Stacked):
             batch = kept.batch(some)
         else:
             batch = kept.batch(number) if own else kept.batch(some[0], copy=True)
         yield batch, len(some)
+
+
+def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Generator | None) -> Iterator[Any]:
+    """The examples of each batch that a loader would give, with the same draws in the same order."""
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed a DataLoader draws for its workers
+    left: Any = order if isinstance(order, range) else iter(order)
+    for start in range(0, count, step):
+        yield left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
     if not isinstance(left, range):
         next(left, None)  # a loader looks for one more batch; a sampler may draw then
 

@@ -7,6 +7,7 @@ batches at a time; it is compared with the plain loop on the first of them, and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_influence.batches import Batches
+from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import alike, put_together, take_apart
 from torch_influence.parameters import ParameterSpace
@@ -48,6 +49,65 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = F
             "other parameters than those in params=?"
         )
     return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted: int) -> tuple[int | None, str]:
+    """A batch size of up to ``wanted`` examples for passes over the data, or None and why it is the loader's own.
+
+    Larger batches mean the same only where a loss is the mean of those of its examples. That is tested with up to 32 of
+    the loader's batches, spread over the data so that whatever it is sorted by varies: the gradient of all of them as
+    one batch against the weighted mean of theirs.
+    """
+    own, n = batches.batch_size, batches.n
+    if own is None:
+        return None, "the loader does not batch"
+    step = min(own, -(-n // 2))
+    starts = range(0, n, step)
+    count = min(len(starts), 32, wanted // step)
+    if count < 2:
+        return None, "a batch of the loader is as much as should be done at once"
+    stacked = batches.stacked()
+    if stacked is None:
+        return None, f"the data can't be regrouped: {batches.why_not_kept or 'batches are more than their examples'}"
+    chosen = [starts[i * (len(starts) - 1) // (count - 1)] for i in range(count)]
+    parts = [range(start, min(start + step, n)) for start in chosen]
+    leaves = evaluation.leaves()
+    gradients = [loss_gradient(loss, evaluation.space, leaves, stacked.batch(part)) for part in parts]
+    mean = weighted_mean(zip([g.clone() for g in gradients], map(len, parts), strict=True))
+    whole = loss_gradient(loss, evaluation.space, leaves, stacked.batch([i for part in parts for i in part]))
+    # At a minimum the mean is nearly zero: rounding is as large as the parts make it.
+    scale = weighted_mean((g.norm(), len(part)) for g, part in zip(gradients, parts, strict=True))
+    if not (whole - mean).norm() <= torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * scale:
+        return None, "the loss of a batch is not the mean of the losses of its examples"
+    return min(max(wanted // own, 1) * own, n), ""
+
+
+def saved_bytes(roots: Sequence[Tensor]) -> int:
+    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes."""
+    storages: dict[int, int] = {}
+    seen: set[Any] = set()
+    nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for name in _saved_names(type(node)):
+            try:
+                saved = getattr(node, name)
+            except RuntimeError:  # freed, or edited in place since: its own backward will say so
+                continue
+            for t in saved if isinstance(saved, list | tuple) else [saved]:
+                if isinstance(t, Tensor) and t.layout is torch.strided:
+                    storage = t.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return sum(storages.values())
+
+
+@functools.cache
+def _saved_names(node: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors")
 
 
 class PullBack:

@@ -1,42 +1,136 @@
-"""The data loop that every curvature shares."""
+"""The data loop that every curvature shares: differentiated once, multiplied many times."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_influence.batches import Batches
+from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import PullBack
+from torch_influence.gradients import PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator
+
+Tangents: TypeAlias = Sequence[Tensor]
+
+_BYTES_OF_GRAPH = 64 * 2**20  # of a compute batch's graph: large enough to keep the machine busy
+_BYTES_OF_ROWS = 512 * 2**20  # what the rows that are multiplied at once may take: so many times the graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Linearized:
+    """The curvature of a batch's loss, differentiated and ready to multiply, as often as wanted.
+
+    Attributes:
+        product: tangents, one [k, *shape] per tensor that was differentiated by, to products of the same shapes.
+        gradient: of the loss, with respect to the same tensors.
+        roots: of the graphs that ``product`` walks.
+    """
+
+    product: Callable[[Tangents], Tangents]
+    gradient: Callable[[], Tangents]
+    roots: Sequence[Tensor]
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """What the graphs keep in memory."""
+        return saved_bytes(self.roots)
 
 
 class Curvature(LinearOperator):
     """Mean over the training data of a per-batch curvature, without damping: product(V)[j] = (1/n) Σ_b |b| C_b V[j].
 
-    A subclass says what one batch contributes. Cost: one pass over the data per product, however many rows.
+    A subclass says how a batch is differentiated. Batches may be larger than the loader's, where that was seen to
+    change nothing. Their graphs are kept from product to product while they fit ``budget``; the rest is differentiated
+    again each time.
+
+    Cost: the first product is a pass over the data, later ones are backward passes through what is kept. Memory: up to
+    ``budget``, one batch's graph beyond it, and 512 MiB for rows.
+
+    Args:
+        evaluation, batches, device: of the training data.
+        budget: bytes of graphs to keep.
+
+    Attributes:
+        batch_size: of the passes over the data, None for the loader's own; known after ``prepare``.
+        why_not_grouped: why it is the loader's own; empty if it is not.
+        kept_bytes: of the graphs that are kept.
+        kept_examples: whose graphs they are.
+        products: how many there have been, each for many rows.
     """
 
-    def __init__(self, evaluation: Evaluation, batches: Batches, device: torch.device) -> None:
+    regularized_loss: bool = False  # whether ``loss`` has the regulariser in it
+
+    def __init__(self, evaluation: Evaluation, batches: Batches, device: torch.device, budget: float = 0) -> None:
         self.evaluation = evaluation
         self.batches = batches
+        self.budget = budget
         self.size, self.dtype, self.device = evaluation.space.size, evaluation.space.dtype, device
+        self.kept_bytes = 0
+        self.kept_examples = 0
+        self.products = 0
+        self.batch_size: int | None = None
+        self.why_not_grouped = "not looked at yet"
+        self._prepared = False
+        self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation.space.pass_dtype)
 
+    # -- a batch ------------------------------------------------------------------------------------------------------
+
     @abc.abstractmethod
-    def batch_product(self, batch: Any, rows: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
+        """The curvature of the loss of one batch, with respect to the leaves.
+
+        With ``at``: with respect to the tensors that it returns once the loss has been evaluated.
+        """
+
+    @abc.abstractmethod
+    def loss(self, leaves: Tangents, batch: Any) -> Tensor:
+        """What ``linearize`` differentiates: without the regulariser, where it is known apart from the rest."""
+
+    def batch_product(self, batch: Any, rows: Tensor, leaves: Tangents) -> Tensor:
         """Curvature of the loss of one batch, regulariser included, times rows [k, d]."""
+        product = self._multiply(self.linearize(batch, leaves), rows)
+        extra = self.regularizer if leaves is self.leaves else self._regularizer_at(leaves)
+        return product if extra is None else product.add_(extra(rows))
+
+    # -- the data -----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Decides how examples are batched, once. Opens no session and draws no random number."""
+        if self._prepared:
+            return
+        self._prepared = True
+        loader = self.batches.batch_size
+        if self.budget:
+            self.batches.stacked()
+        first = self.batches.peek(range(min(loader or 1, self.batches.n)))
+        wanted = _BYTES_OF_GRAPH // max(self.linearize(first, self.leaves).nbytes, 1) * (loader or 1)
+        self.batch_size, self.why_not_grouped = grouping(self.loss, self.evaluation, self.batches, wanted)
+
+    @functools.cached_property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The parameters, where everything that is kept is differentiated."""
+        return self.evaluation.leaves()
+
+    @functools.cached_property
+    def regularizer(self) -> Callable[[Tensor], Tensor] | None:
+        """Rows to ∇²reg times rows, for what ``loss`` leaves out; None for zero."""
+        return self._regularizer_at(self.leaves)
 
     def product(self, rows: Tensor) -> Tensor:
-        return self._mean_product(rows)
+        with self.evaluation.session():
+            return self._mean_product(rows)
 
     def dense(self) -> Tensor:
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        matrix = self._mean_product(eye, describe="curvature")
+        with self.evaluation.session():
+            matrix = self._mean_product(eye, describe="curvature")
         del eye
         return matrix.add_(matrix.mT.clone()).mul_(0.5)
 
@@ -46,9 +140,52 @@ class Curvature(LinearOperator):
             yield _OfBatch(self, batch)
 
     def _mean_product(self, rows: Tensor, describe: str | None = None) -> Tensor:
-        with self.evaluation.session():
-            leaves = self.evaluation.leaves()
-            return self.batches.mean(lambda batch: self.batch_product(batch, rows, leaves), describe=describe)
+        self.prepare()
+        self.products += 1
+        terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
+        product = weighted_mean(terms)
+        return product if self.regularizer is None else product.add_(self.regularizer(rows))
+
+    def _linearized(self, describe: str | None) -> Iterator[tuple[Linearized, int]]:
+        """All batches, differentiated: those that are kept, then those that are not, kept from now on while they fit."""
+        yield from self._kept
+        keep = self.budget > 0 and not self.batches.why_not_kept
+        rest = range(self.kept_examples, self.batches.n)
+        if not len(rest):
+            return
+        batches = self.batches.read(rest if self._kept else None, self.batch_size)
+        if describe is not None:
+            step = self.batch_size or self.batches.batch_size or 1
+            batches = self.batches.bar(batches, describe, -(-len(rest) // step))
+        for batch, size in batches:
+            linearized = self.linearize(batch, self.leaves)
+            keep = keep and not self.batches.why_not_kept
+            if keep:
+                keep = self.kept_bytes + linearized.nbytes <= self.budget
+                if keep:
+                    self._kept.append((linearized, size))
+                    self.kept_bytes += linearized.nbytes
+                    self.kept_examples += size
+            yield linearized, size
+
+    def _multiply(self, linearized: Linearized, rows: Tensor) -> Tensor:
+        space = self.evaluation.space
+        if len(rows) == 1:
+            return space.flatten(linearized.product(space.split(rows)))
+        at_once = max(1, _BYTES_OF_ROWS // max(linearized.nbytes, 1))
+        return torch.cat([space.flatten(linearized.product(space.split(some))) for some in rows.split(at_once)])
+
+    def _regularizer_at(self, leaves: Tangents) -> Callable[[Tensor], Tensor] | None:
+        if self.regularized_loss:
+            return None
+        value = self.evaluation.train_regularization(leaves)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return None
+        gradient = differentiate(value, leaves, create_graph=True)
+        if not any(g.requires_grad for g in gradient):  # linear
+            return None
+        space = self.evaluation.space
+        return lambda rows: space.flatten(self._pull_back("regularizer", gradient, leaves, space.split(rows)))
 
 
 class _OfBatch(LinearOperator):
@@ -60,4 +197,4 @@ class _OfBatch(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:
         with self._whole.evaluation.session():
-            return self._whole.batch_product(self._batch, rows, self._whole.evaluation.leaves())
+            return self._whole.batch_product(self._batch, rows, self._whole.leaves)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_influence.curvature._base import Curvature
+from torch_influence.curvature._base import Curvature, Linearized, Tangents
 from torch_influence.gradients import differentiate
 
 
@@ -19,33 +19,39 @@ class GaussNewton(Curvature):
     some). Equal to the Hessian where the outputs are linear in the parameters.
     """
 
-    def batch_product(self, batch: Any, rows: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        space, evaluation = self.evaluation.space, self.evaluation
-        outputs = evaluation.train_outputs(leaves, batch)
+    def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
+        outputs = self._outputs(leaves, batch)
+        inputs = leaves if at is None else at()
+        if not outputs.requires_grad:
+            raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")
+        u = torch.zeros_like(outputs, requires_grad=True)
+        jt_u = torch.autograd.grad(outputs, inputs, u, create_graph=True, allow_unused=True, materialize_grads=True)
+        at_outputs = outputs.detach().requires_grad_()
+        slope = differentiate(
+            self.evaluation.train_loss_on_outputs(leaves, at_outputs, batch), [at_outputs], create_graph=True
+        )
+
+        where = "" if at is None else " at the outputs"
+
+        def product(tangents: Tangents) -> Tangents:
+            (jv,) = self._pull_back("jacobian" + where, jt_u, [u], tangents)
+            (hjv,) = self._pull_back("loss" + where, slope, [at_outputs], [jv])
+            return self._pull_back("transposed jacobian" + where, [outputs], inputs, [hjv])
+
+        def gradient() -> Tangents:
+            rows = self._pull_back("gradient", [outputs], inputs, [slope[0].detach()[None]])
+            return [row.squeeze(0) for row in rows]
+
+        return Linearized(product, gradient, roots=[outputs, *jt_u, *slope])
+
+    def loss(self, leaves: Tangents, batch: Any) -> Tensor:
+        return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)
+
+    def _outputs(self, leaves: Tangents, batch: Any) -> Tensor:
+        outputs = self.evaluation.train_outputs(leaves, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"train_outputs: expected a tensor with gnh=True, got {type(outputs).__name__}; "
                 "return the tensor that the loss is a function of, for example output.logits"
             )
-        if not outputs.requires_grad:
-            raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")
-        u = torch.zeros_like(outputs, requires_grad=True)
-        jt_u = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
-        (jv,) = self._pull_back("jacobian", jt_u, [u], space.split(rows))
-
-        at_outputs = outputs.detach().requires_grad_()
-        loss = evaluation.train_loss_on_outputs(leaves, at_outputs, batch)
-        slope = differentiate(loss, [at_outputs], create_graph=True)
-        (hjv,) = self._pull_back("outputs", slope, [at_outputs], [jv])
-
-        product = space.flatten(self._pull_back("transposed jacobian", [outputs], leaves, [hjv]))
-        return product + self._regularizer_product(rows, leaves)
-
-    def _regularizer_product(self, rows: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """∇² reg times rows; zero for a regulariser that is a number or does not depend on the parameters."""
-        space = self.evaluation.space
-        value = self.evaluation.train_regularization(leaves)
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            return torch.zeros_like(rows)
-        gradient = differentiate(value, leaves, create_graph=True)
-        return space.flatten(self._pull_back("regularizer", gradient, leaves, space.split(rows)))
+        return outputs

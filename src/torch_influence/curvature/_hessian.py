@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from torch_influence.curvature._base import Curvature
+from torch_influence.curvature._base import Curvature, Linearized, Tangents
 from torch_influence.gradients import differentiate
 
 
 class Hessian(Curvature):
-    """∇² of ``train_loss``: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
+    """∇² of the training loss: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
 
-    def batch_product(self, batch: Any, rows: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        space = self.evaluation.space
-        loss = self.evaluation.train_loss(leaves, batch)
-        gradient = differentiate(loss, leaves, create_graph=True)
-        return space.flatten(self._pull_back("hessian", gradient, leaves, space.split(rows)))
+    def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
+        loss = self.loss(leaves, batch)
+        inputs = leaves if at is None else at()
+        slope = differentiate(loss, inputs, create_graph=True)
+        stage = "hessian" if at is None else "hessian at the outputs"
+        return Linearized(
+            product=lambda tangents: self._pull_back(stage, slope, inputs, tangents),
+            gradient=lambda: [g.detach() for g in slope],
+            roots=slope,
+        )
+
+    def loss(self, leaves: Tangents, batch: Any) -> Tensor:
+        evaluation = self.evaluation
+        if self.regularized_loss:
+            return evaluation.train_loss(leaves, batch)
+        return evaluation.train_loss_on_outputs(leaves, evaluation.train_outputs(leaves, batch), batch)
+
+    @property
+    def regularized_loss(self) -> bool:  # type: ignore[override]
+        """An overridden train_loss may not tell the regulariser apart."""
+        return self.evaluation.overrides_train_loss
