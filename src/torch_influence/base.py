@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence.batches import Batches
-from torch_influence.curvature import Curvature, GaussNewton, Hessian
+from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import ExampleGradients, mean_gradient, warn_if_summed
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
-from torch_influence.resident import Cache
+from torch_influence.resident import Cache, budget
 from torch_influence.scores import score_matrix
 from torch_influence.solvers import SolveReport
 
@@ -104,6 +104,9 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         self.params_shape = self._space.shapes
         self._train = self._batches_of(train_loader, "train_loader")
         self._means_checked: set[str] = set()
+        self._operator: Curvature | LinearHead | None = None
+        self._why_no_head = ""
+        self._valid_for: tuple[Any, ...] = ()
         self._evaluation.on_open = self._refresh
 
     @abc.abstractmethod
@@ -135,7 +138,8 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         Cost: one pass over the training data, however many rows.
         """
         rows = self._as_rows(vecs, "vecs")
-        return self._curvature().product(rows).reshape(vecs.shape)
+        with self._evaluation.session():
+            return self._curvature().product(rows).reshape(vecs.shape)
 
     def flat_parameters(self) -> Tensor:
         """The selected parameters as one vector [d], detached, in the order of ``params_names``."""
@@ -171,6 +175,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache)."""
         for batches in self._opened():
             batches.clear()
+        self._operator = None
 
     # -- influence ----------------------------------------------------------------------------------------------------
 
@@ -262,9 +267,15 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
 
     # -- for the modules of this package ------------------------------------------------------------------------------
 
-    def _curvature(self) -> Curvature:
+    def _curvature(self) -> Curvature | LinearHead:
+        """The undamped curvature; what it keeps is good for as long as nothing has changed. Inside a session."""
         self._check_mean("train_loss", self._train)
-        return (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device)
+        if self._operator is None:
+            allowed = budget(self._cache, self.device) - self._train.kept_bytes
+            plain = (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device, allowed)
+            head = linear_head(plain)
+            self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
+        return self._operator
 
     def _as_rows(self, vecs: Tensor | None, argument: str, vectors_only: bool = False) -> Tensor:
         d = self._space.size
@@ -305,8 +316,12 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return [batches for name in ("_train", "_test") if (batches := vars(self).get(name)) is not None]
 
     def _refresh(self) -> None:
+        """Drops what is kept and is no longer true. Called when a public method begins."""
         for batches in self._opened():
             batches.refresh()
+        now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)
+        if now != self._valid_for:
+            self._operator, self._valid_for = None, now
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:

@@ -168,6 +168,11 @@ class Batches:
         """What the data that are kept take."""
         return self._resident.nbytes
 
+    @property
+    def generation(self) -> int:
+        """Another number whenever what is kept has been dropped: what was made of it is no longer valid then."""
+        return self._resident.generation
+
     def refresh(self) -> None:
         """Drops what is kept if the data set has changed since.
 

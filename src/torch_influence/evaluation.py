@@ -64,7 +64,24 @@ class Evaluation:
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple((t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()) for t in tensors)
+        sums: dict[torch.device, list[Tensor]] = {}  # one wait for each device
+        for t in tensors:
+            sums.setdefault(t.device, []).append(t.detach().sum(dtype=torch.float64))
+        checksums = [torch.stack(some).tolist() for some in sums.values()]
+        return tuple((t.data_ptr(), t._version) for t in tensors), repr(checksums)  # a nan equals itself as text
+
+    def settings(self) -> tuple[Any, ...]:
+        """Numbers, texts and tensors that are attributes of the objective and of the model's modules.
+
+        Those of the objective may set its weight decay, say. What is deeper inside of them is not seen.
+        """
+        owners = [vars(self.objective), *(vars(m) for m in self.model.modules())]
+        return tuple(
+            (name, _setting(value))
+            for owner in owners
+            for name, value in owner.items()
+            if name != "training" and not (name.startswith("_") and isinstance(value, dict))
+        )
 
     # -- the objective --------------------------------------------------------------------------------------------
 
@@ -174,6 +191,12 @@ def _remember_modules(model: nn.Module) -> Callable[[], None]:
             value[:] = items
 
     return restore
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    return value if isinstance(value, int | float | str | bool) else id(value)
 
 
 def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:

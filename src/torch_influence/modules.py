@@ -66,7 +66,8 @@ class AutogradInfluenceModule(BaseInfluenceModule):
             model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
         )
         self.damp = damp
-        self.hess = self._curvature().dense()
+        with self._evaluation.session():
+            self.hess = self._curvature().dense()
         self._built_at = self._evaluation.fingerprint()
         damped = self._damped()
         if check_eigvals:

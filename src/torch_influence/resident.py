@@ -50,6 +50,7 @@ class Resident:
 
     Attributes:
         why_not: why nothing is kept at the moment; empty when something is.
+        generation: grows whenever what is kept is dropped, since what was made of it is no longer valid then.
     """
 
     def __init__(self, source: Source, cache: Cache) -> None:
@@ -58,10 +59,12 @@ class Resident:
         self._cache = cache
         self._warned = False
         self._busy = False
+        self.generation = 0
         self.clear()
 
     def clear(self) -> None:
         """Drops what is kept, and what is known about the data."""
+        self.generation += 1
         self._kept: Stacked | KeptBatches | None = None
         self._outlook: _Outlook | None = None
         self._held: dict[str, tuple[Any, ...]] = {}

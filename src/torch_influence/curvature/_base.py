@@ -15,6 +15,7 @@ from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator
+from torch_influence.plan import agree
 
 Tangents: TypeAlias = Sequence[Tensor]
 
@@ -110,7 +111,11 @@ class Curvature(LinearOperator):
         if self.budget:
             self.batches.stacked()
         first = self.batches.peek(range(min(loader or 1, self.batches.n)))
-        wanted = _BYTES_OF_GRAPH // max(self.linearize(first, self.leaves).nbytes, 1) * (loader or 1)
+        linearized = self.linearize(first, self.leaves)
+        if not linearized.roots:
+            self.why_not_grouped = "the loss depends on the parameters by its regulariser alone"
+            return
+        wanted = _BYTES_OF_GRAPH // max(linearized.nbytes, 1) * (loader or 1)
         self.batch_size, self.why_not_grouped = grouping(self.loss, self.evaluation, self.batches, wanted)
 
     @functools.cached_property
@@ -185,7 +190,20 @@ class Curvature(LinearOperator):
         if not any(g.requires_grad for g in gradient):  # linear
             return None
         space = self.evaluation.space
-        return lambda rows: space.flatten(self._pull_back("regularizer", gradient, leaves, space.split(rows)))
+
+        def product(rows: Tensor) -> Tensor:
+            return space.flatten(self._pull_back("regularizer", gradient, leaves, space.split(rows)))
+
+        # Weight decay and its like are diagonal: what such a matrix makes of ones tells all of it.
+        generator = torch.Generator().manual_seed(0)
+        row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        diagonal = product(torch.ones_like(row))
+        if not agree(diagonal * row, product(row), space.pass_dtype):
+            return product
+        if bool((diagonal == diagonal[0, 0]).all()):
+            factor = float(diagonal[0, 0])
+            return lambda rows: rows * factor
+        return lambda rows: rows * diagonal
 
 
 class _OfBatch(LinearOperator):

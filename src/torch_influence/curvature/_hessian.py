@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_influence.curvature._base import Curvature, Linearized, Tangents
@@ -17,6 +18,8 @@ class Hessian(Curvature):
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         loss = self.loss(leaves, batch)
         inputs = leaves if at is None else at()
+        if not loss.requires_grad and self.regularizer is not None:  # then the regulariser is all there is
+            return Linearized(lambda tangents: [torch.zeros_like(t) for t in tangents], lambda: [torch.zeros_like(x) for x in inputs], ())
         slope = differentiate(loss, inputs, create_graph=True)
         stage = "hessian" if at is None else "hessian at the outputs"
         return Linearized(

@@ -75,9 +75,9 @@ class OutputCurvature:
     def of(self, which: slice | Tensor, n: int, size: int) -> OutputCurvature:
         """The same for the mean over ``size`` examples, of n."""
         if self.blocks is not None:
-            return OutputCurvature(blocks=self.blocks[which] * (n / size))
+            return OutputCurvature(blocks=_rows(self.blocks, which) * (n / size))
         assert self.probabilities is not None and self.weights is not None
-        return OutputCurvature(self.probabilities[which], self.weights[which] * (n / size))
+        return OutputCurvature(_rows(self.probabilities, which), _rows(self.weights, which) * (n / size))
 
 
 class LinearHead(LinearOperator):
@@ -114,7 +114,7 @@ class LinearHead(LinearOperator):
     def of(self, which: slice | Tensor, size: int, rows: Tensor) -> Tensor:
         """The product with the curvature of the mean over some examples."""
         some = self.at_outputs.of(which, len(self.x), size)
-        return self._regularized(some.product(self.x[which], rows, self.bias), rows)
+        return self._regularized(some.product(_rows(self.x, which), rows, self.bias), rows)
 
     def dense(self) -> Tensor:
         """From Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
@@ -159,6 +159,10 @@ class LinearHead(LinearOperator):
                 matrix[i * f : (i + 1) * f, c * f + j] = gram[:f, f]
                 matrix[c * f + i, j * f : (j + 1) * f] = gram[f, :f]
                 matrix[c * f + i, c * f + j] = gram[f, f]
+
+
+def _rows(t: Tensor, which: slice | Tensor) -> Tensor:
+    return t[which] if isinstance(which, slice) else t.index_select(0, which)
 
 
 class _OfExamples(LinearOperator):
