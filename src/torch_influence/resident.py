@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched
-from torch_influence.leaves import alike, same, take_apart
+from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched, cannot_keep
+from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.source import Source, holdings, quiet, unchanged
 
 Cache: TypeAlias = bool | int | str
@@ -140,7 +140,7 @@ class Resident:
                 if len(kinds) <= _KINDS:
                     kinds = {kind: start + at for kind, at in found.items()} | kinds
                 yield batch, size
-                keeping.look_again(batch)
+                keeping.look_again()
             with torch.inference_mode(False), quiet():
                 self._finish(keeping, outlook, kinds, before)
         finally:
@@ -162,6 +162,8 @@ class Resident:
             with torch.inference_mode(False), quiet(seed) as drawn:
                 reads[1:] = [source.probe()]
                 drew = drew or drawn()
+            if (why := cannot_keep(leaves(reads[0]))) != "":
+                return _Outlook(refused=why), False
             differs = not same(reads[0], reads[-1])
             if differs or (seed > 0 and not drew):
                 break
