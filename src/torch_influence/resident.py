@@ -214,7 +214,8 @@ class Resident:
         if keeping.why_not:
             return self._refuse(keeping.why_not)
         after = holdings(source.dataset)
-        unmoved = len(source.dataset) == n and self._reads_as(outlook)
+        read_again = source.probe()
+        unmoved = len(source.dataset) == n and (outlook.frozen or same(outlook.probe, read_again))
         # What changes by reading the same examples again (counters, buffers) is no data.
         self._held = _constant(after, holdings(source.dataset))
         if not unmoved or len(_constant(self._held, before)) < len(self._held):
@@ -224,9 +225,6 @@ class Resident:
         self._kept, self._outlook, self.why_not = kept, outlook, ""
         return None
 
-    def _reads_as(self, outlook: _Outlook) -> bool:
-        return outlook.frozen or same(outlook.probe, self._source.probe())
-
     def _changed(self) -> bool:
         outlook = self._outlook
         if outlook is None or len(self._source.dataset) != outlook.n:
@@ -235,7 +233,7 @@ class Resident:
             return True
         try:
             with quiet():
-                return not self._reads_as(outlook)
+                return not (outlook.frozen or same(outlook.probe, self._source.probe()))
         except Exception:  # it shows when the data are read in earnest
             return True
 
