@@ -101,21 +101,18 @@ class Keeping:
         self._buffers: list[Tensor] = []
         self._batches: list[Any] = []
         self._nbytes = 0
-        self._before: list[int] = []
+        self._used: tuple[list[Any], list[int]] = ([], [])
         self.why_not = ""
 
     def add(self, batch: Any, size: int) -> None:
         """The next batch and its number of examples; stays the caller's."""
         found = leaves(batch)
-        self._before = versions(found)
+        self._used = found, versions(found)
         if self.why_not:
             return
         tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
-        strange = [leaf for leaf in found if not isinstance(leaf, _KNOWN)]
-        if strange:
-            return self.give_up(f"batches hold objects of {type(strange[0]).__name__}, whose size is not known")
-        if any(t.requires_grad for t in tensors):
-            return self.give_up("the tensors of a batch require grad")
+        if (why := cannot_keep(found)) != "":
+            return self.give_up(why)
         nbytes = sum(leaf.nbytes if isinstance(leaf, Tensor) else sys.getsizeof(leaf) for leaf in found)
         if not self._ends:
             device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -131,9 +128,10 @@ class Keeping:
             self._batches.append(_again(batch))
         self._ends.append((self._ends[-1] if self._ends else 0) + size)
 
-    def look_again(self, batch: Any) -> None:
+    def look_again(self) -> None:
         """At the batch last added, when it has been used."""
-        if versions(leaves(batch)) != self._before:
+        found, before = self._used
+        if versions(found) != before:
             self.give_up("the model or the objective edits its batches in place")
 
     def finish(self, verified: Callable[[Stacked], bool]) -> Stacked | KeptBatches | None:
@@ -181,6 +179,16 @@ class Keeping:
             for start, end in zip(starts, self._ends, strict=False)
         ]
         self._stack, self._template, self._buffers = False, None, []
+
+
+def cannot_keep(found: Sequence[Any]) -> str:
+    """Why these leaves of a batch can't be kept; empty if they can."""
+    strange = [leaf for leaf in found if not isinstance(leaf, _KNOWN)]
+    if strange:
+        return f"batches hold objects of {type(strange[0]).__name__}, whose size and changes are not known"
+    if any(leaf.requires_grad for leaf in found if isinstance(leaf, Tensor)):
+        return "the tensors of a batch require grad"
+    return ""
 
 
 def _stacks(t: Tensor, size: int) -> bool:

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched
-from torch_influence.leaves import alike, same, take_apart
+from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched, cannot_keep
+from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.source import Source, holdings, quiet, unchanged
 
 Cache: TypeAlias = bool | int | str
@@ -143,7 +143,7 @@ class Resident:
                 if len(kinds) <= _KINDS:
                     kinds = {kind: start + at for kind, at in found.items()} | kinds
                 yield batch, size
-                keeping.look_again(batch)
+                keeping.look_again()
             with torch.inference_mode(False), quiet():
                 self._finish(keeping, outlook, kinds, before)
         finally:
@@ -165,6 +165,8 @@ class Resident:
             with torch.inference_mode(False), quiet(seed) as drawn:
                 reads[1:] = [source.probe()]
                 drew = drew or drawn()
+            if (why := cannot_keep(leaves(reads[0]))) != "":
+                return _Outlook(refused=why), False
             differs = not same(reads[0], reads[-1])
             if differs or (seed > 0 and not drew):
                 break
@@ -215,7 +217,8 @@ class Resident:
         if keeping.why_not:
             return self._refuse(keeping.why_not)
         after = holdings(source.dataset)
-        unmoved = len(source.dataset) == n and self._reads_as(outlook)
+        read_again = source.probe()
+        unmoved = len(source.dataset) == n and (outlook.frozen or same(outlook.probe, read_again))
         # What changes by reading the same examples again (counters, buffers) is no data.
         self._held = _constant(after, holdings(source.dataset))
         if not unmoved or len(_constant(self._held, before)) < len(self._held):
@@ -225,9 +228,6 @@ class Resident:
         self._kept, self._outlook, self.why_not = kept, outlook, ""
         return None
 
-    def _reads_as(self, outlook: _Outlook) -> bool:
-        return outlook.frozen or same(outlook.probe, self._source.probe())
-
     def _changed(self) -> bool:
         outlook = self._outlook
         if outlook is None or len(self._source.dataset) != outlook.n:
@@ -236,7 +236,7 @@ class Resident:
             return True
         try:
             with quiet():
-                return not self._reads_as(outlook)
+                return not (outlook.frozen or same(outlook.probe, self._source.probe()))
         except Exception:  # it shows when the data are read in earnest
             return True
 

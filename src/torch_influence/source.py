@@ -132,29 +132,37 @@ def _same_states(one: tuple[Tensor, Any, Any], other: tuple[Tensor, Any, Any]) -
 
 
 def holdings(dataset: Any) -> dict[str, tuple[Any, ...]]:
-    """What a data set holds, without reading it: tensors with address and version, other attributes, items of lists.
+    """What a data set holds, without reading it, by attribute: tensors with address and version, items of lists.
 
     Objects are held here, not their ids, which would be given to other objects when they die.
     """
     found: dict[str, tuple[Any, ...]] = {}
 
     def look(path: str, item: Any, depth: int) -> None:
-        if isinstance(item, Tensor):
-            address = item.data_ptr() if item.layout is torch.strided else 0
-            found[path] = (item, address, -1 if item.is_inference() else item._version)
-        elif isinstance(item, list | tuple | dict):
-            content = tuple(item.values() if isinstance(item, dict) else item)
-            found[path] = content
-            for position, part in enumerate(content if len(content) <= _FEW and depth else ()):
+        found[path] = tuple(_content(item))
+        for position, part in enumerate(item if isinstance(item, list | tuple) and len(item) <= _FEW else ()):
+            if isinstance(part, data.Dataset) and depth:  # those that a data set is put together from
                 look(f"{path}[{position}]", part, depth - 1)
-        elif depth and (path == "" or isinstance(item, data.Dataset)) and hasattr(item, "__dict__"):
+        if depth and (path == "" or isinstance(item, data.Dataset)) and hasattr(item, "__dict__"):
             for name, value in vars(item).items():
                 look(f"{path}.{name}", value, depth - 1)
-        else:
-            found[path] = (item,)
 
     look("", dataset, 6)
     return found
+
+
+def _content(item: Any, depth: int = 3) -> Iterator[Any]:
+    yield item
+    if isinstance(item, Tensor):
+        yield item.data_ptr() if item.layout is torch.strided else 0
+        yield -1 if item.is_inference() else item._version
+    elif isinstance(item, list | tuple | dict):
+        parts = list(item.values()) if isinstance(item, dict) else item
+        if depth and len(parts) <= _FEW:
+            for part in parts:
+                yield from _content(part, depth - 1)
+        else:
+            yield from parts
 
 
 def unchanged(before: tuple[Any, ...], after: tuple[Any, ...] | None) -> bool:
