@@ -29,6 +29,7 @@ class Contract:
     bound: arguments (before the call) -> for every written argument, then every result, how far two right
         implementations may lie apart: from the unit roundoff, the number of roundings and the magnitudes.
     wrong: what is wrong -> (arguments that are not valid, exception, what its message names).
+    uses_blas: whether it calls BLAS, which may sum in another order when it has another number of threads.
     """
 
     arguments: Callable[[tuple[int, ...], torch.dtype, str], Arguments]
@@ -37,6 +38,7 @@ class Contract:
     written: tuple[str, ...]
     bound: Callable[[Arguments], tuple[Tensor, ...]]
     wrong: dict[str, tuple[Arguments, type[Exception], str]]
+    uses_blas: bool = False
 
     def run(self, op: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
         """The written arguments, then the results, of a call on copies of the arguments with the same strides."""

@@ -1,12 +1,13 @@
 """The hot loops as native ops, each with a plain-torch reference that defines it and stands in for it."""
 
 from torch_influence.ops._cg_step import CGScalars, cg_step
+from torch_influence.ops._grad_dot import grad_dot
 from torch_influence.ops._lissa_step import lissa_step
 from torch_influence.ops._native import BackendInfo, backend_info
 from torch_influence.ops._self_test import SelfTest, self_test
 from torch_influence.ops._softmax_curvature import softmax_curvature
 
-OPS = ("cg_step", "lissa_step", "softmax_curvature")
+OPS = ("cg_step", "grad_dot", "lissa_step", "softmax_curvature")
 
 __all__ = [
     "OPS",
@@ -15,6 +16,7 @@ __all__ = [
     "SelfTest",
     "backend_info",
     "cg_step",
+    "grad_dot",
     "lissa_step",
     "self_test",
     "softmax_curvature",

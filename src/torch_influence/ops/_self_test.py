@@ -94,7 +94,8 @@ def self_test() -> SelfTest:
         module = importlib.import_module(f"torch_influence.ops._{op}")
         for device in devices:
             for dtype in DTYPES:
-                checks.append(_check(op, getattr(ops, op), module.reference, module.example, device, dtype))
+                wide = getattr(module, "WIDE", ())
+                checks.append(_check(op, getattr(ops, op), module.reference, module.example, wide, device, dtype))
     return SelfTest(tuple(checks))
 
 
@@ -103,12 +104,15 @@ def _check(
     wrapper: Callable[..., Any],
     reference: Callable[..., Any],
     example: Callable[[torch.Generator], Arguments],
+    wide: tuple[str, ...],
     device: str,
     dtype: torch.dtype,
 ) -> Check:
-    # Drawn on the CPU, and rounded to the dtype before both sides see them.
+    # Drawn on the CPU, and rounded to the dtype before both sides see them. Arguments that an op wants in the dtype of its
+    # arithmetic whatever the others have are named by its module's WIDE.
     drawn = example(torch.Generator().manual_seed(0))
-    rounded = {name: _cast(value, dtype) for name, value in drawn.items()}
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    rounded = {name: _cast(value, arithmetic if name in wide else dtype) for name, value in drawn.items()}
     exact = {name: value.double().clone() if isinstance(value, Tensor) else value for name, value in rounded.items()}
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in rounded.items()}
     again = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
