@@ -17,8 +17,8 @@ namespace {
 namespace st = torch::stable;
 constexpr const char* kName = "grad_dot";
 
-// Scratch in elements: at most kProducts + 2 * kCopies in one order of contraction and kGradients + kCopies in the other, which
-// in float64 is 48 MiB, as long as one row of o or of f elements is less than that.
+// Scratch in elements: at most kProducts + 2 * kCopies in one order of contraction; in the other kGradients + kProducts, and
+// kCopies more where 16-bit numbers are widened. That is 48 MiB in float64, as long as no row of o or of f elements is more.
 constexpr int64_t kProducts = int64_t(1) << 21, kCopies = int64_t(1) << 21, kGradients = int64_t(1) << 22;
 
 struct GradDot {
@@ -34,6 +34,9 @@ struct GradDot {
 Tensor part(Tensor t, int64_t dim, int64_t start, int64_t length) {
   return start == 0 && length == t.size(dim) ? t : st::narrow(t, dim, start, length);
 }
+
+// Memory for so many elements of the type of the arithmetic; where there are none, any tensor.
+Tensor scratch_for(const GradDot& x, int64_t elements) { return elements ? st::new_empty(x.out, {elements}) : x.out; }
 
 // The beginning of a scratch tensor, in a shape.
 Tensor shaped(const Tensor& scratch, const std::array<int64_t, 3>& shape) {
@@ -102,7 +105,7 @@ void few_products(const GradDotProducts& s, int64_t rows) {
 
 // ---- order 1: vectors meet inputs, and the products U = V_j a meet g ----
 
-constexpr int64_t kFewColumns = 32;  // of U, up to which our own kernel is faster than BLAS
+constexpr int64_t kFewColumns = 16;  // of U, up to which our own kernel is faster than BLAS at any f
 constexpr int64_t kColumns = 2048, kRows = 512;  // of U, for BLAS: rows and columns beyond that gain nothing more
 
 // Vectors [first, first + count) as [f, count * o]: a view, or a copy in `scratch` where they have gaps in between.
@@ -130,9 +133,9 @@ void vectors_first(const GradDot& x) {
   rows = std::min(rows, x.n * x.s);
   const int64_t examples = std::max<int64_t>(rows / x.s, 1), positions = std::min(rows, x.s);
 
-  const Tensor u = st::new_empty(x.out, {examples * positions * count * x.o});
-  const Tensor a_copy = st::new_empty(x.out, {copy_a ? examples * positions * x.f : 0});
-  const Tensor v_copy = st::new_empty(x.out, {copy_v && count > 1 ? count * x.o * x.f : 0});
+  const Tensor u = scratch_for(x, examples * positions * count * x.o);
+  const Tensor a_copy = scratch_for(x, copy_a ? examples * positions * x.f : 0);
+  const Tensor v_copy = scratch_for(x, copy_v && count > 1 ? count * x.o * x.f : 0);
   for (int64_t j = 0; j < x.k; j += count) {
     const int64_t k = std::min(count, x.k - j);
     const Tensor matrix = few ? x.v : vectors(x, j, k, copy_v && k > 1 ? &v_copy : nullptr);
@@ -167,13 +170,12 @@ void gradients_first(const GradDot& x) {
     examples = std::min(examples, std::max<int64_t>(kCopies / (x.s * (x.f + x.o)), 16));
     positions = std::clamp<int64_t>(kCopies / (examples * (x.f + x.o)), 1, x.s);
   }
-  examples = std::min(examples, x.n);
+  examples = std::min({examples, x.n, std::max<int64_t>(kProducts / x.k, 1)});
   const int64_t outputs = std::clamp<int64_t>(kGradients / (examples * x.f), 1, x.o);
 
-  const Tensor gradients = st::new_empty(x.out, {examples * outputs * x.f});
-  const Tensor dots = st::new_empty(x.out, {examples * x.k});
-  const Tensor a_copy = st::new_empty(x.out, {x.wide ? 0 : examples * positions * x.f});
-  const Tensor g_copy = st::new_empty(x.out, {x.wide ? 0 : examples * positions * x.o});
+  const Tensor gradients = scratch_for(x, examples * outputs * x.f), dots = scratch_for(x, examples * x.k);
+  const Tensor a_copy = scratch_for(x, x.wide ? 0 : examples * positions * x.f);
+  const Tensor g_copy = scratch_for(x, x.wide ? 0 : examples * positions * x.o);
   for_tiles(x, examples, positions, [&](int64_t example, int64_t n, int64_t position, int64_t s) {
     const Tensor a = tile_of(x.a, example, n, position, s, x.wide ? nullptr : &a_copy);
     const Tensor g = tile_of(x.g, example, n, position, s, x.wide ? nullptr : &g_copy);

@@ -14,7 +14,7 @@ from torch_influence.ops._native import register_fake, runs_natively
 def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
     r"""Dot products ⟨Gᵢ, vⱼ⟩ of the gradients of n examples with k vectors, for a linear layer y = W x + b.
 
-    The gradient of example i with respect to W is Gᵢ = Σₜ gᵢₜ aᵢₜᵀ, with respect to b it is Σₜ gᵢₜ, and neither is kept:
+    The gradient of example i with respect to W is Gᵢ = Σₜ gᵢₜ aᵢₜᵀ, with respect to b Σₜ gᵢₜ; neither is kept:
 
         out[i, j] += Σₜ gᵢₜᵀ (Vⱼ aᵢₜ + bⱼ)
 
@@ -55,9 +55,9 @@ def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | 
 
 
 def reference(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
-    """The specification in plain torch: gradients of a few examples at a time (2²² elements, or one example's), as rows.
+    """The specification in plain torch: gradients as rows, of a few examples at a time.
 
-    Twice their memory, since the bias is appended to a copy.
+    Memory: twice 2²² elements, or twice one example's gradient, since the bias is appended to a copy.
     """
     if out is None:
         out = v.new_zeros(a.shape[0], v.shape[0])

@@ -108,8 +108,8 @@ def _check(
     device: str,
     dtype: torch.dtype,
 ) -> Check:
-    # Drawn on the CPU, and rounded to the dtype before both sides see them. Arguments that an op wants in the dtype of its
-    # arithmetic whatever the others have are named by its module's WIDE.
+    # Drawn on the CPU, and rounded to the dtype before both sides see them. An op's module names by WIDE the
+    # arguments that it takes in the dtype of its arithmetic, whatever the others have.
     drawn = example(torch.Generator().manual_seed(0))
     arithmetic = torch.promote_types(dtype, torch.float32)
     rounded = {name: _cast(value, arithmetic if name in wide else dtype) for name, value in drawn.items()}
