@@ -28,9 +28,10 @@ def arguments(shape, dtype, device):
 
 
 def bound(call):
-    """Every term is a product of three numbers, and is in sums of at most so many numbers one after the other: f inputs, b
-    and s·o products with g, or s positions and (f + 1)·o products with v; then out. A sum of m numbers in any order has
-    an error of at most m - 1 roundings of the sum of magnitudes, a product of one. Both sides do."""
+    """Every term is a product of three, and is in sums of at most so many numbers one after the other: f inputs,
+    b and s·o products with g, or s positions and (f + 1)·o products with v; then out. A sum of m numbers in any order
+    has an error of at most m - 1 roundings of the sum of magnitudes, a product of one. Both sides do.
+    """
     s, f = call["a"].shape[1:]
     o = call["g"].shape[2]
     magnitudes = reference(
@@ -57,6 +58,7 @@ CONTRACT = Contract(
         "no_vectors": (3, 1, 5, 3, 0, 1),
         "no_positions": (3, 0, 5, 3, 2, 1),
         "no_inputs": (3, 2, 0, 3, 2, 1),
+        "no_inputs_many_columns": (3, 2, 0, 12, 5, 1),
         "no_outputs": (3, 2, 5, 0, 2, 1),
         "nothing": (3, 2, 0, 3, 2, 0),
         "one_row": (1, 1, 1000, 3, 2, 0),

@@ -124,7 +124,9 @@ void vectors_first(const GradDot& x) {
   const bool rows_apart = x.n > 1 && x.s > 1 && x.a.stride(0) != x.s * x.a.stride(1);
   const bool copy_a = !few && (!x.wide || rows_apart);
   const bool copy_v = !few && x.k > 1 && x.v.stride(0) != x.o * x.f;
-  auto fitting = [](int64_t elements, int64_t each, int64_t most) { return std::clamp<int64_t>(elements / each, 1, most); };
+  auto fitting = [](int64_t elements, int64_t each, int64_t most) {
+    return std::clamp<int64_t>(elements / std::max<int64_t>(each, 1), 1, most);
+  };
 
   int64_t count = few ? x.k : fitting(kColumns, x.o, x.k);
   if (copy_v) count = fitting(kCopies, x.o * x.f, count);
