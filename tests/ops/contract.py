@@ -29,7 +29,7 @@ class Contract:
     bound: arguments (before the call) -> for every written argument, then every result, how far two right
         implementations may lie apart: from the unit roundoff, the number of roundings and the magnitudes.
     wrong: what is wrong -> (arguments that are not valid, exception, what its message names).
-    uses_blas: whether BLAS multiplies for it, whose order of summation may depend on the number of threads.
+    uses_blas: whether it calls BLAS, which may sum in another order when it has another number of threads.
     """
 
     arguments: Callable[[tuple[int, ...], torch.dtype, str], Arguments]

@@ -148,9 +148,10 @@ def test_independent_of_the_number_of_threads(op, dtype, shape):
             by_threads.append(contract.run(wrapper_of(op), arguments))
     finally:
         torch.set_num_threads(threads)
+    bounds = contract.bound(arguments)
     for results in by_threads[1:]:
-        for alone, together, bound in zip(by_threads[0], results, contract.bound(arguments), strict=True):
-            if contract.uses_blas:  # what isn't ours to order may round otherwise, and no more than that
+        for alone, together, bound in zip(by_threads[0], results, bounds, strict=True):
+            if contract.uses_blas:  # how BLAS divides a product, and with it the order of its sums, isn't in our hands
                 assert_within(together, alone, bound)
             else:
                 assert torch.equal(alone, together)

@@ -171,17 +171,17 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
       x_tile = widened;
     }
     const Tensor t = st::narrow(all_t, 0, 0, rows), sums = st::narrow(all_s, 0, 0, rows);
-    mm_out(x_tile, columns_t, t);
+    call_out("aten::mm", x_tile, columns_t, t);
     const LinearCurvatureTile tile{t.mutable_data_ptr(), product.const_data_ptr(), bias_sums.const_data_ptr(), rows};
     if (s.bias) between.bias(tile);
     if (s.blocks) {
       const Tensor blocks = st::transpose(st::narrow(const_cast<Tensor&>(curvature), 0, first, rows), 1, 2);
-      bmm_out(st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
+      call_out("aten::bmm", st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
     } else {
       between.softmax(tile, first);
     }
-    mm_out(st::transpose(sums, 0, 1), x_tile, product);
-    if (s.bias) mm_out(st::narrow(ones, 1, 0, rows), sums, bias_sums);
+    call_out("aten::mm", st::transpose(sums, 0, 1), x_tile, product);
+    if (s.bias) call_out("aten::mm", st::narrow(ones, 1, 0, rows), sums, bias_sums);
     between.add(tile, first == 0);
   }
 }

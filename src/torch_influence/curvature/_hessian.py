@@ -19,7 +19,11 @@ class Hessian(Curvature):
         loss = self.loss(leaves, batch)
         inputs = leaves if at is None else at()
         if not loss.requires_grad and self.regularizer is not None:  # then the regulariser is all there is
-            return Linearized(lambda tangents: [torch.zeros_like(t) for t in tangents], lambda: [torch.zeros_like(x) for x in inputs], ())
+            return Linearized(
+                lambda tangents: [torch.zeros_like(t) for t in tangents],
+                lambda: [torch.zeros_like(x) for x in inputs],
+                (),
+            )
         slope = differentiate(loss, inputs, create_graph=True)
         stage = "hessian" if at is None else "hessian at the outputs"
         return Linearized(

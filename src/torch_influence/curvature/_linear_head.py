@@ -199,7 +199,9 @@ def linear_head(plain: Curvature) -> LinearHead | str:
         return "nothing may be kept: cache=False"
     needed = plain.batches.n * layer.in_features * torch.finfo(plain.dtype).bits // 8
     if needed > plain.budget:
-        return f"the layer's inputs would take about {needed:,} bytes, and the budget is {int(plain.budget):,}; see cache="
+        return (
+            f"the layer's inputs would take about {needed:,} bytes, and the budget is {int(plain.budget):,}; see cache="
+        )
     with plain.evaluation.session():
         plain.prepare()
         if plain.batches.why_not_kept:

@@ -10,18 +10,23 @@ from torch import Tensor
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_rows(op: str, name: str, tensor: Tensor) -> None:
-    """A floating-point tensor [rows, columns] that no graph is recorded for."""
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """A floating-point tensor that no graph is recorded for."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name}: expected dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.dim() != 2:
-        raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
     if tensor.requires_grad:
         raise ValueError(
             f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
         )
+
+
+def check_rows(op: str, name: str, tensor: Tensor) -> None:
+    """A floating-point tensor [rows, columns] that no graph is recorded for."""
+    check_floating(op, name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

@@ -1,0 +1,127 @@
+"""Dot products of a linear layer's per-example gradients with many vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.ops import _arguments
+from torch_influence.ops._native import register_fake, runs_natively
+
+
+def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
+    r"""Dot products ⟨Gᵢ, vⱼ⟩ of the gradients of n examples with k vectors, for a linear layer y = W x + b.
+
+    The gradient of example i with respect to W is Gᵢ = Σₜ gᵢₜ aᵢₜᵀ, with respect to b Σₜ gᵢₜ; neither is kept:
+
+        out[i, j] += Σₜ gᵢₜᵀ (Vⱼ aᵢₜ + bⱼ)
+
+    Args:
+        a: The layer's inputs [n, s, f] at s positions of a sequence (1 without one), float32, float64, float16 or
+            bfloat16.
+        g: Gradients of each example's own loss with respect to the layer's outputs [n, s, o], like a.
+        v: The vectors [k, o·f], each Vⱼ row by row as W is flattened, or [k, o·f + o] with bⱼ after it; float64 if a
+            is, float32 otherwise. Rows may be parts of the rows of a larger matrix.
+        bias: Whether the layer has a bias, and v the bⱼ.
+        out: What the dot products are added to, [n, k] with dtype and device of v, so that those of several layers can
+            be summed. None: zeros.
+
+    Returns:
+        out, or the new tensor.
+
+    Raises:
+        TypeError: For a wrong type or dtype, naming the argument.
+        ValueError: For a wrong shape or device, or a tensor that requires grad, naming the argument.
+
+    Cost:
+        Per example about 2skof operations where Vⱼ aᵢₜ comes first, 2(s + k)of where Gᵢ does: the cheaper order is
+        taken, memory traffic counted. Arithmetic and sums in the dtype of v. Below 64 MiB of memory at any n, s and k
+        (a tensor whose columns aren't adjacent is copied whole besides). No host synchronisation; can be captured in a
+        CUDA graph. BLAS may round differently with another number of threads.
+
+    Source:
+        Goodfellow (2015), Efficient per-example gradient computations, for the layer's outer products.
+    """
+    _check(a, g, v, bias, out)
+    if not runs_natively("grad_dot", a):
+        return reference(a, g, v, bias, out)
+    if out is None:
+        out = v.new_zeros(a.shape[0], v.shape[0])
+    torch.ops.torch_influence.grad_dot(a, g, v, bias, out)
+    torch.autograd.graph.increment_version(out)  # the op's schema alone doesn't
+    return out
+
+
+def reference(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
+    """The specification in plain torch: gradients as rows, of a few examples at a time.
+
+    Memory: twice 2²² elements, or twice one example's gradient, since the bias is appended to a copy.
+    """
+    if out is None:
+        out = v.new_zeros(a.shape[0], v.shape[0])
+    examples = max(2**22 // max(v.shape[1], 1), 1)
+    for a_tile, g_tile, out_tile in zip(a.split(examples), g.split(examples), out.split(examples), strict=True):
+        a_wide, g_wide = a_tile.to(v.dtype), g_tile.to(v.dtype)
+        gradients = torch.einsum("nso,nsf->nof", g_wide, a_wide).flatten(1)
+        if bias:
+            gradients = torch.cat([gradients, g_wide.sum(1)], dim=1)
+        out_tile.addmm_(gradients, v.mT)
+    return out
+
+
+def _check(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor | None) -> None:
+    _arguments.check_floating("grad_dot", "a", a)
+    if a.dim() != 3:
+        raise ValueError(f"grad_dot: a: expected shape (n, s, f), got {tuple(a.shape)}")
+    n, s, f = a.shape
+    _check_one("g", g, a.dtype, a)
+    if g.dim() != 3 or g.shape[:2] != (n, s):
+        raise ValueError(f"grad_dot: g: expected shape ({n}, {s}, o) to go with a, got {tuple(g.shape)}")
+    if not isinstance(bias, bool):
+        raise TypeError(f"grad_dot: bias: expected a bool, got {type(bias).__name__}")
+    o, wide = g.shape[2], torch.promote_types(a.dtype, torch.float32)
+    columns = o * f + (o if bias else 0)
+    _check_one("v", v, wide, a)
+    if v.dim() != 2 or v.shape[1] != columns:
+        terms = f"{o}·{f} + {o}" if bias else f"{o}·{f}"
+        raise ValueError(
+            f"grad_dot: v: expected shape (k, {columns}), {terms} columns {'with' if bias else 'without'} bias, "
+            f"got {tuple(v.shape)}"
+        )
+    if out is not None:
+        _check_one("out", out, wide, a)
+        if out.shape != (n, v.shape[0]):
+            raise ValueError(f"grad_dot: out: expected shape ({n}, {v.shape[0]}), got {tuple(out.shape)}")
+        _arguments.check_written("grad_dot", "out", out)
+
+
+def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, a: Tensor) -> None:
+    """A tensor on a's device with this dtype and no graph."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"grad_dot: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"grad_dot: {name}: expected dtype {dtype}, since a has {a.dtype}, got {tensor.dtype}")
+    if tensor.device != a.device:
+        raise ValueError(f"grad_dot: {name}: expected device {a.device}, as a has, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"grad_dot: {name}: expected a tensor without gradient, since grad_dot isn't differentiable; detach() it"
+        )
+
+
+def fake(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor) -> None:
+    """Nothing is returned: out is written."""
+
+
+register_fake("grad_dot", fake)
+
+WIDE = ("v",)  # arguments that stay in the dtype of the arithmetic when the others are 16-bit
+
+
+def example(generator: torch.Generator) -> dict[str, Any]:
+    """Arguments for the self-test, in float32."""
+    a = torch.randn(37, 5, 83, generator=generator)
+    g = torch.randn(37, 5, 29, generator=generator)
+    return {"a": a, "g": g, "v": torch.randn(11, 29 * 83 + 29, generator=generator), "bias": True}
