@@ -69,7 +69,7 @@ class Workload:
 def logistic_head(
     n: int = 1800, queries: int = 600, features: int = 2048, dtype: torch.dtype = torch.float32
 ) -> Workload:
-    """A: the objective of Koh and Liang's dog-against-fish experiment, cross-entropy of a probability, exact Hessian."""
+    """A: the objective of the old package's dog-against-fish example, cross-entropy of probabilities; exact Hessian."""
     generator = torch.Generator().manual_seed(0)
     x = rotated_features(n + queries, features, decay=0.5, norm=45.0, generator=generator)
     margin = x @ torch.randn(features, generator=generator)
@@ -92,7 +92,7 @@ def softmax_regression(
     model = nn.Linear(features, classes).to(dtype)
     objective = Classification(F.cross_entropy, l2=1e-3)
     title = f"softmax regression, {n} x {features}, {classes} classes"
-    return trained("B", title, model, objective, x.to(dtype), y, n, damp=1.8e-2, gnh=True, rtol=1e-3)
+    return trained("B", title, model, objective, x.to(dtype), y, n, damp=3e-2, gnh=True, rtol=1e-3)
 
 
 def perceptron(
@@ -111,7 +111,7 @@ def perceptron(
     model = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, classes)).to(dtype)
     objective = Classification(F.cross_entropy, l2=1e-3)
     title = f"MLP {features}-{hidden}-{classes}, {n} examples"
-    return trained("C", title, model, objective, x.to(dtype), y, n, damp=1.5e-1, gnh=True, rtol=1e-3)
+    return trained("C", title, model, objective, x.to(dtype), y, n, damp=3e-1, gnh=True, rtol=1e-3)
 
 
 def conv_net(
@@ -125,20 +125,27 @@ def conv_net(
     """D: two convolutions 5 x 5 and a linear layer, 14,538 parameters; ``side`` is 28, or 20 for a smaller one."""
     generator = torch.Generator().manual_seed(3)
     x = smooth_images(n + queries, side, decay=1.0, generator=generator)
-    y = teacher_labels(x.flatten(1), classes, generator)
-    torch.manual_seed(3)
     first, second = channels
     last = ((side - 4) // 2 - 4) // 2  # pooled to 2 x 2
-    model = nn.Sequential(
-        nn.Conv2d(1, first, 5),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(first, second, 5),
-        nn.ReLU(),
-        nn.AvgPool2d(last),
-        nn.Flatten(),
-        nn.Linear(4 * second, classes),
-    ).to(dtype)
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(1, first, 5),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(first, second, 5),
+            nn.ReLU(),
+            nn.AvgPool2d(last),
+            nn.Flatten(),
+            nn.Linear(4 * second, classes),
+        )
+
+    torch.manual_seed(4)
+    teacher = network()
+    with torch.no_grad():
+        y = draw_labels(torch.cat([teacher(part) for part in x.split(BATCH_SIZE)]), generator)
+    torch.manual_seed(3)
+    model = network().to(dtype)
     objective = Classification(F.cross_entropy, l2=1e-3)
     title = f"conv net, {n} images {side} x {side}"
     return trained("D", title, model, objective, x.to(dtype), y, n, damp=3.7e-2, gnh=True, rtol=1e-3, epochs=20)
@@ -171,11 +178,15 @@ def logistic_noise(n: int, generator: torch.Generator) -> Tensor:
     return torch.logit(torch.rand(n, generator=generator), eps=1e-6)
 
 
-def teacher_labels(x: Tensor, classes: int, generator: torch.Generator, sharpness: float = 3.0) -> Tensor:
-    """Labels drawn from the softmax of random linear functions with standard deviation ``sharpness``."""
-    logits = x @ torch.randn(x.shape[1], classes, generator=generator)
-    probabilities = (sharpness * logits / logits.std()).softmax(1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+def teacher_labels(x: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """Labels drawn from the softmax of random linear functions."""
+    return draw_labels(x @ torch.randn(x.shape[1], classes, generator=generator), generator)
+
+
+def draw_labels(logits: Tensor, generator: torch.Generator, sharpness: float = 3.0) -> Tensor:
+    """Labels drawn from the softmax of these, each class brought to mean 0 and standard deviation ``sharpness``."""
+    standard = (logits - logits.mean(0)) / logits.std(0)
+    return torch.multinomial((sharpness * standard).softmax(1), 1, generator=generator).squeeze(1)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -206,8 +217,9 @@ def trained(
         return loss
 
     if epochs:
-        adam = torch.optim.Adam(params, lr=3e-3)
-        for _ in range(epochs):
+        adam = torch.optim.Adam(params)
+        for epoch in range(epochs):
+            adam.param_groups[0]["lr"] = 3e-3 * (1 - epoch / epochs)
             for batch in zip(x[:n].split(BATCH_SIZE), y[:n].split(BATCH_SIZE), strict=True):
                 gradient(batch)
                 adam.step()
