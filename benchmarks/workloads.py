@@ -148,7 +148,7 @@ def conv_net(
     model = network().to(dtype)
     objective = Classification(F.cross_entropy, l2=1e-3)
     title = f"conv net, {n} images {side} x {side}"
-    return trained("D", title, model, objective, x.to(dtype), y, n, damp=3.7e-2, gnh=True, rtol=1e-3, epochs=20)
+    return trained("D", title, model, objective, x.to(dtype), y, n, damp=1e-1, gnh=True, rtol=1e-3, epochs=20)
 
 
 WORKLOADS = {"A": logistic_head, "B": softmax_regression, "C": perceptron, "D": conv_net}
