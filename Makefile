@@ -5,6 +5,8 @@ PYTHON ?= python3
 CUDA ?= AUTO
 # Where `make gpu` leaves its log and results.
 OUT ?= build/gpu
+# Where `make bench` leaves its end-to-end table; nothing is written if empty.
+RESULTS ?= benchmarks/results
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -37,8 +39,9 @@ lint: dev ## style and format
 types: dev ## static types of the package
 	$(PY) -m mypy
 
-bench: dev ## microbenchmarks of the native ops
+bench: dev ## benchmarks of the native ops and, end to end, against the old algorithm; results in RESULTS
 	set -e; for bench in benchmarks/ops/bench_*.py; do $(PY) $$bench; done
+	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT

@@ -8,12 +8,16 @@ the smallest possible traffic would mean, and the memory that a call needs beyon
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -132,6 +136,55 @@ def table(title: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def provenance() -> dict[str, object]:
+    """What a result depends on besides the code: the machine, the versions, the commit, the date (UTC)."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_influence": version("torch-influence"),
+        "commit": commit(),
+        "csrc_sha256": backend_info().csrc_sha256,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with a plus sign if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, its folder first if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def main(op: str, benchmark: Callable[[str, float], list[tuple[str, list[Row]]]]) -> None:
     """The command line of a benchmark: prints its tables, and writes them as JSON if asked to.
 
@@ -164,10 +217,7 @@ def main(op: str, benchmark: Callable[[str, float], list[tuple[str, list[Row]]]]
             "op": op,
             "device": arguments.device,
             "where": where,
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "csrc_sha256": info.csrc_sha256,
+            **provenance(),
             "results": results,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(arguments.json, json.dumps(record, indent=1) + "\n")
