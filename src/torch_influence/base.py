@@ -15,7 +15,7 @@ from torch.utils import data
 from torch_influence.batches import Batches
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import ExampleGradients, mean_gradient, warn_if_summed
+from torch_influence.gradients import ExampleGradients, mean_gradient, regularizer_gradient, warn_if_summed
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
@@ -333,7 +333,13 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             return mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices)
 
     def _examples(self) -> ExampleGradients:
-        return ExampleGradients(self._evaluation.train_loss, self._evaluation, self._train, "scores")
+        evaluation = self._evaluation
+        if evaluation.overrides_train_loss:  # its parts are not known
+            return ExampleGradients(evaluation.train_loss, evaluation, self._train, "scores")
+        constant = regularizer_gradient(evaluation)
+        return ExampleGradients(
+            evaluation.train_loss, evaluation, self._train, "scores", evaluation.data_loss, constant
+        )
 
     def _score(self, indices: list[int], stests: Tensor) -> Tensor:
         if indices:

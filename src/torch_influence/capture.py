@@ -1,10 +1,10 @@
-"""Hooks on layers while the objective runs: what goes into a layer, and the rest as a function of what comes out of it."""
+"""Hooks on layers while the objective runs: what goes into layers, and what follows from what comes out."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,11 +49,40 @@ def cut(layer: nn.Module) -> Iterator[Calls]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def shifted(layers: Sequence[nn.Module], shifts: Sequence[Tensor | None]) -> Iterator[list[Calls]]:
+    """Adds a shift to what comes out of each layer, by which the loss can be differentiated; None adds nothing."""
+    calls = [Calls() for _ in layers]
+    handles = []
+
+    def hook(i: int) -> Any:
+        def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            calls[i].inputs.append(args[0] if args else kwargs["input"])
+            calls[i].outputs.append(output)
+            by = shifts[i]
+            return output if by is None else output + by
+
+        return shift
+
+    try:
+        for i, layer in enumerate(layers):
+            handles.append(layer.register_forward_hook(hook(i), with_kwargs=True))
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes x Wᵀ + b of its parameters, and nothing else."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
 def linear_layer(evaluation: Evaluation) -> nn.Linear | None:
     """The linear layer whose parameters, or whose weight alone, are just those that are differentiated."""
     chosen = [id(p) for p in evaluation.space.current()]
     for layer in evaluation.model.modules():
-        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+        if isinstance(layer, nn.Linear) and is_linear(layer):
             both = [id(p) for p in (layer.weight, layer.bias) if p is not None]
             if chosen in (both, both[:1]):
                 return layer

@@ -90,6 +90,10 @@ class Evaluation:
         loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
         return _scalar(loss, "train_loss")
 
+    def data_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """Mean training loss of a batch, without the regulariser."""
+        return self.train_loss_on_outputs(leaves, self.train_outputs(leaves, batch), batch)
+
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean test loss of a batch."""
 

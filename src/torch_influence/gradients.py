@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.batches import Batches, weighted_mean
+from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import alike, put_together, take_apart
 from torch_influence.parameters import ParameterSpace
@@ -25,7 +26,9 @@ LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
 _ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
+_MANY_EXAMPLES = 2048  # in one whose gradients are not formed
 _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
+_ONE_BY_ONE = "examples one at a time"
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
 
@@ -38,6 +41,15 @@ def mean_gradient(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, i
 def loss_gradient(loss: LossOfBatch, space: ParameterSpace, leaves: Sequence[Tensor], batch: Any) -> Tensor:
     """Gradient of the loss of one batch, a row [d]."""
     return space.flatten(differentiate(loss(leaves, batch), leaves)).detach()
+
+
+def regularizer_gradient(evaluation: Evaluation) -> Tensor | None:
+    """∇reg, a row [d]; None for a number."""
+    leaves = evaluation.leaves()
+    value = evaluation.train_regularization(leaves)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return None
+    return evaluation.space.flatten(differentiate(value, leaves)).detach()
 
 
 def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
@@ -84,7 +96,7 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
 
 def saved_bytes(roots: Sequence[Tensor]) -> int:
     """Bytes of the tensors that the graphs behind these tensors hold for their backward passes."""
-    storages: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # by address: a view of data that are kept anyway counts for what it shows
     seen: set[Any] = set()
     nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
     while nodes:
@@ -99,10 +111,9 @@ def saved_bytes(roots: Sequence[Tensor]) -> int:
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
                 if isinstance(t, Tensor) and t.layout is torch.strided:
-                    storage = t.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+                    sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), min(t.nbytes, t.untyped_storage().nbytes()))
         nodes += [following for following, _ in node.next_functions if following is not None]
-    return sum(storages.values())
+    return sum(sizes.values())
 
 
 @functools.cache
@@ -172,50 +183,104 @@ class PullBack:
 class ExampleGradients:
     """Gradients gᵢ = ∇loss(batch of example i alone) of chosen examples: as rows, or as products with given vectors.
 
+    Args:
+        loss: of leaves and a batch.
+        evaluation, batches: of the model, and the examples.
+        describe: what a progress bar says.
+        data_loss: the loss without what depends on no example; None: all of it.
+        constant: the gradient of the difference [d].
+
     Attributes:
-        why_plain: why examples are taken one at a time; empty while many at once are used.
+        path: the way that the last products, or rows, were computed.
+        why_not: why ways that come before it were given up, by way.
     """
 
-    def __init__(self, loss: LossOfBatch, evaluation: Evaluation, batches: Batches, describe: str) -> None:
+    def __init__(
+        self,
+        loss: LossOfBatch,
+        evaluation: Evaluation,
+        batches: Batches,
+        describe: str,
+        data_loss: LossOfBatch | None = None,
+        constant: Tensor | None = None,
+    ) -> None:
         self._loss = loss
         self._evaluation = evaluation
         self._space = evaluation.space
         self._batches = batches
         self._describe = describe
-        self.why_plain = ""
+        self._data_loss = data_loss or loss
+        self._constant = constant
+        row_bytes = self._space.size * torch.finfo(self._space.dtype).bits // 8
+        self._rows_at_once = max(1, min(_EXAMPLES_AT_ONCE, _BYTES_OF_ROWS // row_bytes))
+        self.path = ""
+        self.why_not: dict[str, str] = {}
+
+    @property
+    def why_plain(self) -> str:
+        """Why examples are taken one at a time; empty while many at once are used."""
+        return list(self.why_not.values())[-1] if self.path == _ONE_BY_ONE and self.why_not else ""
 
     def rows(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, rows [b, d]) in bounded chunks. Memory: one chunk of rows."""
-        space = self._space
-        row_bytes = space.size * torch.finfo(space.dtype).bits // 8
-        at_once = max(1, min(_EXAMPLES_AT_ONCE, _BYTES_OF_ROWS // row_bytes))
         leaves = self._evaluation.leaves()
 
-        def many(group: _Group) -> Tensor:
-            gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
-            detached = tuple(leaf.detach() for leaf in leaves)
-            return space.flatten(torch.vmap(gradient, in_dims=(None, 0))(detached, group.tensors)).detach()
-
         def one(batch: Any) -> Tensor:
-            return loss_gradient(self._loss, space, leaves, batch)
+            return loss_gradient(self._loss, self._space, leaves, batch)
 
-        return _merged(self._chunks(indices, at_once, many, one), at_once)
+        chunks = self._chunks(indices, self._rows_at_once, {"rows of gradients": self._rows_of}, one)
+        return _merged(chunks, self._rows_at_once)
 
     def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
 
-        For few vectors the rows gᵢ are never formed: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
-        ∂(G·v)/∂u holds all gᵢ·v (a second backward per vector). Half-precision passes form rows, so that the dots
-        themselves are taken in float32.
+        In the first of these ways that is possible and agrees with examples one at a time:
+        - from the inputs and output gradients of linear layers (contraction.py), where they account for all parameters
+          or the vectors are many;
+        - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
+          ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
+        - from rows of gradients.
         """
-        if len(vectors) > _FEW_DIRECTIONS or self._space.pass_dtype != self._space.dtype:
-            for positions, rows in self.rows(indices):
-                yield positions, rows @ vectors.mT
-            return
+        ways: dict[str, Callable[[_Group], Tensor]] = {}
+        few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
+        contraction = Contraction(self._data_loss, self._evaluation)
+        if contraction.layers and not (few and contraction.rest):
+            ways["inputs and output gradients of linear layers"] = self._contracted(contraction, vectors)
+        if few:
+            ways["directional derivatives"] = self._directional(vectors)
+        else:
+            ways["rows of gradients"] = lambda group: torch.cat(
+                [self._rows_of(part) @ vectors.mT for part in group.parts(self._rows_at_once)]
+            )
         leaves = self._evaluation.leaves()
-        pieces = self._space.split(vectors)
+
+        def one(batch: Any) -> Tensor:
+            return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
+
+        # Without rows to form, many examples take little memory, and vectors are read once for all of them.
+        many = bool(contraction.layers) and not contraction.rest
+        return self._chunks(indices, _MANY_EXAMPLES if many else _EXAMPLES_AT_ONCE, ways, one)
+
+    def _rows_of(self, group: _Group) -> Tensor:
+        gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
+        leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
+        return self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
+
+    def _contracted(self, contraction: Contraction, vectors: Tensor) -> Callable[[_Group], Tensor]:
+        constant = None if self._constant is None else vectors @ self._constant
 
         def many(group: _Group) -> Tensor:
+            contraction.look(group.single(0))
+            parts = group.parts(max(1, _BYTES_OF_ROWS // max(contraction.example_bytes, 1)))
+            dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
+            return dots if constant is None else dots.add_(constant)
+
+        return many
+
+    def _directional(self, vectors: Tensor) -> Callable[[_Group], Tensor]:
+        leaves, pieces = self._evaluation.leaves(), self._space.split(vectors)
+
+        def some(group: _Group) -> Tensor:
             losses = torch.vmap(lambda tensors: self._loss(leaves, group.batch(tensors)))(group.tensors)
             u = torch.ones_like(losses, requires_grad=True)
             grads = torch.autograd.grad(losses, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -226,10 +291,7 @@ class ExampleGradients:
             ]
             return torch.stack(columns, dim=-1)
 
-        def one(batch: Any) -> Tensor:
-            return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
-
-        yield from self._chunks(indices, _EXAMPLES_AT_ONCE, many, one)
+        return lambda group: torch.cat([some(part) for part in group.parts(_EXAMPLES_AT_ONCE)])
 
     def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
         """The batches of one of these examples, in groups; cut from larger batches where these are known to be such."""
@@ -247,30 +309,50 @@ class ExampleGradients:
         self,
         indices: Sequence[int],
         at_once: int,
-        many: Callable[[_Group], Tensor],
+        ways: dict[str, Callable[[_Group], Tensor]],
         one: Callable[[Any], Tensor],
     ) -> Iterator[tuple[list[int], Tensor]]:
-        verified: list[Any] = []  # templates: another shape or constant may take another way in the model
-        self.why_plain = ""
+        verified: dict[str, list[Any]] = {way: [] for way in ways}
+        self.path, self.why_not = "", {}
         for group in self._groups(indices, at_once):
-            if not self.why_plain and len(group.positions) > 1:
-                try:
-                    with _quiet_vmap():
-                        fast = many(group)
-                except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop below
-                    self.why_plain = f"many examples at once failed: {error}"
-                else:
-                    if not any(alike(group.template, known) for known in verified):
-                        probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
-                        plain = torch.stack([one(group.single(j)) for j in probe])
-                        if agree(fast[probe], plain, self._space.pass_dtype):
-                            verified.append(group.template)
-                    if any(alike(group.template, known) for known in verified):
-                        yield group.positions, fast
-                        continue
-                    self.why_plain = "many examples at once differ from one at a time"
+            fast = None if len(group.positions) == 1 else self._first_way(group, ways, verified, one)
+            if fast is not None:
+                yield group.positions, fast
+                continue
+            self.path = _ONE_BY_ONE
             for j, position in enumerate(group.positions):
                 yield [position], one(group.single(j))[None]
+
+    def _first_way(
+        self,
+        group: _Group,
+        ways: dict[str, Callable[[_Group], Tensor]],
+        verified: dict[str, list[Any]],
+        one: Callable[[Any], Tensor],
+    ) -> Tensor | None:
+        """Many examples at once, in the first way that works; each is compared with single examples where it is new.
+
+        New to it are other templates: another shape or constant may take another way in the model.
+        """
+        for way, many in ways.items():
+            if way in self.why_not:
+                continue
+            try:
+                with _quiet_vmap():
+                    fast = many(group)
+            except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop of ones
+                self.why_not[way] = f"many examples at once failed: {error}"
+                continue
+            if not any(alike(group.template, known) for known in verified[way]):
+                probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
+                plain = torch.stack([one(group.single(j)) for j in probe])
+                if not agree(fast[probe], plain, self._space.pass_dtype):
+                    self.why_not[way] = "many examples at once differ from one at a time"
+                    continue
+                verified[way].append(group.template)
+            self.path = way
+            return fast
+        return None
 
 
 @contextlib.contextmanager
@@ -295,6 +377,15 @@ class _Group:
 
     def single(self, j: int) -> Any:
         return self.batch([t[j] for t in self.tensors])
+
+    def parts(self, size: int) -> list[_Group]:
+        """The same in groups of at most so many."""
+        if len(self.positions) <= size:
+            return [self]
+        starts = range(0, len(self.positions), size)
+        return [
+            _Group(self.positions[i : i + size], self.template, [t[i : i + size] for t in self.tensors]) for i in starts
+        ]
 
 
 def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:

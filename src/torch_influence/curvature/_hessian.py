@@ -33,10 +33,8 @@ class Hessian(Curvature):
         )
 
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
-        evaluation = self.evaluation
-        if self.regularized_loss:
-            return evaluation.train_loss(leaves, batch)
-        return evaluation.train_loss_on_outputs(leaves, evaluation.train_outputs(leaves, batch), batch)
+        loss = self.evaluation.train_loss if self.regularized_loss else self.evaluation.data_loss
+        return loss(leaves, batch)
 
     @property
     def regularized_loss(self) -> bool:  # type: ignore[override]
