@@ -334,8 +334,9 @@ def test_reading_a_few_examples_does_not_load_all_but_reading_them_often_does() 
     assert source.kept_bytes > 0
 
 
-def test_scores_of_padded_data_do_not_load_what_is_of_no_use_to_them() -> None:
-    of = KINDS["padding"][0]()
+@pytest.mark.parametrize("kind", ["padding", "a statistic of the batch"])
+def test_scores_of_data_that_do_not_stack_do_not_load_what_is_of_no_use_to_them(kind: str) -> None:
+    of = KINDS[kind][0]()
     source = batches(of)
     for _ in source.read(None, 1):
         pass
@@ -478,6 +479,14 @@ def test_batches_that_are_edited_in_place_are_not_kept() -> None:
     for _ in range(3):
         assert_close(editing.hvp(v), expected, operations=4 * 23 * D)
     assert "edits its batches in place" in editing._train.why_not_kept
+
+    source = batches(plain(collate_fn=centred))  # batches that would be kept as they are
+    for _ in range(2):
+        assert same_reads(source.read(), batches(plain(collate_fn=centred), False).read())
+        source.clear()
+        for batch, _ in source.read():
+            batch[0].zero_()
+    assert source.kept_bytes == 0
 
     source = batches(plain())  # and where it begins only once they are kept
     expected_reads = list(batches(plain(), False).read())
