@@ -19,6 +19,7 @@ from torch_influence.gradients import ExampleGradients, mean_gradient, regulariz
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.plan import Plan, Step
 from torch_influence.resident import Cache, budget
 from torch_influence.scores import score_matrix
 from torch_influence.solvers import SolveReport
@@ -171,6 +172,57 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             return batches.sample(sample, indices=indices, batch_size=batch_size, generator=generator)
         return batches.read(indices, batch_size)
 
+    def explain(self, queries: int = 1) -> Plan:
+        """How influences of so many queries will be computed, why not faster, and what memory that takes.
+
+        Nothing is solved or scored; but the data are read and what the curvature is made of is captured and verified,
+        as the first solve would do, and a few examples are scored with random vectors to see which way works.
+
+        Args:
+            queries: right-hand sides at once.
+
+        Returns:
+            A ``Plan``: ``print`` it, or look at its ``steps``.
+
+        Raises:
+            ValueError: queries is less than 1.
+
+        Example:
+            >>> print(module.explain(queries=100))
+            >>> module.explain()["curvature"].path
+        """
+        if queries < 1:
+            raise ValueError(f"queries: expected at least 1, got {queries}")
+        with self._evaluation.session():
+            operator = self._curvature()
+            not_head = [("a linear head in closed form", self._why_no_head)] if self._why_no_head else []
+            if isinstance(operator, Curvature):
+                operator.prepare()
+                if operator.why_not_grouped:
+                    not_head.append(("in larger batches", operator.why_not_grouped))
+            examples = self._examples()
+            generator = torch.Generator().manual_seed(0)
+            few = torch.randn(queries, self._space.size, generator=generator, dtype=torch.float64)
+            few = few.to(self.device, self._space.dtype)
+            for _ in examples.dots(sorted({0, self._train.n // 2, self._train.n - 1}), few):
+                pass
+        kept, row = self._train, self._space.size * torch.finfo(self._space.dtype).bits // 8
+        form = "kept on the device" if not kept.why_not_kept else "read again for each pass"
+        solver, vectors = self._solver()
+        return Plan(
+            (
+                Step("data", form, kept.kept_bytes, [("kept", kept.why_not_kept)] if kept.why_not_kept else ()),
+                Step("curvature", operator.describe(), operator.kept_bytes, not_head),
+                Step("solver", solver, int(vectors * row * (queries if vectors < self._space.size else 1))),
+                Step(
+                    "scores",
+                    examples.path,
+                    self._train.n * queries * row // self._space.size,
+                    [*examples.why_not.items()],
+                ),
+            )
+        )
+
     def clear_cache(self) -> None:
         """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache)."""
         for batches in self._opened():
@@ -276,6 +328,10 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             head = linear_head(plain)
             self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
         return self._operator
+
+    def _solver(self) -> tuple[str, float]:
+        """The solver in words, and how many vectors [d] it needs for each right-hand side (d or more: for all)."""
+        return f"inverse_hvp of {type(self).__name__}", 1
 
     def _as_rows(self, vecs: Tensor | None, argument: str, vectors_only: bool = False) -> Tensor:
         d = self._space.size

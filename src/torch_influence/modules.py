@@ -14,7 +14,7 @@ from torch.utils import data
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
-from torch_influence.resident import Cache
+from torch_influence.resident import Cache, free_memory
 from torch_influence.solvers import Factor, cg, lissa
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
@@ -35,6 +35,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         inverse_hess: A⁻¹, [d, d], computed when first read.
 
     Raises:
+        MemoryError: the matrices don't fit; nothing has been computed yet.
         ValueError: A has a negative eigenvalue and ``check_eigvals`` is set; the message has the eigenvalue.
         torch.linalg.LinAlgError: A is singular.
 
@@ -66,6 +67,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
             model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
         )
         self.damp = damp
+        self._refuse_if_too_large()
         with self._evaluation.session():
             self.hess = self._curvature().dense()
         self._built_at = self._evaluation.fingerprint()
@@ -94,6 +96,10 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         x, self.last_report = self._current_factor().solve(rows)
         return x.reshape(vec.shape)
 
+    def _solver(self) -> tuple[str, float]:
+        kind = "Cholesky" if self._current_factor().definite else "LU"
+        return f"dense matrix, factored once by {kind}", 3 * self._space.size
+
     @property
     def inverse_hess(self) -> Tensor:
         """A⁻¹, [d, d]."""
@@ -106,6 +112,17 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         if self.damp != self._factored_with:
             self._factor, self._factored_with, self._inverse = Factor(self._damped()), self.damp, None
         return self._factor
+
+    def _refuse_if_too_large(self) -> None:
+        """Before anything is allocated: the matrix, its damped copy and the factor."""
+        d, element = self._space.size, torch.finfo(self._space.dtype).bits // 8
+        needed, free = 3 * d * d * element, free_memory(self.device)
+        if needed > free:
+            raise MemoryError(
+                f"AutogradInfluenceModule needs three {d:,} x {d:,} matrices, {needed / 1e9:,.1f} GB, and "
+                f"{free / 1e9:,.1f} GB are free on {self.device}: choose fewer parameters with params=, or "
+                "CGInfluenceModule, whose memory grows with d alone"
+            )
 
     def _damped(self) -> Tensor:
         damped = self.hess.clone()
@@ -181,6 +198,9 @@ class CGInfluenceModule(BaseInfluenceModule):
             operator = self._curvature().damped(self.damp)
             x, self.last_report = cg(operator, rows, **options, progress=self._bar)
         return x.reshape(vec.shape)
+
+    def _solver(self) -> tuple[str, float]:
+        return "conjugate gradients, all rows at once", 5
 
 
 class LiSSAInfluenceModule(BaseInfluenceModule):
@@ -259,3 +279,6 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
                 progress=self._bar,
             )
         return x.reshape(vec.shape)
+
+    def _solver(self) -> tuple[str, float]:
+        return f"LiSSA, {self.repeat} x {self.depth} minibatches", 4

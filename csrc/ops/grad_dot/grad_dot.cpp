@@ -99,7 +99,7 @@ void few_products(const GradDotProducts& s, int64_t rows) {
 
 // ---- order 1: vectors meet inputs, and the products U = V_j a meet g ----
 
-constexpr int64_t kFewColumns = 16;  // of U, up to which our own kernel is faster than BLAS at any f
+constexpr int64_t kFewColumns = 16;  // of U: up to here our own kernel is faster than BLAS, at f = 784 up to 24
 constexpr int64_t kColumns = 2048, kRows = 512;  // of U, for BLAS: rows and columns beyond that gain nothing more
 
 // Vectors [first, first + count) as [f, count * o]: a view, or a copy in `scratch` where they have gaps in between.

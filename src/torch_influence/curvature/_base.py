@@ -128,6 +128,12 @@ class Curvature(LinearOperator):
         """Rows to ∇²reg times rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
 
+    def describe(self) -> str:
+        """The path, in words; ``prepare`` comes first."""
+        size = self.batch_size or self.batches.batch_size or 1
+        kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
+        return f"{type(self).__name__} by double backward, {size} examples at a time, {kept}"
+
     def product(self, rows: Tensor) -> Tensor:
         with self.evaluation.session():
             return self._mean_product(rows)

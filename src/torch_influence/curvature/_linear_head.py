@@ -109,6 +109,10 @@ class LinearHead(LinearOperator):
         self.kept_bytes = x.nbytes + at_outputs.nbytes
         self.products = 0
 
+    def describe(self) -> str:
+        """The path, in words."""
+        return f"linear head in closed form, by {self.at_outputs.form}"
+
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1
         return self._regularized(self.at_outputs.product(self.x, rows, self.bias), rows)
