@@ -130,7 +130,7 @@ class LinearHead(LinearOperator):
                     x = self.x[first : first + at_once].to(self.dtype)
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.bias else x
                     gram.addmm_(x.mT, x * self.at_outputs.entry(a, b, first, first + at_once)[:, None])
-                self._put(matrix, a, b, gram)
+                self._put(matrix, a, b, gram.add_(gram.mT.clone()).mul_(0.5))
         for first in range(0, self.size, 256):
             rows = matrix[first : first + 256]
             unit = torch.zeros_like(rows)
