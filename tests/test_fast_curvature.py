@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule
-from torch_influence.curvature import Hessian, LinearHead, linear_head
+from torch_influence.curvature import Curvature, Hessian, LinearHead, linear_head
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -64,6 +64,7 @@ class Case:
     batch: int = BATCH
     collate: Callable[[Any], Any] | None = None
     inherent: float = 0.0
+    kind: type[Regularized] = Regularized
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The same float32 numbers in either dtype."""
@@ -78,7 +79,7 @@ class Case:
 
     @property
     def objective(self) -> Regularized:
-        return Regularized(self.loss, self.regularizer)
+        return self.kind(self.loss, self.regularizer)
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
         return self.model(dtype), self.objective, self.loader(dtype), self.loader(dtype), "cpu"
@@ -153,6 +154,117 @@ def quartic(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum(1).square().mean()
 
 
+def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each example against the others of its batch."""
+    return F.cross_entropy(outputs @ outputs.mT, torch.arange(len(outputs)))
+
+
+def centred_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs - outputs.mean(0), targets)
+
+
+def labelled_only(outputs: Tensor, targets: Tensor) -> Tensor:
+    """No graph for a batch without labels."""
+    some = targets >= 0
+    return F.cross_entropy(outputs[some], targets[some]) if bool(some.any()) else outputs.new_zeros(())
+
+
+def first_batch_without_labels(n: int) -> Tensor:
+    return torch.where(torch.arange(n) // BATCH == 1, -1, classes(n))
+
+
+def sorted_by_sign(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Control flow by data: one formula or another for all of a batch."""
+    return quartic(outputs, targets) if float(targets.sum()) > 0 else F.mse_loss(outputs, targets)
+
+
+class Cube(torch.autograd.Function):
+    """Without a rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return 3 * z**2 * grad
+
+
+class Uses(nn.Module):
+    """One linear layer, used in some way."""
+
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor], square: bool = False) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4 if square else 3)
+        self.register_buffer("start", self.head.weight.detach().clone())
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.head, x)
+
+
+def uses(use: Callable[[nn.Linear, Tensor], Tensor], square: bool = False) -> Callable[[], nn.Module]:
+    return lambda: Uses(use, square)
+
+
+class Anchored(Uses):
+    """A penalty that has no gradient where the weight is, and a curvature."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda head, x: head(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + (self.head.weight - self.start).square().sum()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+        self.decoder = nn.Linear(4, 3)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder(self.embedding(tokens).mean(1))
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = nn.Parameter(torch.tensor(2.0))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class Doubled(Regularized):
+    """A training loss of its own."""
+
+    def train_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        return 2.0 * self.loss(model(batch[0]), batch[1]) + self.train_regularization(params)
+
+
+def padded(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sequences of two lengths, padded with ones, which count."""
+    x = [x[:2] if x[0, 0] > 0 else x for x, _ in items]
+    return pad_sequence(x, batch_first=True, padding_value=1.0), torch.stack([y for _, y in items])
+
+
+def sequences(n: int) -> Tensor:
+    return torch.randn(n, 3, 4)
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
+def quartic_of_three(outputs: Tensor, targets: Tensor) -> Tensor:
+    return quartic(outputs[:, :3], targets)
+
+
 HEADS = {
     "softmax": Case(linear(), F.cross_entropy, classes, SOFTMAX),
     "label smoothing": Case(linear(), functools.partial(F.cross_entropy, label_smoothing=0.1), classes, SOFTMAX),
@@ -170,6 +282,20 @@ HEADS = {
     "a loss that joins the outputs": Case(linear(), quartic, real, BLOCKS),
     "in-place behind the head": Case(linear(behind=[nn.ELU(inplace=True)]), F.mse_loss, real, BLOCKS),
     "in-place behind the head, softmax": Case(linear(behind=[nn.ELU(inplace=True)]), F.cross_entropy, classes, BLOCKS),
+    "in-place before the head": Case(
+        uses(lambda head, x: head(x.clone().mul_(2.0).relu_())), F.cross_entropy, classes, SOFTMAX
+    ),
+    "custom autograd function": Case(uses(lambda head, x: Cube.apply(head(x))), F.mse_loss, real, BLOCKS),
+    "control flow by data": Case(linear(), sorted_by_sign, real, BLOCKS, grouped="not the mean"),
+    "padding": Case(
+        uses(lambda head, x: head(x.sum(1))),
+        F.cross_entropy,
+        classes,
+        SOFTMAX,
+        grouped="can't be regrouped",
+        inputs=sequences,
+        collate=padded,
+    ),
     "frozen trunk": Case(WithHead, F.cross_entropy, classes, SOFTMAX),
     "trunk not selected": Case(lambda: WithHead(False), F.cross_entropy, classes, SOFTMAX, params="head.*"),
     "layers behind": Case(
@@ -190,6 +316,52 @@ HEADS = {
     ),
     "regulariser that is a number": Case(linear(), F.mse_loss, real, BLOCKS, regularizer=lambda p: 0.5),
     "regulariser that is linear": Case(linear(), F.mse_loss, real, BLOCKS, regularizer=lambda p: 3.0 * p.sum()),
+}
+NO_HEADS = {
+    "used twice": Case(uses(lambda head, x: head(head(x).tanh()), True), quartic_of_three, real, "2 times"),
+    "never called": Case(
+        uses(lambda head, x: F.linear(x, head.weight, head.bias)), F.cross_entropy, classes, "0 times, not once"
+    ),
+    "weight used besides": Case(
+        uses(lambda head, x: head(x) + F.linear(x.square(), head.weight)), F.cross_entropy, classes, "not all of"
+    ),
+    "weight used besides, without a gradient": Case(Anchored, F.mse_loss, real, "closed form differ"),
+    "cross-example": Case(linear(), contrastive, real, "closed form differ", grouped="not the mean"),
+    "statistic of the batch": Case(linear(), centred_error, real, "closed form differ", grouped="not the mean"),
+    "sequences": Case(
+        uses(lambda head, x: head(x).sum(1)), F.cross_entropy, classes, "not a row for each", inputs=sequences
+    ),
+    "overridden train_loss": Case(linear(), F.cross_entropy, classes, "not all of", kind=Doubled),
+    "tied weights": Case(Tied, F.cross_entropy, classes, "not all of", inputs=lambda n: torch.randint(3, (n, 2))),
+    "unused parameter": Case(WithUnused, F.cross_entropy, classes, "not those of one linear layer"),
+    "the bias alone": Case(linear(), F.cross_entropy, classes, "not those of one linear layer", params="0.bias"),
+    "the regulariser alone": Case(
+        linear(),
+        lambda outputs, targets: outputs.detach().mean(),
+        real,
+        "regulariser alone",
+        grouped="regulariser alone",
+    ),
+    "a batch without labels": Case(
+        linear(), labelled_only, first_batch_without_labels, "regulariser alone", grouped="without a graph"
+    ),
+    "two layers": Case(two_layers, F.cross_entropy, classes, "not those of one linear layer"),
+    "two layers, class weights, data sorted": Case(
+        two_layers, weighted, sorted_classes, "not those of one linear layer", grouped="not the mean"
+    ),
+    "two layers, cross-example": Case(
+        two_layers, contrastive, classes, "not those of one linear layer", grouped="not the mean"
+    ),
+    "two layers, padding": Case(
+        uses(lambda head, x: head(x.sum(1)).tanh(), False),
+        F.cross_entropy,
+        classes,
+        "not those of one linear layer",
+        grouped="can't be regrouped",
+        params="head.bias",
+        inputs=sequences,
+        collate=padded,
+    ),
 }
 heads = pytest.mark.parametrize("name", HEADS)
 kinds = pytest.mark.parametrize("gnh", [False, True], ids=["hessian", "gauss-newton"])
@@ -242,3 +414,64 @@ def test_half_precision_heads(name: str) -> None:
     assert_close(actual.to(dtype), matrix, operations=64)
 
 
+# Gauss-Newton is made of other parts of the objective, needs outputs with a graph, and sees no penalty without gradient.
+HESSIAN_ONLY = {
+    "overridden train_loss",
+    "the regulariser alone",
+    "a batch without labels",
+    "weight used besides, without a gradient",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "gnh"), [(name, gnh) for name in NO_HEADS for gnh in (False, True) if not (gnh and name in HESSIAN_ONLY)]
+)
+@pytest.mark.parametrize("cache", [True, "auto", 3000, False])
+def test_what_is_no_head_is_right(name: str, gnh: bool, cache: Any) -> None:
+    case = NO_HEADS[name]
+    module, matrix = case.module(gnh=gnh, cache=cache), case.reference(gnh)
+    rows = torch.randn(4, len(matrix), dtype=torch.float64)
+    for some in (rows, rows[1:2]):
+        assert_products(module.hvp(some), some, matrix)
+    plain = module._operator
+    assert isinstance(plain, Curvature)
+    if cache is not False:
+        assert case.form in module._why_no_head
+        assert case.grouped in plain.why_not_grouped
+        assert bool(case.grouped) == bool(plain.why_not_grouped)
+    else:
+        assert "cache=False" in module._why_no_head or case.form in module._why_no_head
+        assert "cache=False" in plain.why_not_grouped or case.grouped in plain.why_not_grouped
+        assert plain.kept_bytes == 0
+
+
+WIDE = 12  # outputs: blocks take more than anything else
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, quartic, contrastive, centred_error])
+@kinds
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_with_no_room_for_blocks(loss: Loss, gnh: bool, bias: bool) -> None:
+    case = Case(linear(WIDE, bias), loss, lambda n: torch.randn(n, WIDE), GRAPHS)
+    module, matrix = case.module(gnh=gnh, cache=N * 8 * (4 + WIDE**2) - 1), case.reference(gnh)
+    rows = torch.randn(4, len(matrix), dtype=torch.float64)
+    for some in (rows, rows[1:2]):
+        assert_products(module.hvp(some), some, matrix)
+    head = module._operator
+    assert type(head) is LinearHead, module._why_no_head
+    assert head.at_outputs.form == GRAPHS
+    assert head.kept_bytes <= head.plain.budget
+    direct = AutogradInfluenceModule(*case.arguments(), 1.0, cache=N * 8 * (4 + WIDE**2) - 1)
+    assert_close(direct.hess, case.reference(), operations=SWEEPS * N * len(matrix))
+
+
+def test_a_head_with_no_room_for_blocks_is_compared_too() -> None:
+    case = NO_HEADS["weight used besides, without a gradient"]
+    module, matrix = case.module(), case.reference()
+    rows = torch.randn(4, len(matrix), dtype=torch.float64)
+    for budget in range(400, 3000, 200):  # too little for the inputs, for blocks, enough for all
+        plain = Hessian(module._evaluation, module._train, module.device, budget)
+        head = linear_head(plain)
+        assert isinstance(head, str), f"budget {budget}"
+        with module._evaluation.session():
+            assert_products(plain.product(rows), rows, matrix)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import alike, put_together, take_apart
+from torch_influence.leaves import leaves as leaves_of
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
@@ -82,8 +83,13 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
     return min(max(wanted // own, 1) * own, n), ""
 
 
-def saved_bytes(roots: Sequence[Tensor]) -> int:
-    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes."""
+def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
+    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes.
+
+    Without what they share with the tensors in ``besides`` (parameters, data), which are there anyway: a batch is often
+    a view of all data.
+    """
+    anyway = {t.untyped_storage().data_ptr() for t in leaves_of(besides) if _is_strided(t)}
     storages: dict[int, int] = {}
     seen: set[Any] = set()
     nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
@@ -98,11 +104,14 @@ def saved_bytes(roots: Sequence[Tensor]) -> int:
             except RuntimeError:  # freed, or edited in place since: its own backward will say so
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
-                if isinstance(t, Tensor) and t.layout is torch.strided:
-                    storage = t.untyped_storage()
+                if _is_strided(t) and (storage := t.untyped_storage()).data_ptr() not in anyway:
                     storages[storage.data_ptr()] = storage.nbytes()
         nodes += [following for following, _ in node.next_functions if following is not None]
     return sum(storages.values())
+
+
+def _is_strided(t: Any) -> TypeGuard[Tensor]:
+    return isinstance(t, Tensor) and t.layout is torch.strided
 
 
 @functools.cache
