@@ -162,6 +162,7 @@ class Curvature(LinearOperator):
         keep = self.budget > 0 and not self.batches.why_not_kept
         rest = range(self.kept_examples, self.batches.n)
         if not len(rest):
+            self.batches.pass_by()
             return
         batches = self.batches.read(rest if self._kept else None, self.batch_size)
         if describe is not None:

@@ -112,6 +112,7 @@ class LinearHead(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1
+        self.plain.batches.pass_by()
         return self._regularized(self.at_outputs.product(self.x, rows, self.bias), rows)
 
     def of(self, which: slice | Tensor, size: int, rows: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ class LinearHead(LinearOperator):
         """From Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
         if self.at_outputs.graphs:
             return super().dense()
+        self.plain.batches.pass_by()
         n, f = self.x.shape
         matrix = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         at_once = max(1, _TILE_BYTES // (8 * (f + 1)))
@@ -205,7 +207,7 @@ def linear_head(plain: Curvature) -> LinearHead | str:
         return (
             f"the layer's inputs would take about {needed:,} bytes, and the budget is {int(plain.budget):,}; see cache="
         )
-    with plain.evaluation.session():
+    with plain.evaluation.session(), plain.batches.quietly():
         plain.prepare()
         if plain.batches.why_not_kept:
             return f"the data are not kept: {plain.batches.why_not_kept}"
