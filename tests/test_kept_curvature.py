@@ -145,7 +145,7 @@ def test_a_budget_keeps_the_first_batches(gnh: bool, k: int) -> None:
 
     total = with_budget(float("inf")).kept_bytes
     assert 0 < total < 10**6
-    kept = [with_budget(total * share // 8).kept_examples for share in range(9)]
+    kept = [with_budget(total * share // 12).kept_examples for share in range(13)]
     assert kept == sorted(kept)
     assert set(kept) == {0, 5, 10, 15, 17}
 
@@ -202,7 +202,7 @@ def test_seeded_lissa_does_not_depend_on_the_cache(layers: int, loss: Any, gnh: 
 
 def step(it: Any) -> None:
     for p in it.model.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = torch.linspace(-1, 1, p.numel(), dtype=p.dtype).reshape(p.shape)
     torch.optim.SGD(it.model.parameters(), lr=0.1).step()
     it.model.zero_grad()
 
@@ -258,9 +258,10 @@ def results(it: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("layers", "change"), [(layers, change) for layers in (1, 2) for change in CHANGES if (layers, change) != (1, "gnh")]
 )
-@losses
-@pytest.mark.parametrize("solver", [CGInfluenceModule, LiSSAInfluenceModule])
-def test_nothing_is_stale(layers: int, change: str, loss: Any, solver: Any) -> None:
+@pytest.mark.parametrize(
+    ("solver", "loss"), [(CGInfluenceModule, F.cross_entropy), (LiSSAInfluenceModule, weighted)], ids=["CG", "LiSSA"]
+)
+def test_nothing_is_stale(layers: int, change: str, solver: Any, loss: Any) -> None:
     options: dict[str, Any] = {"rtol": 1e-13} if solver is CGInfluenceModule else {"repeat": 1, "depth": 9, "scale": 40}
     train = loader() if change == "clear_cache()" else tensors()
     it = solver(network(layers), Supervised(loss, 0.05), train, tensors(7), "cpu", damp=1.0, **options)
@@ -299,7 +300,7 @@ def test_saved_bytes_of_a_known_graph() -> None:
 def test_what_is_kept_does_not_grow_beyond_the_budget(layers: int, loss: Any, gnh: bool) -> None:
     cache = 20_000
     kept = []
-    for n in (20, 100, 300, 1000, 3000):  # data take 40 bytes each, and the graphs more
+    for n in (20, 100, 300, 600):  # data take 40 bytes each, and the graphs more
         it = module(layers, Supervised(loss, 0.05), tensors(n), gnh, cache=cache)
         it.hvp(torch.ones(it._space.size, dtype=torch.float64))
         kept.append(it._operator.kept_bytes + it._train.kept_bytes)
@@ -322,13 +323,13 @@ def peak(function: Callable[[], Any]) -> int:
 
 
 @both
-@losses
 @pytest.mark.parametrize("cache", [True, False])
-def test_memory_of_lissa_does_not_grow_with_depth(layers: int, loss: Any, cache: bool) -> None:
+def test_memory_of_lissa_does_not_grow_with_depth(layers: int, cache: bool) -> None:
+    objective = Supervised(F.cross_entropy, 0.05)
     it = LiSSAInfluenceModule(
-        network(layers), Supervised(loss, 0.05), tensors(), tensors(7), "cpu", 0.5, 1, 1, 40.0, cache=cache
+        network(layers), objective, tensors(), tensors(7), "cpu", 0.5, 1, 1, 40.0, cache=cache
     )
-    rows = torch.randn(200, it._space.size, dtype=torch.float64)
+    rows = torch.randn(64, it._space.size, dtype=torch.float64)
     it.inverse_hvp(rows)  # what is kept is kept now
     peaks = []
     for it.depth in (4, 40):
