@@ -196,8 +196,10 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         with self._evaluation.session():
             operator = self._curvature()
             not_head = [("a linear head in closed form", self._why_no_head)] if self._why_no_head else []
+            nbytes = operator.kept_bytes
             if isinstance(operator, Curvature):
                 operator.prepare()
+                nbytes = int(min(operator.graph_bytes, operator.budget))
                 if operator.why_not_grouped:
                     not_head.append(("in larger batches", operator.why_not_grouped))
             examples = self._examples()
@@ -212,7 +214,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return Plan(
             (
                 Step("data", form, kept.kept_bytes, [("kept", kept.why_not_kept)] if kept.why_not_kept else ()),
-                Step("curvature", operator.describe(), operator.kept_bytes, not_head),
+                Step("curvature", operator.describe(), nbytes, not_head),
                 Step("solver", solver, int(vectors * row * (queries if vectors < self._space.size else 1))),
                 Step(
                     "scores",

@@ -6,6 +6,7 @@ drop_last of the loader are for training and ignored here. While they fit a budg
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -145,6 +146,14 @@ class Batches:
             batches = self.bar(batches, describe, -(-count // (self.batch_size or 1)))
         return weighted_mean((term(batch), size) for batch, size in batches)
 
+    def pass_by(self) -> None:
+        """Takes the one int64 that a pass takes, instead of a pass over data of which all that is wanted is known."""
+        _take_seed(None)
+
+    def quietly(self) -> contextlib.AbstractContextManager[Any]:
+        """A block that leaves the default random states as they were, whatever it reads."""
+        return quiet()
+
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def stacked(self, reading: int | None = None) -> Stacked | None:
@@ -220,12 +229,17 @@ def _serve(
 
 def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Generator | None) -> Iterator[Any]:
     """The examples of each batch that a loader would give, with the same draws in the same order."""
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed a DataLoader draws for its workers
+    _take_seed(generator)
     left: Any = order if isinstance(order, range) else iter(order)
     for start in range(0, count, step):
         yield left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
     if not isinstance(left, range):
         next(left, None)  # a loader looks for one more batch; a sampler may draw then
+
+
+def _take_seed(generator: torch.Generator | None) -> None:
+    """The one that a DataLoader draws for its workers."""
+    torch.empty((), dtype=torch.int64).random_(generator=generator)
 
 
 class _Through:

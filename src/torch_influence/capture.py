@@ -40,7 +40,7 @@ def cut(layer: nn.Module) -> Iterator[Calls]:
         leaf = output.detach().requires_grad_()
         calls.inputs.append(given.detach())
         calls.outputs.append(leaf)
-        return leaf
+        return leaf.clone()  # what follows may edit it in place, which no leaf allows
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch_influence.batches import Batches, weighted_mean
 from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import alike, put_together, take_apart
+from torch_influence.leaves import leaves as leaves_of
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
@@ -94,9 +95,14 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
     return min(max(wanted // own, 1) * own, n), ""
 
 
-def saved_bytes(roots: Sequence[Tensor]) -> int:
-    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes."""
-    sizes: dict[int, int] = {}  # by address: a view of data that are kept anyway counts for what it shows
+def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
+    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes.
+
+    Without what they share with the tensors in ``besides`` (parameters, data), which are there anyway: a batch is often
+    a view of all data.
+    """
+    anyway = {t.untyped_storage().data_ptr() for t in leaves_of(besides) if _is_strided(t)}
+    storages: dict[int, int] = {}
     seen: set[Any] = set()
     nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
     while nodes:
@@ -110,10 +116,14 @@ def saved_bytes(roots: Sequence[Tensor]) -> int:
             except RuntimeError:  # freed, or edited in place since: its own backward will say so
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
-                if isinstance(t, Tensor) and t.layout is torch.strided:
-                    sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), min(t.nbytes, t.untyped_storage().nbytes()))
+                if _is_strided(t) and (storage := t.untyped_storage()).data_ptr() not in anyway:
+                    storages[storage.data_ptr()] = storage.nbytes()
         nodes += [following for following, _ in node.next_functions if following is not None]
-    return sum(sizes.values())
+    return sum(storages.values())
+
+
+def _is_strided(t: Any) -> TypeGuard[Tensor]:
+    return isinstance(t, Tensor) and t.layout is torch.strided
 
 
 @functools.cache
@@ -245,7 +255,7 @@ class ExampleGradients:
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
         if contraction.layers and not (few and contraction.rest):
-            ways["inputs and output gradients of linear layers"] = self._contracted(contraction, vectors)
+            ways["inputs and output gradients of linear layers"] = self._contracted(contraction, vectors, form=not few)
         if few:
             ways["directional derivatives"] = self._directional(vectors)
         else:
@@ -266,11 +276,13 @@ class ExampleGradients:
         leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
         return self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
 
-    def _contracted(self, contraction: Contraction, vectors: Tensor) -> Callable[[_Group], Tensor]:
+    def _contracted(self, contraction: Contraction, vectors: Tensor, form: bool) -> Callable[[_Group], Tensor]:
         constant = None if self._constant is None else vectors @ self._constant
 
         def many(group: _Group) -> Tensor:
             contraction.look(group.single(0))
+            if contraction.rest and not form:
+                raise ValueError("examples pass a layer several times or never, so gradients would have to be formed")
             parts = group.parts(max(1, _BYTES_OF_ROWS // max(contraction.example_bytes, 1)))
             dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
             return dots if constant is None else dots.add_(constant)

@@ -31,16 +31,18 @@ class Linearized:
         product: tangents, one [k, *shape] per tensor that was differentiated by, to products of the same shapes.
         gradient: of the loss, with respect to the same tensors.
         roots: of the graphs that ``product`` walks.
+        besides: tensors that are kept in memory anyway.
     """
 
     product: Callable[[Tangents], Tangents]
     gradient: Callable[[], Tangents]
     roots: Sequence[Tensor]
+    besides: Any = ()
 
     @functools.cached_property
     def nbytes(self) -> int:
         """What the graphs keep in memory."""
-        return saved_bytes(self.roots)
+        return saved_bytes(self.roots, self.besides)
 
 
 class Curvature(LinearOperator):
@@ -60,6 +62,7 @@ class Curvature(LinearOperator):
     Attributes:
         batch_size: of the passes over the data, None for the loader's own; known after ``prepare``.
         why_not_grouped: why it is the loader's own; empty if it is not.
+        graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
         kept_bytes: of the graphs that are kept.
         kept_examples: whose graphs they are.
         products: how many there have been, each for many rows.
@@ -77,6 +80,7 @@ class Curvature(LinearOperator):
         self.products = 0
         self.batch_size: int | None = None
         self.why_not_grouped = "not looked at yet"
+        self.graph_bytes = 0
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation.space.pass_dtype)
@@ -106,17 +110,21 @@ class Curvature(LinearOperator):
         """Decides how examples are batched, once. Opens no session and draws no random number."""
         if self._prepared:
             return
-        self._prepared = True
         loader = self.batches.batch_size
         if self.budget:
             self.batches.stacked()
         first = self.batches.peek(range(min(loader or 1, self.batches.n)))
         linearized = self.linearize(first, self.leaves)
-        if not linearized.roots:
+        if linearized.roots:
+            self.graph_bytes = linearized.nbytes * self.batches.n // min(loader or 1, self.batches.n)
+            wanted = _BYTES_OF_GRAPH // max(linearized.nbytes, 1) * (loader or 1)
+            try:
+                self.batch_size, self.why_not_grouped = grouping(self.loss, self.evaluation, self.batches, wanted)
+            except ValueError as error:  # the loss of some batch has no graph: a pass can do without, or says so again
+                self.why_not_grouped = str(error)
+        else:
             self.why_not_grouped = "the loss depends on the parameters by its regulariser alone"
-            return
-        wanted = _BYTES_OF_GRAPH // max(linearized.nbytes, 1) * (loader or 1)
-        self.batch_size, self.why_not_grouped = grouping(self.loss, self.evaluation, self.batches, wanted)
+        self._prepared = True  # now, and not when an exception has ended it
 
     @functools.cached_property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -163,6 +171,7 @@ class Curvature(LinearOperator):
         keep = self.budget > 0 and not self.batches.why_not_kept
         rest = range(self.kept_examples, self.batches.n)
         if not len(rest):
+            self.batches.pass_by()
             return
         batches: Iterable[tuple[Any, int]] = self.batches.read(rest if self._kept else None, self.batch_size)
         if describe is not None:
@@ -185,6 +194,10 @@ class Curvature(LinearOperator):
             return space.flatten(linearized.product(space.split(rows)))
         at_once = max(1, _BYTES_OF_ROWS // max(linearized.nbytes, 1))
         return torch.cat([space.flatten(linearized.product(space.split(some))) for some in rows.split(at_once)])
+
+    def _kept_anyway(self, batch: Any) -> Any:
+        """What graphs may share with the data and the model."""
+        return batch, tuple(self.evaluation.model.parameters())
 
     def _regularizer_at(self, leaves: Tangents) -> Callable[[Tensor], Tensor] | None:
         if self.regularized_loss:

@@ -42,7 +42,7 @@ class GaussNewton(Curvature):
             rows = self._pull_back("gradient", [outputs], inputs, [slope[0].detach()[None]])
             return [row.squeeze(0) for row in rows]
 
-        return Linearized(product, gradient, roots=[outputs, *jt_u, *slope])
+        return Linearized(product, gradient, roots=[outputs, *jt_u, *slope], besides=self._kept_anyway(batch))
 
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
         return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)

@@ -30,6 +30,7 @@ class Hessian(Curvature):
             product=lambda tangents: self._pull_back(stage, slope, inputs, tangents),
             gradient=lambda: [g.detach() for g in slope],
             roots=slope,
+            besides=self._kept_anyway(batch),
         )
 
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:

@@ -74,7 +74,10 @@ class OutputCurvature:
         return w * (p[:, a] * (1 - p[:, a]) if a == b else -p[:, a] * p[:, b])
 
     def of(self, which: slice | Tensor, n: int, size: int) -> OutputCurvature:
-        """The same for the mean over ``size`` examples, of n."""
+        """The same for the mean over ``size`` examples, of n; those of one batch where there are graphs."""
+        if self.graphs:
+            assert isinstance(which, slice)
+            return OutputCurvature(graphs=[self.graphs[which.start // self.graphs[0][1]]])
         if self.blocks is not None:
             return OutputCurvature(blocks=_rows(self.blocks, which) * (n / size))
         assert self.probabilities is not None
@@ -115,6 +118,7 @@ class LinearHead(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1
+        self.plain.batches.pass_by()
         return self._regularized(self.at_outputs.product(self.x, rows, self.bias), rows)
 
     def of(self, which: slice | Tensor, size: int, rows: Tensor) -> Tensor:
@@ -126,6 +130,7 @@ class LinearHead(LinearOperator):
         """From Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
         if self.at_outputs.graphs:
             return super().dense()
+        self.plain.batches.pass_by()
         n, f = self.x.shape
         matrix = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         at_once = max(1, _TILE_BYTES // (8 * (f + 1)))
@@ -136,7 +141,7 @@ class LinearHead(LinearOperator):
                     x = self.x[first : first + at_once].to(self.dtype)
                     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.bias else x
                     gram.addmm_(x.mT, x * self.at_outputs.entry(a, b, first, first + at_once)[:, None])
-                self._put(matrix, a, b, gram)
+                self._put(matrix, a, b, gram.add_(gram.mT.clone()).mul_(0.5))
         for first in range(0, self.size, 256):
             rows = matrix[first : first + 256]
             unit = torch.zeros_like(rows)
@@ -182,7 +187,7 @@ class _OfExamples(LinearOperator):
         return self._head.of(self._indices, len(self._indices), rows)
 
 
-# ---- capturing ----------------------------------------------------------------------------------------------------------
+# ---- capturing ------------------------------------------------------------------------------------------------------
 
 
 class _NotAHeadError(Exception):
@@ -208,7 +213,7 @@ def linear_head(plain: Curvature) -> LinearHead | str:
         return (
             f"the layer's inputs would take about {needed:,} bytes, and the budget is {int(plain.budget):,}; see cache="
         )
-    with plain.evaluation.session():
+    with plain.evaluation.session(), plain.batches.quietly():
         plain.prepare()
         if plain.batches.why_not_kept:
             return f"the data are not kept: {plain.batches.why_not_kept}"
@@ -231,20 +236,22 @@ class _Capture:
         plain = self.plain
         inputs: list[Tensor] = []
         curvatures: list[OutputCurvature] = []
-        n = plain.batches.n
-        sizes = []
-        left = plain.budget
+        n, kept = plain.batches.n, 0
         for batch, size in plain.batches.read(None, plain.batch_size):
             calls, linearized = self._cut(batch, size)
+            if not linearized.roots:
+                raise _NotAHeadError("the loss of a batch depends on the parameters by the regulariser alone")
             (x,), (z,) = calls.inputs, calls.outputs
             self._compare_gradients(batch, x, linearized.gradient()[0])
-            curvatures.append(output_curvature(linearized, z.detach(), size / n, left * size / n))
+            room = plain.budget / n - x.nbytes / size  # an example's, the same in each batch
+            curvatures.append(output_curvature(linearized, z.detach(), size / n, room))
             inputs.append(x)
-            sizes.append(size)
-        at_outputs = _joined(curvatures)
-        head = LinearHead(plain, inputs[0] if len(inputs) == 1 else torch.cat(inputs), at_outputs, z.shape[1])
-        if not at_outputs.graphs:
-            self._compare_products(head)
+            kept += x.nbytes + curvatures[-1].nbytes
+            if kept > plain.budget:
+                raise _NotAHeadError(f"its closed form takes more than the budget, {int(plain.budget):,}; see cache=")
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        head = LinearHead(plain, x, _joined(curvatures), z.shape[1])
+        self._compare_products(head)
         return head
 
     def _cut(self, batch: object, size: int) -> tuple[Calls, Linearized]:
@@ -272,18 +279,19 @@ class _Capture:
             raise _NotAHeadError("the gradient through the linear layer's output is not all of the gradient")
 
     def _compare_products(self, head: LinearHead) -> None:
-        plain, n, own = self.plain, self.plain.batches.n, self.plain.batches.batch_size or 1
+        plain, n, graphs = self.plain, self.plain.batches.n, head.at_outputs.graphs
+        step = graphs[0][1] if graphs else plain.batches.batch_size or 1
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(2, plain.size, generator=generator, dtype=torch.float64).to(plain.device, plain.dtype)
-        for first in {0, (n - 1) // own * own}:
-            examples = range(first, min(first + own, n))
+        for first in {0, (n - 1) // step * step}:
+            examples = range(first, min(first + step, n))
             expected = plain.batch_product(plain.batches.peek(examples), rows, self.leaves)
             actual = head.of(slice(examples.start, examples.stop), len(examples), rows)
             if not agree(actual, expected, self.space.pass_dtype):
                 raise _NotAHeadError("products with the closed form differ from the plain ones")
 
 
-def _softmax(linearized: Linearized, z: Tensor, share: float, budget: float) -> OutputCurvature:
+def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> OutputCurvature:
     """Of the form w (diag(p) − p pᵀ) with p = softmax(z), if random tangents confirm it for every example."""
     if z.shape[1] == 1:
         raise _NotAHeadError("one output has no softmax")
@@ -303,10 +311,10 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, budget: float) -> 
     raise _NotAHeadError("the loss is not softmax cross-entropy of the outputs")
 
 
-def _blocks(linearized: Linearized, z: Tensor, share: float, budget: float) -> OutputCurvature:
+def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> OutputCurvature:
     """Column j of every example's block at once, from the tangent that is 1 at output j of all examples."""
     (b, c), wide = z.shape, torch.promote_types(z.dtype, torch.float32)
-    if b * c * c * torch.finfo(wide).bits // 8 > budget:
+    if c * c * torch.finfo(wide).bits // 8 > room:
         return OutputCurvature(graphs=[(linearized, b)])
     tangents = torch.eye(c, dtype=z.dtype, device=z.device)[:, None].expand(c, b, c)
     columns = linearized.product([tangents])[0]
