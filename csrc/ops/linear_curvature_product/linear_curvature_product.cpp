@@ -62,6 +62,9 @@ void run_slabs(const LinearCurvatureProduct& s, int64_t slabs) {
 // Scratch of a tile in bytes. A tile that stays in a GPU's second-level cache is read by its second product from there.
 constexpr int64_t kTileBytes = 24 << 20;
 constexpr int64_t kLeastTile = 256;  // examples: below, BLAS is slower per example
+// Columns of the vectors that are multiplied at a time: enough for BLAS, and few enough that what they are copied to, and
+// their products, stay small. Fresh memory costs more than all that is done with it.
+constexpr int64_t kColumnsAtOnce = 1024;
 
 template <class W>
 void cpu_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile) {
@@ -188,8 +191,19 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
 
 void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
   const int64_t slabs = v.is_cuda() || s.columns() > kFewColumns ? 0 : slabs_of(s);
-  if (slabs == 0) return run_tiles(s, x, v, curvature);
-  s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
+  if (slabs > 0) {
+    s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
+    return;
+  }
+  const int64_t element = s.dtype == DType::float64 ? 8 : 4;
+  const int64_t vectors = v.is_cuda() ? s.k : std::max<int64_t>(kColumnsAtOnce / s.c, 1);
+  for (int64_t first = 0; first < s.k; first += vectors) {
+    LinearCurvatureProduct some = s;
+    some.k = std::min(vectors, s.k - first);
+    some.v = static_cast<const char*>(s.v) + first * s.v_stride * element;
+    some.out = static_cast<char*>(s.out) + first * s.out_stride * element;
+    run_tiles(some, x, st::narrow(const_cast<Tensor&>(v), 0, first, some.k), curvature);
+  }
 }
 
 // ---- checks ----

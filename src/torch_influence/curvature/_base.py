@@ -102,7 +102,7 @@ class Curvature(LinearOperator):
         """Curvature of the loss of one batch, regulariser included, times rows [k, d]."""
         product = self._multiply(self.linearize(batch, leaves), rows)
         extra = self.regularizer if leaves is self.leaves else self._regularizer_at(leaves)
-        return product if extra is None else product.add_(extra(rows))
+        return product if extra is None else extra(product, rows)
 
     # -- the data -----------------------------------------------------------------------------------------------------
 
@@ -132,8 +132,8 @@ class Curvature(LinearOperator):
         return self.evaluation.leaves()
 
     @functools.cached_property
-    def regularizer(self) -> Callable[[Tensor], Tensor] | None:
-        """Rows to ∇²reg times rows, for what ``loss`` leaves out; None for zero."""
+    def regularizer(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
 
     def describe(self) -> str:
@@ -163,7 +163,7 @@ class Curvature(LinearOperator):
         self.products += 1
         terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
         product = weighted_mean(terms)
-        return product if self.regularizer is None else product.add_(self.regularizer(rows))
+        return product if self.regularizer is None else self.regularizer(product, rows)
 
     def _linearized(self, describe: str | None) -> Iterator[tuple[Linearized, int]]:
         """All batches, differentiated: first those that are kept, then the rest, kept from now on while they fit."""
@@ -199,7 +199,7 @@ class Curvature(LinearOperator):
         """What graphs may share with the data and the model."""
         return batch, tuple(self.evaluation.model.parameters())
 
-    def _regularizer_at(self, leaves: Tangents) -> Callable[[Tensor], Tensor] | None:
+    def _regularizer_at(self, leaves: Tangents) -> Callable[[Tensor, Tensor], Tensor] | None:
         if self.regularized_loss:
             return None
         value = self.evaluation.train_regularization(leaves)
@@ -218,11 +218,11 @@ class Curvature(LinearOperator):
         row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         diagonal = product(torch.ones_like(row))
         if not agree(diagonal * row, product(row), space.pass_dtype):
-            return product
+            return lambda sums, rows: sums.add_(product(rows))
         if bool((diagonal == diagonal[0, 0]).all()):
             factor = float(diagonal[0, 0])
-            return lambda rows: rows * factor
-        return lambda rows: rows * diagonal
+            return lambda sums, rows: sums.add_(rows, alpha=factor)
+        return lambda sums, rows: sums.addcmul_(rows, diagonal)
 
 
 class _OfBatch(LinearOperator):

@@ -159,7 +159,7 @@ class LinearHead(LinearOperator):
 
     def _regularized(self, product: Tensor, rows: Tensor) -> Tensor:
         extra = self.plain.regularizer
-        return product if extra is None else product.add_(extra(rows))
+        return product if extra is None else extra(product, rows)
 
     def _put(self, matrix: Tensor, a: int, b: int, gram: Tensor) -> None:
         """A gram matrix, symmetric, stands for the outputs (a, b) and (b, a); biases come after all weights."""
