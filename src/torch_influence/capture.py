@@ -1,4 +1,4 @@
-"""Hooks on layers while the objective runs: what goes into a layer, and the rest as a function of what comes out of it."""
+"""Hooks on layers while the objective runs: what goes into a layer, and the rest as a function of what comes out."""
 
 from __future__ import annotations
 

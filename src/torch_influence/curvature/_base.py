@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -157,14 +157,14 @@ class Curvature(LinearOperator):
         return product if self.regularizer is None else product.add_(self.regularizer(rows))
 
     def _linearized(self, describe: str | None) -> Iterator[tuple[Linearized, int]]:
-        """All batches, differentiated: those that are kept, then those that are not, kept from now on while they fit."""
+        """All batches, differentiated: those that are kept, then the others, kept from now on while they fit."""
         yield from self._kept
         keep = self.budget > 0 and not self.batches.why_not_kept
         rest = range(self.kept_examples, self.batches.n)
         if not len(rest):
             self.batches.pass_by()
             return
-        batches = self.batches.read(rest if self._kept else None, self.batch_size)
+        batches: Iterable[tuple[Any, int]] = self.batches.read(rest if self._kept else None, self.batch_size)
         if describe is not None:
             step = self.batch_size or self.batches.batch_size or 1
             batches = self.batches.bar(batches, describe, -(-len(rest) // step))

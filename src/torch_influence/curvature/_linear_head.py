@@ -68,7 +68,8 @@ class OutputCurvature:
         """Element (a, b) of every B of examples first .. last - 1."""
         if self.blocks is not None:
             return self.blocks[first:last, a, b]
-        assert self.probabilities is not None and self.weights is not None
+        assert self.probabilities is not None
+        assert self.weights is not None
         p, w = self.probabilities[first:last], self.weights[first:last]
         return w * (p[:, a] * (1 - p[:, a]) if a == b else -p[:, a] * p[:, b])
 
@@ -79,7 +80,8 @@ class OutputCurvature:
             return OutputCurvature(graphs=[self.graphs[which.start // self.graphs[0][1]]])
         if self.blocks is not None:
             return OutputCurvature(blocks=_rows(self.blocks, which) * (n / size))
-        assert self.probabilities is not None and self.weights is not None
+        assert self.probabilities is not None
+        assert self.weights is not None
         return OutputCurvature(_rows(self.probabilities, which), _rows(self.weights, which) * (n / size))
 
 
@@ -181,7 +183,7 @@ class _OfExamples(LinearOperator):
         return self._head.of(self._indices, len(self._indices), rows)
 
 
-# ---- capturing ----------------------------------------------------------------------------------------------------------
+# ---- capturing ------------------------------------------------------------------------------------------------------
 
 
 class _NotAHeadError(Exception):
@@ -286,7 +288,7 @@ class _Capture:
 
 
 def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> OutputCurvature:
-    """w (diag(p) − p pᵀ) with p = softmax(z), if random tangents confirm it for every example."""
+    """The curvature w (diag(p) − p pᵀ), p = softmax(z), if random tangents confirm it for every example."""
     if z.shape[1] == 1:
         raise _NotAHeadError("one output has no softmax")
     wide = torch.promote_types(z.dtype, torch.float32)
