@@ -40,7 +40,8 @@ types: dev ## static types of the package
 	$(PY) -m mypy
 
 bench: dev ## benchmarks of the native ops and, end to end, against the old algorithm; results in RESULTS
-	set -e; for bench in benchmarks/ops/bench_*.py; do $(PY) $$bench; done
+	set -e; for bench in benchmarks/ops/bench_*.py; do \
+	  $(PY) $$bench $(if $(RESULTS),--json "$(RESULTS)/$$(basename $$bench .py)_cpu.json"); done
 	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.

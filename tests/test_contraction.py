@@ -12,7 +12,7 @@ from problems import Classification, loader, module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import BaseObjective, CGInfluenceModule
+from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.scores import score_matrix
 
 LAYERS, DIRECTIONS, ROWS, ONES = (
@@ -204,8 +204,6 @@ def test_explain_names_the_ways_and_their_memory() -> None:
 
 
 def test_explain_of_every_solver() -> None:
-    from torch_influence import AutogradInfluenceModule, LiSSAInfluenceModule
-
     assert "conjugate gradients" in str(module(CGInfluenceModule).explain())
     assert "LiSSA, 1 x 3 minibatches" in str(module(LiSSAInfluenceModule).explain())
     direct = module(AutogradInfluenceModule).explain(5)["solver"]
@@ -214,9 +212,26 @@ def test_explain_of_every_solver() -> None:
 
 
 def test_a_dense_matrix_that_does_not_fit_is_refused() -> None:
-    from torch_influence import AutogradInfluenceModule
-
     model = nn.Linear(100_000, 100)  # three matrices of 10^14 elements
     data = DataLoader(TensorDataset(torch.zeros(2, 100_000), torch.zeros(2, dtype=torch.int64)), batch_size=2)
     with pytest.raises(MemoryError, match=r"three 10,000,100 x 10,000,100 matrices, .* GB are free on cpu: choose"):
         AutogradInfluenceModule(model, Classification(), data, data, "cpu", damp=1.0)
+
+
+@pytest.mark.parametrize("kind", [CGInfluenceModule, AutogradInfluenceModule])
+def test_the_matrix_is_the_same_from_either_side_and_in_tiles(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 queries: with 2 training examples it is solved for these; with 23 for the queries, in tiles of 2 if need be."""
+    it = module(kind)
+    solved: list[int] = []
+    plain = it.inverse_hvp
+    monkeypatch.setattr(it, "inverse_hvp", lambda rows: solved.append(len(rows)) or plain(rows))
+    whole = it.influence_matrix()
+    few = it.influence_matrix(train_idxs=[3, 11])
+    assert solved == [7, 2]
+    monkeypatch.setattr("torch_influence.base.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
+    tiled = it.influence_matrix()
+    assert solved == [7, 2, 2, 2, 2, 1]
+    # Solved to 1e-12, at a condition of about 10.
+    assert ((few - whole[[3, 11]]).abs() <= 1e-10 * whole.abs().max()).all()
+    assert ((tiled - whole).abs() <= 1e-10 * whole.abs().max()).all()
+    assert whole.abs().max() > 1e-4

@@ -20,11 +20,14 @@ from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Plan, Step
-from torch_influence.resident import Cache, budget
+from torch_influence.resident import Cache, budget, free_memory
 from torch_influence.scores import score_matrix
 from torch_influence.solvers import SolveReport
 
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
+
+
+_VECTORS_OF_A_SOLVE = 8  # conjugate gradients keep 5 for each right-hand side; and what goes in and comes out
 
 
 class BaseInfluenceModule(LegacyHelpers, abc.ABC):
@@ -69,6 +72,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
     """
 
     batched: ClassVar[bool] = False
+    either_side: ClassVar[bool] = False  # inverse_hvp is the product with one symmetric matrix, to its tolerance
     gnh: bool = False
     damp: float = 0.0
 
@@ -296,11 +300,37 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
     ) -> Tensor:
         """score[i, q] for training examples i and test examples q (default: all): [n_train, n_query] on the CPU.
 
-        Column q is ``influences(train_idxs, [test_idxs[q]])``; all columns are solved in one call.
+        Column q is ``influences(train_idxs, [test_idxs[q]])``; columns are solved together, as far as memory allows.
+        With fewer training examples than queries CG and the direct module solve for the training examples instead,
+        A being symmetric.
+
+        Cost: a solve of min(n_train, n_query) right-hand sides, in tiles whose vectors take a quarter of the free
+            memory at the most, and one pass over the other side for each tile.
         """
         indices = self._train.indices(train_idxs, "train_idxs")
+        queries = self._test.indices(test_idxs, "test_idxs")
         with self._evaluation.session():
-            return self._score(indices, self.stests(test_idxs))
+            if self.either_side and len(indices) < len(queries) and not self._overridden("stests"):
+                return self._by_training_examples(indices, queries)
+            tile = self._rows_that_fit()
+            starts = range(0, max(len(queries), 1), tile)
+            return torch.cat([self._score(indices, self.stests(queries[i : i + tile])) for i in starts], dim=1)
+
+    def _by_training_examples(self, indices: list[int], queries: list[int]) -> Tensor:
+        """score[i, q] = (1/n) (A⁻¹gᵢ)·∇f_q."""
+        if indices:
+            self._check_mean("train_loss", self._train)
+        self._check_mean("test_loss", self._test)
+        scores = torch.empty(len(indices), len(queries), dtype=self._space.dtype)
+        tests = ExampleGradients(self._evaluation.test_loss, self._evaluation, self._test, "test gradients")
+        for positions, rows in self._examples().rows(indices):
+            scores[positions] = score_matrix(tests, queries, self._inverse_rows(rows), self._train.n).mT
+        return scores
+
+    def _rows_that_fit(self) -> int:
+        """Right-hand sides that can be solved for at once: a solver keeps some vectors for each."""
+        row = self._space.size * torch.finfo(self._space.dtype).bits // 8
+        return max(1, free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * row))
 
     def self_influences(self, train_idxs: Sequence[int] | None = None) -> Tensor:
         """(1/n) gᵢᵀA⁻¹gᵢ with gᵢ = ∇(ℓᵢ + reg)(θ), for training examples i (default: all): [n_train] on the CPU.

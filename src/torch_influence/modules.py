@@ -48,6 +48,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     """
 
     batched: ClassVar[bool] = True
+    either_side: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -158,6 +159,7 @@ class CGInfluenceModule(BaseInfluenceModule):
     """
 
     batched: ClassVar[bool] = True
+    either_side: ClassVar[bool] = True
 
     def __init__(
         self,

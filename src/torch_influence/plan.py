@@ -50,14 +50,16 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e3:.1f} kB"
 
 
-def agree(fast: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
+def agree(fast: Tensor, plain: Tensor, dtype: torch.dtype, operations: int | None = None) -> bool:
     """Whether two computations of the same rows [k, d] differ by rounding only.
 
     Row by row in the 2-norm, relative to the largest row, within sqrt(eps) of the dtype that the passes run in:
     rounding in another order stays well below it, another meaning (padding, a cross-example loss, class weights)
-    does not. A wrong "no" costs time, never an answer.
+    does not. With ``operations``, so many roundings of the dtype instead, where that is less. A wrong "no" costs time,
+    never an answer.
     """
     if fast.shape != plain.shape:
         return False
-    scale = plain.norm(dim=-1).max()
-    return bool(((fast - plain).norm(dim=-1) <= torch.finfo(dtype).eps ** 0.5 * scale).all())
+    scale, eps = plain.norm(dim=-1).max(), torch.finfo(dtype).eps
+    allowed = eps**0.5 if operations is None else min(operations * eps, eps**0.5)
+    return bool(((fast - plain).norm(dim=-1) <= allowed * scale).all())

@@ -134,14 +134,16 @@ class LinearHead(LinearOperator):
         n, f = self.x.shape
         matrix = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         at_once = max(1, _TILE_BYTES // (8 * (f + 1)))
-        for a in range(self.c):
-            for b in range(a, self.c):
-                gram = torch.zeros(f + self.bias, f + self.bias, dtype=self.dtype, device=self.device)
-                for first in range(0, n, at_once):
-                    x = self.x[first : first + at_once].to(self.dtype)
-                    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.bias else x
-                    gram.addmm_(x.mT, x * self.at_outputs.entry(a, b, first, first + at_once)[:, None])
-                self._put(matrix, a, b, gram.add_(gram.mT.clone()).mul_(0.5))
+        gram = torch.empty(f + self.bias, f + self.bias, dtype=self.dtype, device=self.device)
+        for first in range(0, n, at_once):
+            x = self.x[first : first + at_once].to(self.dtype)
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.bias else x
+            weighted = torch.empty_like(x)
+            for a in range(self.c):
+                for b in range(a, self.c):
+                    torch.mul(x, self.at_outputs.entry(a, b, first, first + at_once)[:, None], out=weighted)
+                    torch.mm(x.mT, weighted, out=gram)
+                    self._add(matrix, a, b, gram.add_(gram.mT.clone()).mul_(0.5))
         for first in range(0, self.size, 256):
             rows = matrix[first : first + 256]
             unit = torch.zeros_like(rows)
@@ -161,15 +163,15 @@ class LinearHead(LinearOperator):
         extra = self.plain.regularizer
         return product if extra is None else extra(product, rows)
 
-    def _put(self, matrix: Tensor, a: int, b: int, gram: Tensor) -> None:
+    def _add(self, matrix: Tensor, a: int, b: int, gram: Tensor) -> None:
         """A gram matrix, symmetric, stands for the outputs (a, b) and (b, a); biases come after all weights."""
         f, c = self.x.shape[1], self.c
         for i, j in {(a, b), (b, a)}:
-            matrix[i * f : (i + 1) * f, j * f : (j + 1) * f] = gram[:f, :f]
+            matrix[i * f : (i + 1) * f, j * f : (j + 1) * f] += gram[:f, :f]
             if self.bias:
-                matrix[i * f : (i + 1) * f, c * f + j] = gram[:f, f]
-                matrix[c * f + i, j * f : (j + 1) * f] = gram[f, :f]
-                matrix[c * f + i, c * f + j] = gram[f, f]
+                matrix[i * f : (i + 1) * f, c * f + j] += gram[:f, f]
+                matrix[c * f + i, j * f : (j + 1) * f] += gram[f, :f]
+                matrix[c * f + i, c * f + j] += gram[f, f]
 
 
 def _rows(t: Tensor, which: slice | Tensor) -> Tensor:
@@ -292,7 +294,7 @@ class _Capture:
 
 
 def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> OutputCurvature:
-    """Of the form w (diag(p) − p pᵀ) with p = softmax(z), if random tangents confirm it for every example."""
+    """The curvature w (diag(p) − p pᵀ), p = softmax(z), if random tangents confirm it for every example."""
     if z.shape[1] == 1:
         raise _NotAHeadError("one output has no softmax")
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -306,7 +308,8 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> Ou
     for weights in ((dots.sum() / norms.sum()).expand(len(z)), dots / norms.clamp(min=torch.finfo(wide).tiny)):
         weights = weights.to(wide)
         expected = softmax * weights[:, None]
-        if agree(expected.transpose(0, 1).flatten(1), actual.transpose(0, 1).flatten(1), z.dtype):
+        # Nearly softmax is not softmax: what lies between is rounding, of sums over c outputs in three steps on each side.
+        if agree(*(t.transpose(0, 1).flatten(1) for t in (expected, actual)), z.dtype, operations=8 * (z.shape[1] + 8)):
             return OutputCurvature(p, weights * share)
     raise _NotAHeadError("the loss is not softmax cross-entropy of the outputs")
 

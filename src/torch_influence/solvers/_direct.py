@@ -35,7 +35,7 @@ class Factor:
     def __init__(self, matrix: Tensor) -> None:
         start = time.perf_counter()
         self.matrix = matrix
-        if not matrix.isfinite().all():
+        if not matrix.sum(dtype=torch.float64).isfinite():  # any NaN or infinity shows in it
             raise ValueError(
                 "the curvature matrix has entries that are not finite: a second derivative of the training loss is NaN "
                 "or infinite at these parameters"
