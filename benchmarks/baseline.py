@@ -7,7 +7,7 @@ one. The numbers are those of this package (tests/test_baseline.py); the work is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence import BaseObjective
+
+Loss = Callable[[nn.Module, Tensor, Any], Tensor]
 
 
 class Baseline:
@@ -51,12 +53,8 @@ class Baseline:
 
     def test_gradient(self, test_idxs: Sequence[int]) -> Tensor:
         """Gradient of the mean test loss, [d]."""
-        theta = self.theta()
-        total = torch.zeros_like(theta)
-        for batch, size in self.batches(self.test_loader, subset=test_idxs):
-            loss = self.objective.test_loss(self.bound(theta), theta, batch)
-            total += size * torch.autograd.grad(loss, theta)[0]
-        return total.detach() / len(test_idxs)
+        batches = self.gradients(self.objective.test_loss, self.test_loader, test_idxs)
+        return sum(size * gradient for gradient, size in batches) / len(test_idxs)
 
     def solve_cg(self, vector: Tensor, rtol: float = 1e-5, maxiter: int | None = None) -> Tensor:
         """A⁻¹ v by SciPy's conjugate gradients, a pass over the data per iteration, [d]."""
@@ -89,12 +87,20 @@ class Baseline:
 
     def scores(self, stest: Tensor, train_idxs: Sequence[int] | None = None) -> Tensor:
         """(1/n) ∇(ℓᵢ + reg)(θ) · s from batches of one, [len(train_idxs)]."""
-        theta = self.theta()
         dots = []
-        for batch, _ in self.batches(self.train_loader, batch_size=1, subset=train_idxs):
-            loss = self.objective.train_loss(self.bound(theta), theta, batch)
-            dots.append(torch.autograd.grad(loss, theta)[0] @ stest)
+        for gradient, _ in self.gradients(self.objective.train_loss, self.train_loader, train_idxs, batch_size=1):
+            dots.append(gradient @ stest)
         return torch.stack(dots) / len(self.train_loader.dataset)
+
+    def gradients(
+        self, loss: Loss, loader: data.DataLoader[Any], subset: Sequence[int] | None, batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
+        """(gradient of a batch's loss by the model's own parameters [d], size of the batch)."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        flat = torch.cat([p.reshape(-1) for p in params])
+        for batch, size in self.batches(loader, batch_size=batch_size, subset=subset):
+            pieces = torch.autograd.grad(loss(self.model, flat, batch), params)
+            yield torch.cat([piece.reshape(-1) for piece in pieces]), size
 
     # -- curvature -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@ the smallest possible traffic would mean, and the memory that a call needs beyon
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
@@ -98,6 +101,9 @@ def extra_memory(call: Call, device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc's: else freed memory is used again and counts as none
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = resident("VmRSS")
