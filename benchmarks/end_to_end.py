@@ -79,6 +79,10 @@ class Case:
     given: Tensor | None = None
     floor: Callable[[], float] | None = None
 
+    @property
+    def path(self) -> str:
+        return "linear head in closed form" if self.workload.name in "AB" else "double backward"
+
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
@@ -139,10 +143,12 @@ def theirs(case: Case, query: int) -> tuple[Tensor, Times, Baseline]:
     return scores, Times(0.0, solve, seconds, extra), baseline
 
 
-def path_of(module: BaseInfluenceModule) -> str:
-    """The way that the module names in ``explain()``, on one line."""
-    explain = getattr(module, "explain", None)
-    return "-" if explain is None else " ".join(str(explain()).split())
+def path_of(module: BaseInfluenceModule, case: Case) -> str:
+    """The way that ``explain()`` names; an error if it is another one than this line is about."""
+    plan = module.explain(case.queries)
+    if case.path not in plan["curvature"].path:
+        raise RuntimeError(f"{case.label}: expected {case.path}, got\n{plan}")
+    return f"{plan['curvature'].path}; {plan['scores'].path}"
 
 
 def cold(case: Case) -> tuple[BaseInfluenceModule, Tensor, Times]:
@@ -188,7 +194,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         "damp": case.workload.damp,
         "tolerance": case.tolerance,
         "error": error,
-        "path": path_of(module),
+        "path": path_of(module, case),
         "iterations": None if report is None else int(report.iterations.max()),
         "products": None if report is None else report.products,
         "rounds": len(one),

@@ -308,7 +308,7 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> Ou
     for weights in ((dots.sum() / norms.sum()).expand(len(z)), dots / norms.clamp(min=torch.finfo(wide).tiny)):
         weights = weights.to(wide)
         expected = softmax * weights[:, None]
-        # Nearly softmax is not softmax: what may differ is rounding, of sums over c outputs in three steps on each side.
+        # Nearly softmax is not softmax: what may differ is rounding, of sums over c outputs in three steps a side.
         fast, plain = (t.transpose(0, 1).flatten(1) for t in (expected, actual))
         if agree(fast, plain, z.dtype, operations=8 * (z.shape[1] + 8)):
             return OutputCurvature(p, weights * share)
