@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "objective": set(),
     "composed": set(),
     "evaluation": {"objective", "parameters", "composed"},
-    "gradients": {"contraction", "parameters", "batches", "leaves", "evaluation", "plan", "ops"},
+    "gradients": {"parameters", "batches", "leaves", "evaluation", "plan", "ops"},
     "capture": {"evaluation"},
     "contraction": {"capture", "evaluation", "ops"},
     "curvature": {"linop", "parameters", "batches", "evaluation", "capture", "plan", "ops", "gradients"},
     "solvers": {"linop", "ops"},
-    "scores": {"gradients", "batches", "plan", "ops"},
+    "examples": {"batches", "contraction", "evaluation", "gradients", "leaves", "plan"},
+    "scores": {"examples", "batches", "plan", "ops"},
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "demo", "__init__", "__main__"}  # these may import everything above them

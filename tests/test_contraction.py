@@ -161,7 +161,7 @@ def test_a_group_of_many_examples_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     it = module(model=build(), objective=objective)
     vectors = torch.randn(20, it.flat_parameters().numel(), dtype=torch.float64)
     whole, _ = scores_of(it, vectors)
-    monkeypatch.setattr("torch_influence.gradients._BYTES_OF_ROWS", 1000)  # 5 examples
+    monkeypatch.setattr("torch_influence.examples._BYTES_OF_ROWS", 1000)  # 5 examples
     parts, path = scores_of(it, vectors)
     assert path == LAYERS
     assert ((whole - parts).abs() <= 1e-13).all()

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import BaseInfluenceModule, CGInfluenceModule
 from torch_influence.composed import Composed
-from torch_influence.gradients import ExampleGradients
+from torch_influence.examples import ExampleGradients
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),

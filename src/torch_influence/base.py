@@ -15,7 +15,8 @@ from torch.utils import data
 from torch_influence.batches import Batches
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import ExampleGradients, mean_gradient, regularizer_gradient, warn_if_summed
+from torch_influence.examples import ExampleGradients
+from torch_influence.gradients import mean_gradient, regularizer_gradient, warn_if_summed
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection

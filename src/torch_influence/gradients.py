@@ -1,24 +1,18 @@
-"""First derivatives: mean gradients, pull-backs of many rows, gradients and directional derivatives per example.
-
-Per-example quantities have the meaning of batches of one. Where ``torch.func.vmap`` gives the same, it does many such
-batches at a time; it is compared with the plain loop on the first of them, and where it fails or differs the loop runs.
-"""
+"""First derivatives: mean gradients, pull-backs of many rows, and what is known of the graphs behind them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from torch_influence.batches import Batches, weighted_mean
-from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
-from torch_influence.leaves import alike, put_together, take_apart
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
@@ -26,11 +20,6 @@ from torch_influence.plan import agree
 LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
 _ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
-_EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
-_MANY_EXAMPLES = 2048  # in one whose gradients are not formed
-_BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
-_ONE_BY_ONE = "examples one at a time"
-_FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
 
 def mean_gradient(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, indices: Sequence[int]) -> Tensor:
@@ -160,7 +149,7 @@ class PullBack:
 
         def backward(at: int | slice, batched: bool) -> tuple[Tensor, ...]:
             rows = [c[at] for c in cots]
-            with _quiet_vmap():
+            with quiet_vmap():
                 grads = torch.autograd.grad(
                     outs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=batched
                 )
@@ -190,248 +179,12 @@ class PullBack:
         return True
 
 
-class ExampleGradients:
-    """Gradients gᵢ = ∇loss(batch of example i alone) of chosen examples: as rows, or as products with given vectors.
-
-    Args:
-        loss: of leaves and a batch.
-        evaluation, batches: of the model, and the examples.
-        describe: what a progress bar says.
-        data_loss: the loss without what depends on no example; None: all of it.
-        constant: the gradient of the difference [d].
-
-    Attributes:
-        path: the way that the last products, or rows, were computed.
-        why_not: why ways that come before it were given up, by way.
-    """
-
-    def __init__(
-        self,
-        loss: LossOfBatch,
-        evaluation: Evaluation,
-        batches: Batches,
-        describe: str,
-        data_loss: LossOfBatch | None = None,
-        constant: Tensor | None = None,
-    ) -> None:
-        self._loss = loss
-        self._evaluation = evaluation
-        self._space = evaluation.space
-        self._batches = batches
-        self._describe = describe
-        self._data_loss = data_loss or loss
-        self._constant = constant
-        row_bytes = self._space.size * torch.finfo(self._space.dtype).bits // 8
-        self._rows_at_once = max(1, min(_EXAMPLES_AT_ONCE, _BYTES_OF_ROWS // row_bytes))
-        self.path = ""
-        self.why_not: dict[str, str] = {}
-
-    @property
-    def why_plain(self) -> str:
-        """Why examples are taken one at a time; empty while many at once are used."""
-        return list(self.why_not.values())[-1] if self.path == _ONE_BY_ONE and self.why_not else ""
-
-    def rows(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yields (positions in ``indices``, rows [b, d]) in bounded chunks. Memory: one chunk of rows."""
-        leaves = self._evaluation.leaves()
-
-        def one(batch: Any) -> Tensor:
-            return loss_gradient(self._loss, self._space, leaves, batch)
-
-        chunks = self._chunks(indices, self._rows_at_once, {"rows of gradients": self._rows_of}, one)
-        return _merged(chunks, self._rows_at_once)
-
-    def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
-
-        In the first of these ways that is possible and agrees with examples one at a time:
-        - from the inputs and output gradients of linear layers (contraction.py), where they account for all parameters
-          or the vectors are many;
-        - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
-          ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
-        - from rows of gradients.
-        """
-        ways: dict[str, Callable[[_Group], Tensor]] = {}
-        few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
-        contraction = Contraction(self._data_loss, self._evaluation)
-        if contraction.layers and not (few and contraction.rest):
-            ways["inputs and output gradients of linear layers"] = self._contracted(contraction, vectors, form=not few)
-        if few:
-            ways["directional derivatives"] = self._directional(vectors)
-        else:
-            ways["rows of gradients"] = lambda group: torch.cat(
-                [self._rows_of(part) @ vectors.mT for part in group.parts(self._rows_at_once)]
-            )
-        leaves = self._evaluation.leaves()
-
-        def one(batch: Any) -> Tensor:
-            return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
-
-        # Without rows to form, many examples take little memory, and vectors are read once for all of them.
-        many = bool(contraction.layers) and not contraction.rest
-        return self._chunks(indices, _MANY_EXAMPLES if many else _EXAMPLES_AT_ONCE, ways, one)
-
-    def _rows_of(self, group: _Group) -> Tensor:
-        gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
-        leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
-        return self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
-
-    def _contracted(self, contraction: Contraction, vectors: Tensor, form: bool) -> Callable[[_Group], Tensor]:
-        constant = None if self._constant is None else vectors @ self._constant
-
-        def many(group: _Group) -> Tensor:
-            contraction.look(group.single(0))
-            if contraction.rest and not form:
-                raise ValueError("examples pass a layer several times or never, so gradients would have to be formed")
-            parts = group.parts(max(1, _BYTES_OF_ROWS // max(contraction.example_bytes, 1)))
-            dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
-            return dots if constant is None else dots.add_(constant)
-
-        return many
-
-    def _directional(self, vectors: Tensor) -> Callable[[_Group], Tensor]:
-        leaves, pieces = self._evaluation.leaves(), self._space.split(vectors)
-
-        def some(group: _Group) -> Tensor:
-            losses = torch.vmap(lambda tensors: self._loss(leaves, group.batch(tensors)))(group.tensors)
-            u = torch.ones_like(losses, requires_grad=True)
-            grads = torch.autograd.grad(losses, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
-            live = [i for i, g in enumerate(grads) if g.requires_grad]
-            columns = [
-                torch.autograd.grad([grads[i] for i in live], u, [pieces[i][j] for i in live], retain_graph=True)[0]
-                for j in range(len(vectors))
-            ]
-            return torch.stack(columns, dim=-1)
-
-        return lambda group: torch.cat([some(part) for part in group.parts(_EXAMPLES_AT_ONCE)])
-
-    def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
-        """The batches of one of these examples, in groups; cut from larger batches where these are known to be such."""
-        batches, total = self._batches, len(indices)
-        if batches.stacked(total) is None:
-            yield from _collected(batches.bar(batches.read(indices, 1), self._describe, total), at_once)
-            return
-        parts = batches.bar(batches.read(indices, at_once), self._describe, -(-total // at_once))
-        for number, (batch, size) in enumerate(parts):
-            template, tensors = take_apart(batch, leading=1)
-            ones = [t.unsqueeze(1) for t in tensors]
-            yield _Group(list(range(number * at_once, number * at_once + size)), template, ones)
-
-    def _chunks(
-        self,
-        indices: Sequence[int],
-        at_once: int,
-        ways: dict[str, Callable[[_Group], Tensor]],
-        one: Callable[[Any], Tensor],
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        verified: dict[str, list[Any]] = {way: [] for way in ways}
-        self.path, self.why_not = "", {}
-        for group in self._groups(indices, at_once):
-            fast = None if len(group.positions) == 1 else self._first_way(group, ways, verified, one)
-            if fast is not None:
-                yield group.positions, fast
-                continue
-            self.path = _ONE_BY_ONE
-            for j, position in enumerate(group.positions):
-                yield [position], one(group.single(j))[None]
-
-    def _first_way(
-        self,
-        group: _Group,
-        ways: dict[str, Callable[[_Group], Tensor]],
-        verified: dict[str, list[Any]],
-        one: Callable[[Any], Tensor],
-    ) -> Tensor | None:
-        """Many examples at once, in the first way that works; each is compared with single examples where it is new.
-
-        New to it are other templates: another shape or constant may take another way in the model.
-        """
-        for way, many in ways.items():
-            if way in self.why_not:
-                continue
-            try:
-                with _quiet_vmap():
-                    fast = many(group)
-            except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop of ones
-                self.why_not[way] = f"many examples at once failed: {error}"
-                continue
-            if not any(alike(group.template, known) for known in verified[way]):
-                probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
-                plain = torch.stack([one(group.single(j)) for j in probe])
-                if not agree(fast[probe], plain, self._space.pass_dtype):
-                    self.why_not[way] = "many examples at once differ from one at a time"
-                    continue
-                verified[way].append(group.template)
-            self.path = way
-            return fast
-        return None
-
-
 @contextlib.contextmanager
-def _quiet_vmap() -> Iterator[None]:
+def quiet_vmap() -> Iterator[None]:
     """Without vmap's advice to torch's developers about operators that it has to do one at a time."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield
-
-
-class _Group:
-    """Batches of one that differ only in the values of their tensors, which are stacked along a new leading axis."""
-
-    def __init__(self, positions: list[int], template: Any, tensors: list[Tensor]) -> None:
-        self.positions = positions
-        self.template = template
-        self.tensors = tensors
-
-    def batch(self, tensors: Sequence[Tensor]) -> Any:
-        """The batch of one with these tensors in it."""
-        return put_together(self.template, tensors)
-
-    def single(self, j: int) -> Any:
-        return self.batch([t[j] for t in self.tensors])
-
-    def parts(self, size: int) -> list[_Group]:
-        """The same in groups of at most so many."""
-        if len(self.positions) <= size:
-            return [self]
-        starts = range(0, len(self.positions), size)
-        return [
-            _Group(self.positions[i : i + size], self.template, [t[i : i + size] for t in self.tensors]) for i in starts
-        ]
-
-
-def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:
-    """The same rows in chunks of up to ``at_once``, so that a solve gets many also where they come one by one."""
-    positions: list[int] = []
-    rows: list[Tensor] = []
-    for more, chunk in chunks:
-        if positions and len(positions) + len(more) > at_once:
-            yield positions, torch.cat(rows)
-            positions, rows = [], []
-        positions, rows = [*positions, *more], [*rows, chunk]
-    if positions:
-        yield positions, torch.cat(rows)
-
-
-def _collected(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group]:
-    """Groups what stacks, reading ``at_once`` batches of one before it hands any on, so that memory stays bounded."""
-    kinds: list[tuple[Any, list[int], list[list[Tensor]]]] = []
-
-    def groups() -> Iterator[_Group]:
-        for template, positions, parts in kinds:
-            yield _Group(positions, template, [torch.stack(column) for column in zip(*parts, strict=True)])
-        kinds.clear()
-
-    for position, (batch, _) in enumerate(batches):
-        if position % at_once == 0:
-            yield from groups()
-        template, tensors = take_apart(batch)
-        kind = next((k for k in kinds if alike(template, k[0])), None)
-        if kind is None:
-            kinds.append(kind := (template, [], []))
-        kind[1].append(position)
-        kind[2].append(tensors)
-    yield from groups()
 
 
 def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:

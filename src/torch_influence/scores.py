@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_influence.gradients import ExampleGradients
+from torch_influence.examples import ExampleGradients
 
 
 def score_matrix(examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int) -> Tensor:

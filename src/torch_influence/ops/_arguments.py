@@ -47,6 +47,22 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
         )
 
 
+def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
+    """A tensor on the device of another one, with a dtype that goes with the other's, and no graph; of any shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(
+            f"{op}: {name}: expected dtype {dtype}, since {other_name} has {other.dtype}, got {tensor.dtype}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name}: expected device {other.device}, as {other_name} has, got {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
+
+
 def check_written(op: str, name: str, tensor: Tensor) -> None:
     """A tensor that can be written to: an expanded one holds the same memory several times."""
     if 0 not in tensor.stride():  # the usual case, quickly

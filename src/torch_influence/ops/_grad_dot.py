@@ -76,14 +76,14 @@ def _check(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor | None) -> N
     if a.dim() != 3:
         raise ValueError(f"grad_dot: a: expected shape (n, s, f), got {tuple(a.shape)}")
     n, s, f = a.shape
-    _check_one("g", g, a.dtype, a)
+    _arguments.check_beside("grad_dot", "g", g, a.dtype, "a", a)
     if g.dim() != 3 or g.shape[:2] != (n, s):
         raise ValueError(f"grad_dot: g: expected shape ({n}, {s}, o) to go with a, got {tuple(g.shape)}")
     if not isinstance(bias, bool):
         raise TypeError(f"grad_dot: bias: expected a bool, got {type(bias).__name__}")
     o, wide = g.shape[2], torch.promote_types(a.dtype, torch.float32)
     columns = o * f + (o if bias else 0)
-    _check_one("v", v, wide, a)
+    _arguments.check_beside("grad_dot", "v", v, wide, "a", a)
     if v.dim() != 2 or v.shape[1] != columns:
         terms = f"{o}·{f} + {o}" if bias else f"{o}·{f}"
         raise ValueError(
@@ -91,24 +91,10 @@ def _check(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor | None) -> N
             f"got {tuple(v.shape)}"
         )
     if out is not None:
-        _check_one("out", out, wide, a)
+        _arguments.check_beside("grad_dot", "out", out, wide, "a", a)
         if out.shape != (n, v.shape[0]):
             raise ValueError(f"grad_dot: out: expected shape ({n}, {v.shape[0]}), got {tuple(out.shape)}")
         _arguments.check_written("grad_dot", "out", out)
-
-
-def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, a: Tensor) -> None:
-    """A tensor on a's device with this dtype and no graph."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"grad_dot: {name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"grad_dot: {name}: expected dtype {dtype}, since a has {a.dtype}, got {tensor.dtype}")
-    if tensor.device != a.device:
-        raise ValueError(f"grad_dot: {name}: expected device {a.device}, as a has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"grad_dot: {name}: expected a tensor without gradient, since grad_dot isn't differentiable; detach() it"
-        )
 
 
 def fake(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor) -> None:

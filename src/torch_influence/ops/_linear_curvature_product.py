@@ -101,8 +101,8 @@ def _check(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias
     _arguments.check_rows(_OP, "v", v)
     wide = torch.promote_types(x.dtype, torch.float32)
     n, f = x.shape
-    _check_beside("v", v, wide, x)
-    _check_beside("curvature", curvature, wide, x)
+    _arguments.check_beside(_OP, "v", v, wide, "x", x)
+    _arguments.check_beside(_OP, "curvature", curvature, wide, "x", x)
     shape = tuple(curvature.shape)
     if len(shape) not in (2, 3) or shape[0] != n or (len(shape) == 3 and shape[1] != shape[2]):
         raise ValueError(f"{_OP}: curvature: expected shape ({n}, c) or ({n}, c, c) to go with x, got {shape}")
@@ -114,26 +114,12 @@ def _check(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias
     if weights is not None:
         if len(shape) == 3:
             raise ValueError(f"{_OP}: weights: expected None with blocks [n, c, c], got a tensor; multiply the blocks")
-        _check_beside("weights", weights, wide, x)
+        _arguments.check_beside(_OP, "weights", weights, wide, "x", x)
         if weights.shape != (n,):
             raise ValueError(f"{_OP}: weights: expected shape ({n},) to go with x, got {tuple(weights.shape)}")
     if out is not None:
         _arguments.check_like(_OP, "out", out, "v", v)
         _arguments.check_written(_OP, "out", out)
-
-
-def _check_beside(name: str, tensor: Tensor, wide: torch.dtype, x: Tensor) -> None:
-    """A tensor on x's device with the dtype of the arithmetic, and no graph."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{_OP}: {name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != wide:
-        raise TypeError(f"{_OP}: {name}: expected dtype {wide}, since x has {x.dtype}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{_OP}: {name}: expected device {x.device}, as x has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{_OP}: {name}: expected a tensor without gradient, since {_OP} isn't differentiable; detach() it"
-        )
 
 
 def fake(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias: bool, out: Tensor) -> None:

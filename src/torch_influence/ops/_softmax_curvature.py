@@ -72,19 +72,10 @@ def _check(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor | None) -> 
 def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, leading: int, sizes: torch.Size, p: Tensor) -> None:
     """A tensor on p's device with this dtype, these sizes after `leading` others, and no graph."""
     op = "softmax_curvature"
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{op}: {name}: expected dtype {dtype}, since p has {p.dtype}, got {tensor.dtype}")
+    _arguments.check_beside(op, name, tensor, dtype, "p", p)
     if tensor.dim() != leading + len(sizes) or tensor.shape[leading:] != sizes:
         expected = f"(k, {', '.join(map(str, sizes))})" if leading else tuple(sizes)
         raise ValueError(f"{op}: {name}: expected shape {expected} to go with p, got {tuple(tensor.shape)}")
-    if tensor.device != p.device:
-        raise ValueError(f"{op}: {name}: expected device {p.device}, as p has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
 
 
 def fake(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor) -> None:
