@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Contract, assert_within, on_devices, unit_roundoff
+from contract import Contract, assert_within, needs_native, on_devices, unit_roundoff
 
 from torch_influence.ops import linear_curvature_product
 from torch_influence.ops._linear_curvature_product import reference
@@ -199,6 +199,7 @@ def test_rows_of_a_larger_matrix(shape, device):
     assert out[:, -4:].eq(0).all()
 
 
+@needs_native
 @pytest.mark.parametrize("kind", [SOFTMAX, BLOCKS])
 def test_memory_does_not_grow_with_the_examples(kind):
     """With four times as many tiles not one byte more is allocated."""
