@@ -235,3 +235,18 @@ def test_the_matrix_is_the_same_from_either_side_and_in_tiles(kind: Any, monkeyp
     assert ((few - whole[[3, 11]]).abs() <= 1e-10 * whole.abs().max()).all()
     assert ((tiled - whole).abs() <= 1e-10 * whole.abs().max()).all()
     assert whole.abs().max() > 1e-4
+
+
+class NearlySoftmax(Classification):
+    """Cross-entropy and a little of a z-loss: its curvature is off softmax's by some 1e-4."""
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1]) + 1e-4 * outputs.logsumexp(dim=-1).square().mean()
+
+
+def test_nearly_softmax_is_not_taken_for_softmax_in_float32() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(4, 3)
+    data = {"train_loader": loader(dtype=torch.float32), "test_loader": loader(n=7, dtype=torch.float32)}
+    assert "softmax" in module(model=model, **data).explain()["curvature"].path
+    assert "a block per example" in module(model=model, objective=NearlySoftmax(), **data).explain()["curvature"].path
