@@ -17,8 +17,8 @@ class Calls:
     """A layer's calls, in order.
 
     Attributes:
-        inputs: their first arguments, detached.
-        outputs: leaves that took the place of their outputs, and require grad.
+        inputs: their first arguments; detached by ``cut``.
+        outputs: what came out; with ``cut`` the leaves that took its place, and require grad.
     """
 
     inputs: list[Tensor] = dataclasses.field(default_factory=list)

@@ -65,7 +65,6 @@ class Curvature(LinearOperator):
         graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
         kept_bytes: of the graphs that are kept.
         kept_examples: whose graphs they are.
-        products: how many there have been, each for many rows.
     """
 
     regularized_loss: bool = False  # whether ``loss`` has the regulariser in it
@@ -77,7 +76,6 @@ class Curvature(LinearOperator):
         self.size, self.dtype, self.device = evaluation.space.size, evaluation.space.dtype, device
         self.kept_bytes = 0
         self.kept_examples = 0
-        self.products = 0
         self.batch_size: int | None = None
         self.why_not_grouped = "not looked at yet"
         self.graph_bytes = 0
@@ -160,7 +158,6 @@ class Curvature(LinearOperator):
 
     def _mean_product(self, rows: Tensor, describe: str | None = None) -> Tensor:
         self.prepare()
-        self.products += 1
         terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
         product = weighted_mean(terms)
         return product if self.regularizer is None else self.regularizer(product, rows)

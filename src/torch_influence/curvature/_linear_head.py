@@ -99,7 +99,6 @@ class LinearHead(LinearOperator):
         at_outputs: the curvatures Bᵢ.
         bias: whether the layer's bias is among the parameters.
         kept_bytes: of the inputs and the curvatures.
-        products: how many there have been, each for many rows.
     """
 
     def __init__(self, plain: Curvature, x: Tensor, at_outputs: OutputCurvature, c: int) -> None:
@@ -110,14 +109,12 @@ class LinearHead(LinearOperator):
         self.bias = plain.size > c * x.shape[1]
         self.size, self.dtype, self.device = plain.size, plain.dtype, plain.device
         self.kept_bytes = x.nbytes + at_outputs.nbytes
-        self.products = 0
 
     def describe(self) -> str:
         """The path, in words."""
         return f"linear head in closed form, by {self.at_outputs.form}"
 
     def product(self, rows: Tensor) -> Tensor:
-        self.products += 1
         self.plain.batches.pass_by()
         return self._regularized(self.at_outputs.product(self.x, rows, self.bias), rows)
 
