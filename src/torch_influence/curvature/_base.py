@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.batches import Batches, weighted_mean
+from torch_influence.convolutions import Convolutions, channels_last, convolves
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator
@@ -65,6 +67,7 @@ class Curvature(LinearOperator):
         graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
         kept_bytes: of the graphs that are kept.
         kept_examples: whose graphs they are.
+        why_plain_convolutions: why convolutions are torch's own, in a model that has any.
     """
 
     regularized_loss: bool = False  # whether ``loss`` has the regulariser in it
@@ -79,6 +82,8 @@ class Curvature(LinearOperator):
         self.batch_size: int | None = None
         self.why_not_grouped = "not looked at yet"
         self.graph_bytes = 0
+        self.why_plain_convolutions = ""
+        self._lean = False
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation.space.pass_dtype)
@@ -127,7 +132,27 @@ class Curvature(LinearOperator):
     @functools.cached_property
     def leaves(self) -> tuple[Tensor, ...]:
         """The parameters, where everything that is kept is differentiated."""
-        return self.evaluation.leaves()
+        plain = self.evaluation.leaves()
+        if not convolves(self.evaluation.model):
+            return plain
+        lean = channels_last(plain, self.evaluation.model, self.evaluation.space.current())
+        first = self.batches.peek(range(min(self.batches.batch_size or 1, self.batches.n)))
+        generator = torch.Generator().manual_seed(0)
+        row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        expected = self._multiply(self.linearize(first, plain), row)
+        self._lean = True
+        try:
+            if agree(self._multiply(self.linearize(first, lean), row), expected, self.evaluation.space.pass_dtype):
+                return lean
+            self.why_plain_convolutions = "a product with them differs from torch's own"
+        except Exception as error:  # a view that only another memory format allows, a vmap in the model
+            self.why_plain_convolutions = f"a product with them failed: {error}"
+        self._lean = False
+        return plain
+
+    def convolutions(self, fixed: bool) -> contextlib.AbstractContextManager[Any]:
+        """For the passes that ``linearize`` differentiates: lean convolutions, where they were seen to be the same."""
+        return Convolutions(fixed) if self._lean else contextlib.nullcontext()
 
     @functools.cached_property
     def regularizer(self) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -138,7 +163,8 @@ class Curvature(LinearOperator):
         """The path, in words; ``prepare`` comes first."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
-        return f"{type(self).__name__} by double backward, {size} examples at a time, {kept}"
+        lean = ", lean convolutions" if self._lean else ""
+        return f"{type(self).__name__} by double backward, {size} examples at a time, {kept}{lean}"
 
     def product(self, rows: Tensor) -> Tensor:
         with self.evaluation.session():

@@ -20,7 +20,8 @@ class GaussNewton(Curvature):
     """
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
-        outputs = self._outputs(leaves, batch)
+        with self.convolutions(fixed=True):
+            outputs = self._outputs(leaves, batch)
         inputs = leaves if at is None else at()
         if not outputs.requires_grad:
             raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")

@@ -16,7 +16,8 @@ class Hessian(Curvature):
     """∇² of the training loss: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
-        loss = self.loss(leaves, batch)
+        with self.convolutions(fixed=False):
+            loss = self.loss(leaves, batch)
         inputs = leaves if at is None else at()
         if not loss.requires_grad and self.regularizer is not None:  # then the regulariser is all there is
             return Linearized(

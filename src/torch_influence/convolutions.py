@@ -1,0 +1,142 @@
+"""Convolutions for curvature: a double backward of what is asked for alone, and outputs in the faster memory format.
+
+torch's double backward of a convolution computes its derivatives by the input, the weight and the incoming gradient,
+whichever of them are asked for: a Gauss-Newton product needs one of the three, the Hessian of a first layer two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}  # and how many dimensions they have
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Convolutions(TorchFunctionMode):
+    """While it is active, convolutions have the same values and derivatives, and their graphs do less.
+
+    Args:
+        fixed: the backward pass will be differentiated by incoming gradients alone, for which it is linear.
+    """
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self._fixed = fixed
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        dimensions = _CONVOLUTIONS.get(func)
+        if dimensions is None:
+            return func(*args, **(kwargs or {}))
+        return _convolve(func, dimensions, self._fixed, *args, **(kwargs or {}))
+
+
+def convolves(model: nn.Module) -> bool:
+    """Whether the model has layers that convolve; the mode costs time at every call of torch."""
+    return any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in model.modules())
+
+
+def channels_last(leaves: Sequence[Tensor], model: nn.Module, current: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The leaves, those that stand for weights of convolutions in an order that outputs and what follows take over.
+
+    On the CPU, pooling and gradients of weights are several times faster for it.
+    """
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
+    return tuple(
+        leaf.detach().to(memory_format=_FORMATS[leaf.dim()]).requires_grad_()
+        if id(p) in weights and leaf.device.type == "cpu" and leaf.dim() in _FORMATS
+        else leaf
+        for leaf, p in zip(leaves, current, strict=True)
+    )
+
+
+def _convolve(
+    func: Callable[..., Tensor],
+    dimensions: int,
+    fixed: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.dim() != dimensions + 2 or torch.is_autocast_enabled(input.device.type):
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    each = [_per_dimension(option, dimensions) for option in (stride, padding, dilation)]
+    options = (*each, False, [0] * dimensions, groups)
+    output: Tensor = _Convolution.apply(input, weight, bias, options, fixed)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _per_dimension(option: Any, dimensions: int) -> list[int]:
+    values = [option] if isinstance(option, int) else list(option)
+    return values * dimensions if len(values) == 1 else values
+
+
+class _Convolution(torch.autograd.Function):
+    """x * w + b; options are those of ``torch.convolution`` after the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, options: Any, fixed: bool) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.options, ctx.fixed = options, fixed
+        ctx.bias = None if b is None else list(b.shape)
+        return torch.convolution(x, w, b, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[:3])
+        if not torch.is_grad_enabled():
+            return (*_pull_back(g, x, w, ctx.bias, ctx.options, wanted), None, None)
+        if ctx.fixed:
+            x, w = x.detach(), w.detach()
+        return (*_PullBack.apply(g, x, w, ctx.bias, ctx.options, wanted), None, None)  # type: ignore[no-untyped-call]
+
+
+class _PullBack(torch.autograd.Function):
+    """The gradients of a convolution by x, w and b: linear in g, and in x and w."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, bias: Any, options: Any, wanted: Any) -> Any:
+        fixed = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        ctx.save_for_backward(None if fixed else g, x, w)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return _pull_back(g, x, w, bias, options, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:  # type: ignore[override]
+        g, x, w = ctx.saved_tensors
+        _, by_x, by_w = ctx.needs_input_grad[:3]
+        to_g = to_x = to_w = None
+        if vx is not None:
+            to_g = torch.convolution(vx, w, None, *ctx.options)
+            to_w = _pull_back(g, vx, w, None, ctx.options, (False, True, False))[1] if by_w else None
+        if vw is not None:
+            vw = vw.contiguous(memory_format=_format(w))
+            more = torch.convolution(x, vw, vb, *ctx.options)
+            to_g = more if to_g is None else to_g.add_(more)
+            to_x = _pull_back(g, x, vw, None, ctx.options, (True, False, False))[0] if by_x else None
+        elif vb is not None:  # the bias alone is differentiated by
+            more = torch.convolution(x, torch.zeros_like(w), vb, *ctx.options)
+            to_g = more if to_g is None else to_g.add_(more)
+        return to_g, to_x, to_w, None, None, None
+
+
+def _pull_back(g: Tensor, x: Tensor, w: Tensor, bias: Any, options: Any, wanted: tuple[bool, ...]) -> Any:
+    return torch.ops.aten.convolution_backward(g, x, w, bias, *options, wanted)
+
+
+def _format(like: Tensor) -> torch.memory_format:
+    """That of a weight that ``channels_last`` has reordered, or not."""
+    last = _FORMATS.get(like.dim())
+    return torch.contiguous_format if last is None or not like.is_contiguous(memory_format=last) else last
