@@ -205,6 +205,8 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             if isinstance(operator, Curvature):
                 operator.prepare()
                 nbytes = int(min(operator.graph_bytes, operator.budget))
+                if operator.why_plain_convolutions:
+                    not_head.append(("by lean convolutions", operator.why_plain_convolutions))
                 if operator.why_not_grouped:
                     not_head.append(("in larger batches", operator.why_not_grouped))
             examples = self._examples()

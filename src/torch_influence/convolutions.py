@@ -122,7 +122,7 @@ class _PullBack(torch.autograd.Function):
             to_g = torch.convolution(vx, w, None, *ctx.options)
             to_w = _pull_back(g, vx, w, None, ctx.options, (False, True, False))[1] if by_w else None
         if vw is not None:
-            vw = vw.contiguous(memory_format=_format(w))
+            vw = _ordered(vw, w)
             more = torch.convolution(x, vw, vb, *ctx.options)
             to_g = more if to_g is None else to_g.add_(more)
             to_x = _pull_back(g, x, vw, None, ctx.options, (True, False, False))[0] if by_x else None
@@ -136,7 +136,9 @@ def _pull_back(g: Tensor, x: Tensor, w: Tensor, bias: Any, options: Any, wanted:
     return torch.ops.aten.convolution_backward(g, x, w, bias, *options, wanted)
 
 
-def _format(like: Tensor) -> torch.memory_format:
-    """That of a weight that ``channels_last`` has reordered, or not."""
+def _ordered(weight: Tensor, like: Tensor) -> Tensor:
+    """In the order of another weight; not by ``contiguous(memory_format=...)``, which vmap lacks."""
     last = _FORMATS.get(like.dim())
-    return torch.contiguous_format if last is None or not like.is_contiguous(memory_format=last) else last
+    if last is None or not like.is_contiguous(memory_format=last):
+        return weight
+    return weight.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -21,8 +21,10 @@ from torch_influence.plan import agree
 
 Tangents: TypeAlias = Sequence[Tensor]
 
-_BYTES_OF_GRAPH = 64 * 2**20  # of a compute batch's graph: large enough to keep the machine busy
-_BYTES_OF_ROWS = 512 * 2**20  # what the rows that are multiplied at once may take: so many times the graph
+# Of a compute batch's graph, and of as many copies of it as there are rows at once: enough to keep two cores busy, and
+# about what their last cache holds. Larger batches of a convolutional net take up to twice as long per example.
+_BYTES_OF_GRAPH = 16 * 2**20
+_BYTES_OF_ROWS = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Curvature(LinearOperator):
     again each time.
 
     Cost: the first product is a pass over the data, later ones are backward passes through what is kept. Memory: up to
-    ``budget``, one batch's graph beyond it, and 512 MiB for rows.
+    ``budget``, one batch's graph beyond it, and for rows a batch's graph once more.
 
     Args:
         evaluation, batches, device: of the training data.
