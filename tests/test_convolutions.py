@@ -106,7 +106,8 @@ def test_products_are_those_of_the_dense_matrix(name: str, gnh: bool) -> None:
     assert curvature.why_plain_convolutions.startswith(why_plain)
     assert bool(curvature.why_plain_convolutions) == bool(why_plain)
     assert ("lean convolutions" in curvature.describe()) == (not why_plain)
-    assert (why_plain in str(module.explain())) and not curvature._pull_back.why_plain
+    assert why_plain in str(module.explain())
+    assert not curvature._pull_back.why_plain
 
 
 def test_weights_of_convolutions_are_selected_or_not() -> None:
@@ -129,4 +130,5 @@ def test_the_model_keeps_its_format() -> None:
     CGInfluenceModule(model, Supervised(F.cross_entropy), loader, None, "cpu", 0.1).hvp(
         torch.ones(sum(p.numel() for p in model.parameters())).double()
     )
-    assert model.first.weight is weight and weight.stride() == strides
+    assert model.first.weight is weight
+    assert weight.stride() == strides
