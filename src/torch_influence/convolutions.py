@@ -72,7 +72,7 @@ def _convolve(
         return func(input, weight, bias, stride, padding, dilation, groups)
     each = [_per_dimension(option, dimensions) for option in (stride, padding, dilation)]
     options = (*each, False, [0] * dimensions, groups)
-    output: Tensor = _Convolution.apply(input, weight, bias, options, fixed)  # type: ignore[no-untyped-call]
+    output: Tensor = _Convolution.apply(input, weight, bias, options, fixed)
     return output
 
 
@@ -92,14 +92,14 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, w, b, *options)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
             return (*_pull_back(g, x, w, ctx.bias, ctx.options, wanted), None, None)
         if ctx.fixed:
             x, w = x.detach(), w.detach()
-        return (*_PullBack.apply(g, x, w, ctx.bias, ctx.options, wanted), None, None)  # type: ignore[no-untyped-call]
+        return (*_PullBack.apply(g, x, w, ctx.bias, ctx.options, wanted), None, None)
 
 
 class _PullBack(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _PullBack(torch.autograd.Function):
         return _pull_back(g, x, w, bias, options, wanted)
 
     @staticmethod
-    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:
         g, x, w = ctx.saved_tensors
         _, by_x, by_w = ctx.needs_input_grad[:3]
         to_g = to_x = to_w = None
