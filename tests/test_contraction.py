@@ -16,7 +16,7 @@ from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceM
 from torch_influence.scores import score_matrix
 
 LAYERS, DIRECTIONS, ROWS, ONES = (
-    "inputs and output gradients of linear layers",
+    "inputs and output gradients of layers",
     "directional derivatives",
     "rows of gradients",
     "examples one at a time",

@@ -50,17 +50,20 @@ def cut(layer: nn.Module) -> Iterator[Calls]:
 
 
 @contextlib.contextmanager
-def shifted(layers: Sequence[nn.Module], shifts: Sequence[Tensor | None]) -> Iterator[list[Calls]]:
-    """Adds a shift to what comes out of each layer, by which the loss can be differentiated; None adds nothing."""
+def shifted(layers: Sequence[nn.Module], shifts: Sequence[Sequence[Tensor] | None]) -> Iterator[list[Calls]]:
+    """Adds a shift to what comes out of each call of each layer, by which the loss can be differentiated.
+
+    None in place of a layer's shifts adds nothing. More calls than shifts are an error.
+    """
     calls = [Calls() for _ in layers]
     handles = []
 
     def hook(i: int) -> Any:
         def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            calls[i].inputs.append(args[0] if args else kwargs["input"])
-            calls[i].outputs.append(output)
-            by = shifts[i]
-            return output if by is None else output + by
+            its, by = calls[i], shifts[i]
+            its.inputs.append(args[0] if args else kwargs["input"])
+            its.outputs.append(output)
+            return output if by is None else output + by[len(its.outputs) - 1]
 
         return shift
 

@@ -22,6 +22,8 @@ from torch_influence.plan import agree
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
 _MANY_EXAMPLES = 2048  # in one whose gradients are not formed
 _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
+_BYTES_OF_A_PASS = 8 * 2**20  # inputs and output gradients in one pass: more fall out of cache
+_ROWS_OF_A_PRODUCT = 64  # examples in one nevertheless: vectors are read once for all of them
 _ONE_BY_ONE = "examples one at a time"
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
@@ -81,8 +83,8 @@ class ExampleGradients:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
 
         In the first of these ways that is possible and agrees with examples one at a time:
-        - from the inputs and output gradients of linear layers (contraction.py), where they account for all parameters
-          or the vectors are many;
+        - from the inputs and output gradients of layers (contraction.py), where they account for most parameters or the
+          vectors are many;
         - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
           ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
         - from rows of gradients.
@@ -90,8 +92,9 @@ class ExampleGradients:
         ways: dict[str, Callable[[_Group], Tensor]] = {}
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
-        if contraction.layers and not (few and contraction.rest):
-            ways["inputs and output gradients of linear layers"] = self._contracted(contraction, vectors, form=not few)
+        most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming so many
+        if contraction.layers and contraction.rest <= most:
+            ways["inputs and output gradients of layers"] = self._contracted(contraction, vectors, most)
         if few:
             ways["directional derivatives"] = self._directional(vectors)
         else:
@@ -112,14 +115,15 @@ class ExampleGradients:
         leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
         return self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
 
-    def _contracted(self, contraction: Contraction, vectors: Tensor, form: bool) -> Callable[[_Group], Tensor]:
+    def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Callable[[_Group], Tensor]:
         constant = None if self._constant is None else vectors @ self._constant
 
         def many(group: _Group) -> Tensor:
             contraction.look(group.single(0))
-            if contraction.rest and not form:
-                raise ValueError("examples pass a layer several times or never, so gradients would have to be formed")
-            parts = group.parts(max(1, _BYTES_OF_ROWS // max(contraction.example_bytes, 1)))
+            if contraction.rest > most:
+                raise ValueError("examples do not pass the layers, so most gradients would have to be formed")
+            each = max(contraction.example_bytes, 1)
+            parts = group.parts(max(1, min(_BYTES_OF_ROWS // each, max(_BYTES_OF_A_PASS // each, _ROWS_OF_A_PRODUCT))))
             dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
             return dots if constant is None else dots.add_(constant)
 
