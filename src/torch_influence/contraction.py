@@ -63,7 +63,7 @@ class Contraction:
         self._loss = loss
         self._evaluation = evaluation
         self._space = evaluation.space
-        self._leaves = tuple(p.detach() for p in evaluation.space.current())
+        self._leaves = tuple(_laid_out(p.detach()) for p in evaluation.space.current())
         self._known = {m: kind for m in evaluation.model.modules() if (kind := _kind(m)) is not None}
         self.example_bytes = 0
         self._account_for(self._known.keys())
@@ -131,6 +131,11 @@ class Contraction:
     def _columns(self, i: int) -> slice:
         start = sum(self._space.sizes[:i])
         return slice(start, start + self._space.sizes[i])
+
+
+def _laid_out(p: Tensor) -> Tensor:
+    """A 2-d convolution's weight with its channels last, on the CPU: what follows is faster there, pooling above all."""
+    return p.clone(memory_format=torch.channels_last) if p.dim() == 4 and p.device.type == "cpu" else p
 
 
 def _add(dots: Tensor, gradients: Tensor, vectors: Tensor, columns: slice | None) -> None:
