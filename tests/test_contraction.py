@@ -1,4 +1,4 @@
-"""Scores from the inputs and output gradients of linear layers, against gradients of batches of one in float64."""
+"""Scores from the inputs and output gradients of layers, against gradients of batches of one in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from problems import Classification, loader, module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
+from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, LiSSAInfluenceModule, contraction
 from torch_influence.scores import score_matrix
 
 LAYERS, DIRECTIONS, ROWS, ONES = (
@@ -74,6 +74,122 @@ class Tied(nn.Module):
         return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Tokens(nn.Module):
+    """Two calls of an embedding with a padding token, positions that are the same for all, and a tied output."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(3, 5, padding_idx=1, **options), nn.Embedding(4, 5)
+        self.norm, self.out = nn.RMSNorm(5), nn.Linear(5, 3)
+        self.out.weight = self.tokens.weight
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x > 0).long() + (x > 0.5).long()
+        h = self.tokens(tokens) + 0.5 * self.tokens(tokens.flip(1)).tanh() + self.places(torch.arange(4))
+        return self.out(self.norm(h).tanh().mean(dim=1))
+
+
+class Twin(nn.Module):
+    """A layer of no known kind."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+
+class TiedToAnotherKind(nn.Module):
+    """A weight shared with a layer of no known kind is not accounted for; the rest, most of all, is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 9), nn.Linear(9, 3)
+        self.twin = Twin(self.first.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(self.twin(torch.tanh(self.first(x))))))
+
+
+class OnlyBiases(nn.Module):
+    """Weights are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv1d(1, 4, 2), nn.LayerNorm(3), nn.Linear(12, 3)
+        for layer in (self.conv, self.norm, self.last):
+            layer.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.conv(x.unsqueeze(1)))).flatten(1))
+
+
+class Frames(nn.Module):
+    """Several images of an example pass a convolution as one batch, in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(1, 8, (1, 2), padding=1), nn.GroupNorm(2, 8), nn.Linear(8, 3)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.view(-1, 1, 1, 2)
+        h = self.norm(torch.tanh(self.conv(frames) + self.conv(frames.flip(3)))).flatten(2).square().mean(2)
+        return self.last(h.view(len(x), 2, 8).sum(dim=1))
+
+
+class Scaled(nn.Conv1d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight * self.weight.square().mean().sqrt(), self.bias)
+
+
+class Images(nn.Module):
+    """An input of any size made of four features."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.register_buffer("mix", torch.randn(4, *size, generator=generator).flatten(1))
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.mix).unflatten(1, self.size)
+
+
+def convolutional(conv: nn.Module, axes: int) -> nn.Module:
+    """A convolution of an image of 7, 7 x 6 or 7 x 6 x 5 points, and a small head that tells its positions apart."""
+    channels, size = conv.in_channels, (7, 6, 5)[:axes]
+    body = deep(Images(channels, *size), conv, nn.Tanh(), nn.Flatten())
+    with torch.no_grad():
+        width = body(torch.zeros(1, 4, dtype=torch.float64)).shape[1]
+    fixed = Images(1)  # a read-out without parameters
+    fixed.mix = torch.randn(width, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / width**0.5
+    fixed.size = (3,)
+    return nn.Sequential(body, fixed)
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "1d": (lambda: nn.Conv1d(2, 8, 3), 1),
+    "1d unpadded, by name": (lambda: nn.Conv1d(2, 8, 3, padding="valid", stride=2), 1),
+    "1d same, even": (lambda: nn.Conv1d(2, 8, 4, padding="same", dilation=1), 1),
+    "2d": (lambda: nn.Conv2d(2, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), 2),
+    "2d without bias": (lambda: nn.Conv2d(3, 8, 3, bias=False), 2),
+    "2d same, dilated, circular": (
+        lambda: nn.Conv2d(2, 8, (2, 3), padding="same", dilation=2, padding_mode="circular"),
+        2,
+    ),
+    "2d reflect": (lambda: nn.Conv2d(1, 8, 3, padding=2, padding_mode="reflect", stride=3), 2),
+    "2d groups": (lambda: nn.Conv2d(4, 16, 3, groups=2, padding=1, stride=2), 2),
+    "2d depthwise": (lambda: nn.Conv2d(3, 12, 2, groups=3, dilation=2), 2),
+    "3d": (lambda: nn.Conv3d(2, 8, (3, 1, 2), stride=(1, 2, 1), padding=(0, 1, 1), dilation=(2, 1, 1)), 3),
+    "3d groups, replicate": (lambda: nn.Conv3d(2, 16, 2, groups=2, padding=1, padding_mode="replicate"), 3),
+}
+
+
 class ClassWeighted(Classification):
     """In a batch of one the weights cancel."""
 
@@ -95,6 +211,8 @@ class Cubed(Classification):
         return (params**3).sum()
 
 
+TRANSPOSED = (nn.Unflatten(1, (1, 4)), nn.ConvTranspose1d(1, 1, 2, padding=1), nn.Flatten())
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], BaseObjective, str, str]] = {
     # model, objective, and the ways for 2 and for 20 vectors
     "two layers": (lambda: deep(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), Classification(), LAYERS, LAYERS),
@@ -104,19 +222,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], BaseObjective, str, str]] = {
     "layer norm too": (
         lambda: deep(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
         Classification(),
-        DIRECTIONS,
+        LAYERS,
         LAYERS,
     ),
-    "layer used twice": (Twice, Classification(), DIRECTIONS, LAYERS),
+    "layer used twice": (Twice, Classification(), LAYERS, LAYERS),
     "weight used besides": (Functional, Classification(), DIRECTIONS, ROWS),
     "sequences": (Sequences, Classification(), LAYERS, LAYERS),
-    "tied": (Tied, Classification(), DIRECTIONS, LAYERS),
-    "no linear layer": (
-        lambda: deep(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4), nn.Flatten()),
-        Classification(),
-        DIRECTIONS,
-        ROWS,
-    ),
+    "tied": (Tied, Classification(), LAYERS, LAYERS),
+    "tokens": (Tokens, Classification(), LAYERS, LAYERS),
+    "tied to another kind": (TiedToAnotherKind, Classification(), LAYERS, LAYERS),
+    "only a bias": (OnlyBiases, Classification(), LAYERS, LAYERS),
+    "frames": (Frames, Classification(), LAYERS, LAYERS),
+    "scaled convolution": (lambda: convolutional(Scaled(1, 8, 2), 1), Classification(), DIRECTIONS, ROWS),
+    "max_norm": (lambda: Tokens(max_norm=0.5), Classification(), LAYERS, LAYERS),
+    "transposed": (lambda: deep(*TRANSPOSED), Classification(), DIRECTIONS, ROWS),
 }
 
 
@@ -153,6 +272,46 @@ def test_scores(name: str, k: int, cache: bool) -> None:
     expected = alone(it, vectors)
     assert ((scores - expected).abs() <= 1e3 * 1e2 * torch.finfo(torch.float64).eps).all()
     assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tile", [2**22, 100])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, few: bool, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways for vectors of a convolution, by patches also of some examples and channels at a time.
+
+    Both sides sum fewer than 10⁴ terms in float64, whose magnitudes are below 10².
+    """
+    build, axes = CONVOLUTIONS[name]
+    it = module(model=convolutional(build(), axes), objective=Classification())
+    vectors = torch.randn(3, it.flat_parameters().numel(), dtype=torch.float64)
+    patches: list[int] = []
+    plain = contraction._patches
+    monkeypatch.setattr(contraction, "_patches", lambda m, a: patches.append(len(a)) or plain(m, a))
+    monkeypatch.setattr(contraction, "_COPIED", 1e9 if few else -1e9)
+    monkeypatch.setattr(contraction, "_TILE", tile)
+    scores, path = scores_of(it, vectors)
+    assert path == LAYERS
+    assert bool(patches) != few
+    assert few or (max(patches) == 23) == (tile > 100)
+    expected = alone(it, vectors)
+    assert ((scores - expected).abs() <= 1e4 * 1e2 * torch.finfo(torch.float64).eps).all()
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.GroupNorm(3, 6), nn.GroupNorm(1, 6), nn.LayerNorm((6, 4))])
+def test_norms_between_convolutions(norm: nn.Module) -> None:
+    """Running statistics and affine parameters are random. Sums and magnitudes as of test_scores."""
+    torch.manual_seed(1)
+    for p in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
+        nn.init.uniform_(p, 0.5, 2.0)
+    layers = (nn.Conv1d(1, 6, 2, padding="same"), norm, nn.Tanh(), nn.Conv1d(6, 3, 4), nn.Flatten())
+    it = module(model=deep(nn.Unflatten(1, (1, 4)), *layers).eval(), objective=Classification())
+    vectors = torch.randn(20, it.flat_parameters().numel(), dtype=torch.float64)
+    scores, path = scores_of(it, vectors)
+    assert path == LAYERS
+    expected = alone(it, vectors)
+    assert ((scores - expected).abs() <= 1e3 * 1e2 * torch.finfo(torch.float64).eps).all()
 
 
 def test_a_group_of_many_examples_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

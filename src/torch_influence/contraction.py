@@ -63,8 +63,11 @@ class Contraction:
         self._loss = loss
         self._evaluation = evaluation
         self._space = evaluation.space
-        self._leaves = tuple(_laid_out(p.detach()) for p in evaluation.space.current())
         self._known = {m: kind for m in evaluation.model.modules() if (kind := _kind(m)) is not None}
+        pictures = {id(m.weight) for m in self._known if isinstance(m, nn.Conv2d)}
+        self._leaves = tuple(
+            _channels_last(p.detach()) if id(p) in pictures else p.detach() for p in evaluation.space.current()
+        )
         self.example_bytes = 0
         self._account_for(self._known.keys())
 
@@ -133,9 +136,10 @@ class Contraction:
         return slice(start, start + self._space.sizes[i])
 
 
-def _laid_out(p: Tensor) -> Tensor:
-    """A 2-d convolution's weight with its channels last, on the CPU: what follows is faster there, pooling above all."""
-    return p.clone(memory_format=torch.channels_last) if p.dim() == 4 and p.device.type == "cpu" else p
+def _channels_last(weight: Tensor) -> Tensor:
+    """On the CPU the outputs follow this layout, in which convolutions, and above all pooling, are faster."""
+    # Not contiguous(): that leaves the strides of a weight with one input channel, by which the outputs go.
+    return weight.clone(memory_format=torch.channels_last) if weight.device.type == "cpu" else weight
 
 
 def _add(dots: Tensor, gradients: Tensor, vectors: Tensor, columns: slice | None) -> None:
