@@ -234,7 +234,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], BaseObjective, str, str]] = {
     "only a bias": (OnlyBiases, Classification(), LAYERS, LAYERS),
     "frames": (Frames, Classification(), LAYERS, LAYERS),
     "scaled convolution": (lambda: convolutional(Scaled(1, 8, 2), 1), Classification(), DIRECTIONS, ROWS),
-    "max_norm": (lambda: Tokens(max_norm=0.5), Classification(), LAYERS, LAYERS),
+    "counted tokens": (lambda: Tokens(scale_grad_by_freq=True), Classification(), LAYERS, LAYERS),
     "transposed": (lambda: deep(*TRANSPOSED), Classification(), DIRECTIONS, ROWS),
 }
 
