@@ -1,11 +1,13 @@
-"""What every solver tells of its work, and how it warns."""
+"""What every solver tells of its work and how it warns, and what iterative solvers share."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
@@ -63,3 +65,64 @@ class SolveReport:
         if self.negative_curvature.any():
             parts.append(f"negative curvature met in {int(self.negative_curvature.sum())}")
         return ", ".join([*parts, f"{self.seconds:.2f} s"])
+
+
+# -- iterative solvers: their options, the limit of the arithmetic, their warning --------------------------------------
+
+# A product of d terms through a network carries some tens of roundings: below this many units of |A||x| + |b| a
+# residual is rounding, not lack of iterations.
+_ROUNDINGS = 32
+
+
+def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> int:
+    """``maxiter`` or SciPy's default, 10 d; refuses limits that make no sense."""
+    limit = 10 * d if maxiter is None else int(maxiter)
+    if limit < 1:
+        raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
+    if rtol < 0 or atol < 0:
+        raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
+    return limit
+
+
+def first_guess(x0: Any, rows: Tensor) -> Tensor | None:
+    """x0, [d] or [k, d], as a new tensor [k, d] like ``rows``."""
+    if x0 is None:
+        return None
+    guess = torch.as_tensor(x0).to(rows)
+    if guess.shape not in (rows.shape, rows.shape[1:]):
+        raise ValueError(f"x0: expected shape [{rows.shape[1]}] or {list(rows.shape)}, got {list(guess.shape)}")
+    return guess.expand_as(rows).clone()
+
+
+def norms(a: Tensor) -> Tensor:
+    """|a| of each row, float64."""
+    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+
+
+def reachable(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    """The residual norm below which there is nothing but rounding, [k]; ``largest`` is a lower bound of |A|."""
+    size = norms(b)
+    limit = _ROUNDINGS * torch.finfo(b.dtype).eps * (largest * norms(x) + size)
+    return torch.minimum(limit, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
+
+
+def warn_of_failures(report: SolveReport, rtol: float, limit: int, dtype: torch.dtype) -> None:
+    """For solvers that a module's ``inverse_hvp`` calls: the warning points at who called that."""
+    usable = report.residual <= torch.finfo(dtype).eps ** 0.5  # half of the digits
+    failed = ~(report.converged | report.precision_limit & usable)
+    if not failed.any():
+        return
+    worst = float(report.residual[failed].max())
+    k = len(failed)
+    if bool(report.negative_curvature[failed].any()):
+        cure = "negative curvature was met: the matrix is indefinite; raise damp, or use gnh=True"
+    elif int(report.iterations[failed].max()) >= limit:
+        cure = "raise maxiter, or raise damp"
+    else:
+        cure = f"raise damp, loosen rtol, or use more precision than {dtype}"
+    warnings.warn(
+        f"{report.method} did not converge for {int(failed.sum())} of {k} right-hand sides: relative residual "
+        f"{worst:.1e} where rtol={rtol:g} was asked for, after {int(report.iterations.max())} iterations; {cure}",
+        ConvergenceWarning,
+        stacklevel=4,
+    )

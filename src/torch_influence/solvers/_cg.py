@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,11 +12,15 @@ from torch import Tensor
 
 from torch_influence.linop import LinearOperator
 from torch_influence.ops import CGScalars, cg_step
-from torch_influence.solvers._base import ConvergenceWarning, Progress, SolveReport
-
-# A product of d terms through a network carries some tens of roundings: below this many units of |A||x| + |b| a
-# residual is rounding, not lack of iterations.
-_ROUNDINGS = 32
+from torch_influence.solvers._base import (
+    Progress,
+    SolveReport,
+    first_guess,
+    iteration_limit,
+    norms,
+    reachable,
+    warn_of_failures,
+)
 
 
 def cg(
@@ -65,14 +68,23 @@ def cg(
         device, so a row's end is noticed one iteration late, and one product more is made.
     """
     start = time.perf_counter()
-    d = rows.shape[1]
-    limit = 10 * d if maxiter is None else int(maxiter)
-    if limit < 1:
-        raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
-    if rtol < 0 or atol < 0:
-        raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
+    limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     precondition = None if M is None else _preconditioner(M, rows)
-    state = _State(operator, rows, _first_guess(x0, rows), torch.clamp(rtol * _norm(rows), min=atol), precondition)
+    tolerance = torch.clamp(rtol * norms(rows), min=atol)
+    state = _State(operator, rows, first_guess(x0, rows), tolerance, precondition)
+    iterate(state, limit, callback, progress)
+    report = state.report(time.perf_counter() - start)
+    warn_of_failures(report, rtol, limit, rows.dtype)
+    return state.all_x, report
+
+
+def iterate(
+    state: _State,
+    limit: int,
+    callback: Callable[[np.ndarray], object] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Takes the rows as far as they go within ``limit`` iterations, and judges them; nothing is warned of."""
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
@@ -88,9 +100,6 @@ def cg(
     if len(state.at_work) and state.some_stopped(wait=True):
         state.settle()
     state.give_up()
-    report = state.report(time.perf_counter() - start)
-    _warn(report, rtol, limit, rows.dtype)
-    return state.all_x, report
 
 
 class _State:
@@ -108,7 +117,7 @@ class _State:
         self.operator, self.b, self.precondition = operator, b, precondition
         self.products = 0
         self.all_x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x
-        self.residual = _norm(b)
+        self.residual = norms(b)
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
         self.converged, self.limited = (torch.zeros_like(self.residual).bool() for _ in range(2))
         self.all_scalars = b.new_zeros(len(CGScalars._fields), k, dtype=torch.float64)
@@ -120,7 +129,7 @@ class _State:
         self.r = b.clone(memory_format=torch.contiguous_format) if x is None else self.true_residual(self.at_work)
         self.p = torch.empty_like(self.r)
         self.late: tuple[Tensor, torch.cuda.Event] | None = None
-        norm = _norm(self.r)
+        norm = norms(self.r)
         self.converged = self.within(norm, self.at_work)
         self.residual[self.converged] = norm[self.converged]
         self.begin(~self.converged)
@@ -140,7 +149,7 @@ class _State:
         self.row.rho[which] = 0.0
         if self.precondition is None:
             self.p[which] = self.r[which]
-            self.row.rho[which] = _norm(self.r[which]).square()
+            self.row.rho[which] = norms(self.r[which]).square()
 
     def step(self) -> None:
         preconditioned = self.precondition is not None
@@ -188,7 +197,7 @@ class _State:
         if check.any():
             which = self.at_work[check]
             self.r[check] = self.true_residual(which)
-            norm = _norm(self.r[check])
+            norm = norms(self.r[check])
             done = self.within(norm, which)
             self.residual[which], self.converged[which] = norm, done
             self.limited[which] = ~done & ~(norm < 0.5 * self.best[which])
@@ -218,40 +227,24 @@ class _State:
         self.write_back()
         which = (~(self.converged | self.limited)).nonzero().flatten()
         if len(which):
-            self.residual[which] = _norm(self.true_residual(which))
+            self.residual[which] = norms(self.true_residual(which))
             self.converged[which] = self.within(self.residual[which], which)
 
     def report(self, seconds: float) -> SolveReport:
-        size = _norm(self.b)
-        unit = torch.finfo(self.b.dtype).eps
+        size = norms(self.b)
         scalars = CGScalars(*self.all_scalars)
-        largest = scalars.largest.sqrt()  # a lower bound of |A|
-        reachable = _ROUNDINGS * unit * (largest * _norm(self.all_x) + size)
-        reachable = torch.minimum(reachable, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
+        limit = reachable(scalars.largest.sqrt(), self.all_x, self.b)
         relative = torch.where(size > 0, self.residual / size, self.residual)
         return SolveReport(
             method="conjugate gradients",
             iterations=scalars.iterations.long(),
             residual=relative,
             converged=self.converged,
-            precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= reachable),
+            precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= limit),
             negative_curvature=scalars.negative != 0,
             products=self.products,
             seconds=seconds,
         )
-
-
-def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
-
-
-def _first_guess(x0: Any, rows: Tensor) -> Tensor | None:
-    if x0 is None:
-        return None
-    guess = torch.as_tensor(x0).to(rows)
-    if guess.shape not in (rows.shape, rows.shape[1:]):
-        raise ValueError(f"x0: expected shape [{rows.shape[1]}] or {list(rows.shape)}, got {list(guess.shape)}")
-    return guess.expand_as(rows).clone()
 
 
 def _preconditioner(M: Any, rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -279,24 +272,3 @@ def _preconditioner(M: Any, rows: Tensor) -> Callable[[Tensor], Tensor]:
         return torch.as_tensor(np.stack(answers)).to(r).reshape(r.shape)
 
     return on_host
-
-
-def _warn(report: SolveReport, rtol: float, limit: int, dtype: torch.dtype) -> None:
-    usable = report.residual <= torch.finfo(dtype).eps ** 0.5  # half of the digits
-    failed = ~(report.converged | report.precision_limit & usable)
-    if not failed.any():
-        return
-    worst = float(report.residual[failed].max())
-    k = len(failed)
-    if bool(report.negative_curvature[failed].any()):
-        cure = "negative curvature was met: the matrix is indefinite; raise damp, or use gnh=True"
-    elif int(report.iterations[failed].max()) >= limit:
-        cure = "raise maxiter, or raise damp"
-    else:
-        cure = f"raise damp, loosen rtol, or use more precision than {dtype}"
-    warnings.warn(
-        f"conjugate gradients did not converge for {int(failed.sum())} of {k} right-hand sides: relative residual "
-        f"{worst:.1e} where rtol={rtol:g} was asked for, after {int(report.iterations.max())} iterations; {cure}",
-        ConvergenceWarning,
-        stacklevel=4,
-    )
