@@ -6,6 +6,7 @@ from torch_influence.solvers._base import (
     NegativeCurvatureWarning,
     SolveReport,
 )
+from torch_influence.solvers._block_cg import block_cg
 from torch_influence.solvers._cg import cg
 from torch_influence.solvers._direct import Factor
 from torch_influence.solvers._lissa import lissa
@@ -16,6 +17,7 @@ __all__ = [
     "Factor",
     "NegativeCurvatureWarning",
     "SolveReport",
+    "block_cg",
     "cg",
     "lissa",
 ]

@@ -99,10 +99,9 @@ def norms(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
 
 
-def reachable(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    """The residual norm below which there is nothing but rounding, [k]; ``largest`` is a lower bound of |A|."""
-    size = norms(b)
-    limit = _ROUNDINGS * torch.finfo(b.dtype).eps * (largest * norms(x) + size)
+def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
+    """The residual norm [k] below which all is rounding; ``largest`` is a lower bound of |A|, ``size`` is |b|."""
+    limit = _ROUNDINGS * torch.finfo(x.dtype).eps * (largest * norms(x) + size)
     return torch.minimum(limit, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
 
 

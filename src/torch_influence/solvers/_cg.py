@@ -67,24 +67,27 @@ def cg(
         iterations + 1 products (2 without an exact zero start); memory 5 k d. On a GPU an iteration never waits for the
         device, so a row's end is noticed one iteration late, and one product more is made.
     """
-    start = time.perf_counter()
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     precondition = None if M is None else _preconditioner(M, rows)
     tolerance = torch.clamp(rtol * norms(rows), min=atol)
-    state = _State(operator, rows, first_guess(x0, rows), tolerance, precondition)
-    iterate(state, limit, callback, progress)
-    report = state.report(time.perf_counter() - start)
+    x, report = iterate(operator, rows, first_guess(x0, rows), tolerance, limit, precondition, callback, progress)
     warn_of_failures(report, rtol, limit, rows.dtype)
-    return state.all_x, report
+    return x, report
 
 
 def iterate(
-    state: _State,
+    operator: LinearOperator,
+    rows: Tensor,
+    x: Tensor | None,
+    tolerance: Tensor,
     limit: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Takes the rows as far as they go within ``limit`` iterations, and judges them; nothing is warned of."""
+) -> tuple[Tensor, SolveReport]:
+    """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of."""
+    start = time.perf_counter()
+    state = _State(operator, rows, x, tolerance, precondition)
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
@@ -100,6 +103,7 @@ def iterate(
     if len(state.at_work) and state.some_stopped(wait=True):
         state.settle()
     state.give_up()
+    return state.all_x, state.report(time.perf_counter() - start)
 
 
 class _State:
@@ -233,7 +237,7 @@ class _State:
     def report(self, seconds: float) -> SolveReport:
         size = norms(self.b)
         scalars = CGScalars(*self.all_scalars)
-        limit = reachable(scalars.largest.sqrt(), self.all_x, self.b)
+        limit = reachable(scalars.largest.sqrt(), self.all_x, size)
         relative = torch.where(size > 0, self.residual / size, self.residual)
         return SolveReport(
             method="conjugate gradients",

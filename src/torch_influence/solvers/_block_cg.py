@@ -1,0 +1,356 @@
+"""Block conjugate gradients (O'Leary 1980, as stabilised by Dubrulle 2001): all right-hand sides share a Krylov space."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_influence.linop import LinearOperator
+from torch_influence.solvers._base import (
+    Progress,
+    SolveReport,
+    first_guess,
+    iteration_limit,
+    norms,
+    reachable,
+    warn_of_failures,
+)
+from torch_influence.solvers._cg import iterate
+
+_TILE = 1 << 20  # entries of the float64 copy of a part of the rows: 8 MB
+
+
+def block_cg(
+    operator: LinearOperator,
+    rows: Tensor,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    x0: Any = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, SolveReport]:
+    """Solves A x = b for each row b of ``rows`` [k, d], each from the Krylov space of all of them.
+
+        W = (P A Pᵀ)⁻¹,   X ← X + T W P,   L Q = Q - W P A,   T ← T L,   P ← Q + Lᵀ P
+
+    T Q are the residuals B - X A, of which Q is an orthonormal basis, L Q a factorisation into a small matrix and the
+    next basis, and the rows of P search directions that are conjugate to all before. A row is done when its true
+    residual is within max(rtol·|b|, atol), as with ``cg``: what the recurrence says is done is judged by b - Ax from
+    its definition, and the rows that rounding has fooled start again from there together, until that no longer helps.
+
+    Dependent directions drop out of Q, and so do those that only rows already done would need: the block shrinks.
+    Where P A Pᵀ is not positive definite, or the block makes no headway, the rows left go on by ``cg`` from where they
+    are. The report's method says so.
+
+    Args:
+        operator: A, symmetric positive definite; where it turns out not to be, that is reported as by ``cg``.
+        rows: [k, d] in the operator's dtype, on its device; their sizes may differ by any factor. A row that is not
+            finite is left out and not converged.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        maxiter: iterations at the most, of block and single rows together; 10 d by default.
+        x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
+        progress: wraps the iterations in a progress bar.
+
+    Returns:
+        x [k, d] and the report. A row's iterations are those until its recurrence was within tolerance.
+
+    Raises:
+        ValueError: a shape, a tolerance or ``maxiter`` that makes no sense.
+
+    Warns:
+        ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least half
+            of the digits right.
+
+    Cost:
+        iterations + 1 products (2 without an exact zero start), at most about d/k iterations where rounding is no
+        matter; besides 16 k² d multiplications per iteration, a quarter of them in float64, and small matrices on the
+        host, for which it waits twice. Memory 5 k d.
+
+    Source:
+        O'Leary (1980); Dubrulle (2001), the variant with QR factorisation of the residuals. Here that is CholeskyQR2
+        (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015) with Gram matrices of float64, so that a basis in float32
+        can be had at any condition number; its second pass is left out where the first has lost no digits.
+    """
+    start = time.perf_counter()
+    limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
+    block = _Block(operator, rows, first_guess(x0, rows), torch.clamp(rtol * norms(rows), min=atol))
+    steps: Iterable[int] = range(limit)
+    if progress is not None:
+        steps = progress(steps, "block conjugate gradients", None)  # no total: it stops long before the limit
+    for _ in steps:
+        if not block.at_work.any():
+            break
+        block.step()
+        if not block.going.any():
+            block.settle()
+    block.finish(limit)
+    report = block.report(time.perf_counter() - start)
+    warn_of_failures(report, rtol, limit, rows.dtype)
+    return block.x.mul_(block.scale), report
+
+
+class _Block:
+    """Rows in units of their own size, and the block's recurrence. What is [k] or [m, m] is on the host, in float64.
+
+    Attributes:
+        scale: [k, 1], powers of 2, which change no digit: the solver sees b / scale and x / scale.
+        x: [k, d].
+        q, p: [m, d], m <= k, the bases of residuals and of directions.
+        coefficients: T [k, m]; zero for rows that aren't going.
+        at_work: rows in the present run, which are judged when it ends.
+        going: those of them that the recurrence says are not done.
+        handed: rows left to row-wise conjugate gradients.
+    """
+
+    def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor) -> None:
+        self.operator, self.b = operator, b
+        self.products = self.steps = 0
+        size = norms(b)
+        exponent = torch.frexp(size).exponent.clamp(-126, 126)  # float32 holds them and their inverses
+        scale = torch.ldexp(torch.ones_like(size), exponent)
+        self.scale = scale.to(b.dtype)[:, None]
+        self.size, self.tolerance = (size / scale).cpu(), (tolerance / scale).cpu()
+        self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.scale)
+        self.x[size == 0] = 0.0
+
+        k = len(b)
+        self.residual = self.size.clone()
+        self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
+        self.converged, self.limited, self.negative, self.handed = torch.zeros(4, k, dtype=torch.bool)
+        self.iterations = torch.zeros(k, dtype=torch.int64)
+        self.largest = torch.zeros((), dtype=torch.float64, device=b.device)
+        self.at_work = self.size.isfinite()
+        which = self.at_work.nonzero().flatten()
+        self.begin(which, self.scaled(which) if x is None else self.true_residual(which))
+
+    def product(self, rows: Tensor) -> Tensor:
+        self.products += 1
+        return self.operator.product(rows).detach()
+
+    def scaled(self, which: Tensor) -> Tensor:
+        which = which.to(self.b.device)
+        return self.b[which].div_(self.scale[which])
+
+    def true_residual(self, which: Tensor) -> Tensor:
+        return self.product(self.x[which.to(self.x.device)]).neg_().add_(self.scaled(which))
+
+    # -- the recurrence ------------------------------------------------------------------------------------------------
+
+    def begin(self, which: Tensor, r: Tensor) -> None:
+        """Judges these rows by their true residuals, and (re)starts with those that can go on."""
+        norm = norms(r).cpu()
+        done = norm <= self.tolerance[which]
+        helped = norm < 0.5 * self.best[which]
+        self.residual[which], self.best[which], self.converged[which] = norm, norm, done
+        stuck = which[~done & ~helped]
+        self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
+
+        again = ~done & helped
+        self.at_work.zero_()[which[again]] = True
+        self.going = self.at_work.clone()
+        self.lowest, self.since_lowest = torch.inf, 0
+        # A start is the turn of a step whose directions were zero.
+        self.q = r[again.to(r.device)]
+        self.p = torch.zeros_like(self.q)
+        self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64)
+        self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64)
+        if len(self.q):
+            self.turn(_gram(self.q, self.q), noise=0.0)
+
+    def step(self) -> None:
+        z = self.product(self.p)
+        self.steps += 1
+        self.largest = torch.maximum(self.largest, (norms(z) / norms(self.p)).max())
+        inverse = self.inverse_curvature(_gram(self.p, z))
+        if inverse is None:
+            return self.hand_over()
+        self.iterations += self.going
+        lengths, inverse = (self.coefficients @ inverse).to(z), inverse.to(z)
+        gram = torch.zeros(len(z), len(z), dtype=torch.float64, device=z.device)
+        for part in _tiles(z):
+            self.x[:, part].addmm_(lengths, self.p[:, part])
+            wide = self.q[:, part].addmm_(inverse, z[:, part], alpha=-1).double()
+            gram.addmm_(wide, wide.mT)
+        del z
+        # Entries of q were of an orthonormal basis: what is left below their rounding is none.
+        self.turn(gram.cpu(), noise=len(gram) * torch.finfo(self.q.dtype).eps)
+
+    def inverse_curvature(self, curvature: Tensor) -> Tensor | None:
+        """W = (P A Pᵀ)⁻¹, or None where it is not positive definite or can't be told from singular."""
+        if not curvature.isfinite().all():
+            return None
+        diagonal = curvature.diagonal()
+        size = diagonal.abs().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        unit = 0.5 * (curvature + curvature.mT) / (size[:, None] * size)
+        # The 2-norm of a matrix of m x m roundings.
+        rounding = 2 * len(unit) ** 0.5 * torch.finfo(self.q.dtype).eps
+        factor, failed = torch.linalg.cholesky_ex(unit)
+        if failed:
+            self.negative |= self.going & bool(torch.linalg.eigvalsh(unit)[0] < -rounding)
+            return None
+        inverse = torch.cholesky_inverse(factor)
+        if not torch.linalg.matrix_norm(inverse) * rounding < 1:
+            return None
+        return inverse / (size[:, None] * size)
+
+    def turn(self, gram: Tensor, noise: float) -> None:
+        """Q = L (a new orthonormal q), coefficients ← coefficients L, p ← q + Lᵀ p."""
+        if not gram.isfinite().all():
+            return self.hand_over()
+        d = self.q.shape[1]
+        split = _split(gram, d, self.q.dtype, noise)
+        factor, inverse = split.factor, split.inverse
+        if not split.accurate:
+            self.q = _multiply(inverse, self.q)
+            second = _split(_gram(self.q, self.q), d, self.q.dtype, 0.0)
+            factor, inverse = factor @ second.factor, second.inverse
+        self.coefficients = self.coefficients @ factor
+        self.judge()
+        needed = self.coefficients[self.going]
+        if len(needed) < factor.shape[1]:
+            keep = torch.linalg.qr(needed.mT).Q
+            factor, inverse, self.coefficients = factor @ keep, keep.mT @ inverse, self.coefficients @ keep
+        self.q = _multiply(inverse, self.q)
+        self.p = _multiply(factor.mT, self.p, self.q)
+
+    def judge(self) -> None:
+        """Which rows the recurrence says are done; and whether it makes headway."""
+        norm = torch.linalg.vector_norm(self.coefficients, dim=1)
+        self.going &= ~(norm <= self.tolerance)
+        self.coefficients[~self.going] = 0.0
+        if not self.going.any():
+            return
+        largest = float(norm[self.going].max())
+        self.since_lowest = 0 if largest < self.lowest else self.since_lowest + 1
+        self.lowest = min(largest, self.lowest)
+        # Without rounding d/m steps end it, so ten times as many, as the default of maxiter, lead nowhere.
+        if self.since_lowest > 10 * -(-self.q.shape[1] // self.coefficients.shape[1]):
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        self.handed |= self.going
+        self.at_work &= ~self.going
+        self.going.zero_()
+
+    def settle(self) -> None:
+        """The recurrence has ended: the rows in it are judged, and start again together where that may help."""
+        del self.q, self.p
+        which = self.at_work.nonzero().flatten()
+        self.begin(which, self.true_residual(which) if len(which) else self.scaled(which))
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def finish(self, limit: int) -> None:
+        """Row-wise conjugate gradients for the rows handed over; the true residual of rows that ran out of iterations."""
+        del self.q, self.p
+        which = self.handed.nonzero().flatten()
+        device = self.x.device
+        if len(which) and self.steps < limit:
+            left = which.to(device)
+            tolerance = self.tolerance[which].to(device)
+            x, single = iterate(self.operator, self.scaled(which), self.x[left], tolerance, limit - self.steps)
+            self.x[left] = x
+            self.products += single.products
+            self.iterations[which] += single.iterations.cpu()
+            self.residual[which] = single.residual.cpu() * self.size[which]
+            self.converged[which] = single.converged.cpu()
+            self.limited[which] = single.precision_limit.cpu()
+            self.negative[which] |= single.negative_curvature.cpu()
+        else:
+            self.at_work |= self.handed
+            self.handed.zero_()
+        which = self.at_work.nonzero().flatten()
+        if len(which):
+            self.residual[which] = norms(self.true_residual(which)).cpu()
+            self.converged[which] = self.residual[which] <= self.tolerance[which]
+
+    def reachable(self) -> Tensor:
+        return reachable(self.largest, self.x, self.size.to(self.x.device)).cpu()
+
+    def report(self, seconds: float) -> SolveReport:
+        k, by_rows = len(self.handed), int(self.handed.sum())
+        limited = self.limited | (self.residual <= self.reachable())
+        device = self.x.device
+        return SolveReport(
+            method="block conjugate gradients" + (f", {by_rows} of {k} rows finished one by one" if by_rows else ""),
+            iterations=self.iterations.to(device),
+            residual=torch.where(self.size > 0, self.residual / self.size, self.residual).to(device),
+            converged=self.converged.to(device),
+            precision_limit=(~self.converged & limited).to(device),
+            negative_curvature=self.negative.to(device),
+            products=self.products,
+            seconds=seconds,
+        )
+
+
+class _Split(NamedTuple):
+    """N = factor Q with Q = inverse N, for rows N [m, d] and an orthonormal Q [n, d], n <= m.
+
+    Attributes:
+        factor: [m, n].
+        inverse: [n, m].
+        accurate: whether Q will be orthonormal to half of the digits when it is computed so.
+    """
+
+    factor: Tensor
+    inverse: Tensor
+    accurate: bool
+
+
+def _split(gram: Tensor, d: int, dtype: torch.dtype, noise: float) -> _Split:
+    """Of rows N in ``dtype`` with N Nᵀ = ``gram`` [m, m], leaving out directions in which there is but rounding.
+
+    ``noise`` is the length up to which a row is rounding; a direction is, too, if its share in rows of length 1 is.
+    """
+    m = len(gram)
+    eps = torch.finfo(dtype).eps
+    # Rounding of a sum of d terms grows as the square root of their number (Higham and Mary 2019).
+    in_gram = d**0.5 * torch.finfo(torch.float64).eps
+    negligible = m * max(in_gram, eps**2)
+    size = gram.diagonal().sqrt()
+    divisor = torch.where(size > 0, size, 1.0)
+    unit = gram / (divisor[:, None] * divisor)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    if not failed and bool((size > noise).all()):
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(m, dtype=torch.float64), upper=False)
+        condition = float(torch.linalg.matrix_norm(inverse))
+    else:
+        condition = torch.inf
+    if not condition**2 * negligible < 1:
+        squares, vectors = torch.linalg.eigh(unit)
+        lengths = squares.clamp(min=0).sqrt() * torch.linalg.vector_norm(vectors * size[:, None], dim=0)
+        keep = (squares > negligible * squares.max()) & (lengths > noise)
+        root, vectors = squares[keep].sqrt(), vectors[:, keep]
+        factor, inverse = vectors * root, (vectors / root).mT
+        condition = float(1 / root.min()) if len(root) else 1.0
+    accurate = eps * condition + in_gram * condition**2 < eps**0.5
+    return _Split(factor * size[:, None], inverse / divisor, accurate)
+
+
+def _tiles(rows: Tensor) -> Iterator[slice]:
+    width = max(1, _TILE // max(1, len(rows)))
+    for start in range(0, rows.shape[1], width):
+        yield slice(start, start + width)
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """A bᵀ in float64, on the host."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for part in _tiles(a):
+        total.addmm_(a[:, part].double(), b[:, part].double().mT)
+    return total.cpu()
+
+
+def _multiply(matrix: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Rows ← matrix rows (+ plus) in place; there must not become more of them."""
+    matrix, product = matrix.to(rows), rows[: len(matrix)]
+    for part in _tiles(rows):
+        tile = matrix @ rows[:, part] if plus is None else torch.addmm(plus[:, part], matrix, rows[:, part])
+        product[:, part] = tile
+    return product
