@@ -1,4 +1,4 @@
-"""Block conjugate gradients (O'Leary 1980, as stabilised by Dubrulle 2001): all right-hand sides share a Krylov space."""
+"""Block conjugate gradients (O'Leary 1980, stabilised as by Dubrulle 2001): all rows share one Krylov space."""
 
 from __future__ import annotations
 
@@ -117,17 +117,18 @@ class _Block:
         self.scale = scale.to(b.dtype)[:, None]
         self.size, self.tolerance = (size / scale).cpu(), (tolerance / scale).cpu()
         self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.scale)
-        self.x[size == 0] = 0.0
+        self.x[size == 0] = 0.0  # whatever the first guess
 
         k = len(b)
         self.residual = self.size.clone()
+        self.converged = self.size == 0
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
-        self.converged, self.limited, self.negative, self.handed = torch.zeros(4, k, dtype=torch.bool)
+        self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool)
         self.iterations = torch.zeros(k, dtype=torch.int64)
         self.largest = torch.zeros((), dtype=torch.float64, device=b.device)
-        self.at_work = self.size.isfinite()
+        self.at_work = self.size.isfinite() & ~self.converged
         which = self.at_work.nonzero().flatten()
-        self.begin(which, self.scaled(which) if x is None else self.true_residual(which))
+        self.begin(which, self.scaled(which) if x is None or not len(which) else self.true_residual(which))
 
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1
@@ -247,7 +248,7 @@ class _Block:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self, limit: int) -> None:
-        """Row-wise conjugate gradients for the rows handed over; the true residual of rows that ran out of iterations."""
+        """Row-wise conjugate gradients for rows handed over, true residuals of those that ran out of iterations."""
         del self.q, self.p
         which = self.handed.nonzero().flatten()
         device = self.x.device
@@ -275,7 +276,7 @@ class _Block:
 
     def report(self, seconds: float) -> SolveReport:
         k, by_rows = len(self.handed), int(self.handed.sum())
-        limited = self.limited | (self.residual <= self.reachable())
+        limited = self.limited | self.residual.isfinite() & (self.residual <= self.reachable())
         device = self.x.device
         return SolveReport(
             method="block conjugate gradients" + (f", {by_rows} of {k} rows finished one by one" if by_rows else ""),

@@ -1,0 +1,372 @@
+"""Block conjugate gradients on matrices, against dense float64 solves and against row-wise conjugate gradients."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_close, tolerance, with_spectrum
+from torch import Tensor
+
+from torch_influence.linop import Dense, LinearOperator
+from torch_influence.solvers import ConvergenceWarning, block_cg, cg
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+D, K = 60, 5
+CONDITION = 100.0
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+class Counted(LinearOperator):
+    """Counts the rows in each product, and may spoil products from one of them on."""
+
+    def __init__(self, matrix: Tensor, spoiled_from: int | None = None, noise: float = torch.inf) -> None:
+        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
+        self.rows: list[int] = []
+        self.spoiled_from, self.noise = spoiled_from, noise
+
+    def product(self, rows: Tensor) -> Tensor:
+        self.rows.append(len(rows))
+        product = rows @ self.matrix
+        if self.spoiled_from is not None and len(self.rows) > self.spoiled_from:
+            product += self.noise * torch.randn_like(product)
+        return product
+
+
+def positive_definite(d: int = D, condition: float = CONDITION) -> Tensor:
+    return with_spectrum(torch.logspace(0, -float(torch.tensor(condition).log10()), d, dtype=torch.float64))
+
+
+def solution(matrix: Tensor, rows: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix.double(), rows.double().mT).mT
+
+
+def true_residuals(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    return (rows.double() - x.double() @ matrix.double()).norm(dim=1) / rows.double().norm(dim=1)
+
+
+def assert_solved(matrix: Tensor, x: Tensor, rows: Tensor, rtol: float) -> None:
+    """Each row by its own size: |x - A⁻¹b| <= cond(A) (residual asked for + rounding) |A⁻¹b|."""
+    expected = solution(matrix, rows)
+    condition = float(torch.linalg.cond(matrix.double()))
+    error = (x.double() - expected).norm(dim=1)
+    allowed = condition * (rtol + tolerance(x.dtype, operations=matrix.shape[0])) * expected.norm(dim=1)
+    assert (error <= allowed).all(), f"{error / expected.norm(dim=1)}"
+
+
+# -- right-hand sides that a block can't take as they are -------------------------------------------------------------
+
+
+def ordinary() -> Tensor:
+    return torch.randn(K, D, dtype=torch.float64)
+
+
+def with_zeros() -> Tensor:
+    return torch.cat([ordinary(), torch.zeros(2, D)])
+
+
+def duplicated() -> Tensor:
+    return ordinary().repeat(3, 1)
+
+
+def multiples() -> Tensor:
+    return torch.cat([ordinary(), 0.3 * ordinary()[:1]]).repeat(2, 1) * torch.linspace(-3.1, 7.3, 2 * K + 2)[:, None]
+
+
+def combinations() -> Tensor:
+    return torch.randn(4 * K, K, dtype=torch.float64) @ ordinary()
+
+
+def nearly_dependent() -> Tensor:
+    """Apart by 1e-1 to 1e-9 of their size: partly above, partly below what a Gram matrix tells apart."""
+    return ordinary()[:1] + torch.logspace(-1, -9, K, dtype=torch.float64)[:, None] * ordinary()
+
+
+def badly_scaled() -> Tensor:
+    return ordinary() * torch.tensor([1e-20, 1e-10, 1.0, 1e10, 1e20], dtype=torch.float64)[:, None]
+
+
+def badly_scaled_and_dependent() -> Tensor:
+    return torch.cat([badly_scaled(), 1e20 * combinations()[:2], 1e-20 * duplicated()[:1], torch.zeros(1, D)])
+
+
+def more_than_parameters() -> Tensor:
+    return torch.randn(2 * D + 1, D, dtype=torch.float64)
+
+
+def one() -> Tensor:
+    return ordinary()[:1]
+
+
+RIGHT_HAND_SIDES = [
+    ordinary,
+    with_zeros,
+    duplicated,
+    multiples,
+    combinations,
+    nearly_dependent,
+    badly_scaled,
+    badly_scaled_and_dependent,
+    more_than_parameters,
+    one,
+]
+
+
+@dtypes
+@pytest.mark.parametrize("make", RIGHT_HAND_SIDES, ids=lambda make: make.__name__)
+def test_every_right_hand_side_is_solved_to_its_own_size(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    matrix, rows = positive_definite().to(dtype), make().to(dtype)
+    rtol = 1e-3 if dtype == torch.float32 else 1e-12
+    before = rows.clone()
+    operator = Counted(matrix)
+    x, report = block_cg(operator, rows, rtol=rtol)
+    assert torch.equal(rows, before)
+    assert x.dtype == dtype
+    assert report.converged.all()
+    assert report.method == "block conjugate gradients"  # without help from row-wise iterations
+    assert_solved(matrix, x, rows, rtol)
+    assert not x[(rows == 0).all(dim=1)].any()
+    assert report.products == len(operator.rows)
+    some = rows.any(dim=1)
+    rounding = tolerance(dtype, operations=D, condition=CONDITION)
+    residuals = true_residuals(matrix, x[some], rows[some])
+    assert_close(report.residual[some], residuals, operations=D, scale=1.0, inherent=rounding)
+
+
+@dtypes
+def test_dependent_directions_are_multiplied_only_once(dtype: torch.dtype) -> None:
+    operator = Counted(positive_definite().to(dtype))
+    block_cg(operator, combinations().to(dtype), rtol=1e-3)
+    assert max(operator.rows[:-1]) == K
+    assert operator.rows[-1] == 4 * K  # the true residuals
+
+
+def test_the_block_shrinks_when_rows_are_done() -> None:
+    operator = Counted(positive_definite())
+    eigenvector = torch.linalg.eigh(operator.matrix).eigenvectors.mT[:1]
+    _, report = block_cg(operator, torch.cat([eigenvector, ordinary()]), rtol=1e-10)
+    assert report.converged.all()
+    assert report.iterations[0] == 1
+    assert operator.rows[:2] == [K + 1, K]
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-5])
+def test_rows_close_to_each_other_in_float32_still_give_a_basis(gap: float) -> None:
+    """At a condition number of 1e5 a Gram matrix in float32 has no digits left."""
+    torch.manual_seed(2)
+    matrix = positive_definite().float()
+    rows = (ordinary()[:1] + gap * ordinary()).float()
+    operator = Counted(matrix)
+    x, report = block_cg(operator, rows, rtol=1e-4)
+    assert report.converged.all()
+    assert operator.rows[0] == K
+    differences = rows[1:] - rows[:1]
+    # Their difference is a right-hand side of length gap: it is right to the residual asked for, relative to the rows.
+    error = (x[1:] - x[:1]).double() - solution(matrix, differences)
+    allowed = CONDITION * 2 * (1e-4 + tolerance(torch.float32, operations=D)) * float(rows.double().norm(dim=1).max())
+    assert float(error.norm(dim=1).max()) <= allowed
+
+
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_without_rounding_the_block_ends_after_d_over_k_iterations(k: int) -> None:
+    matrix = positive_definite(condition=9.0)
+    _, report = block_cg(Dense(matrix), torch.randn(k, D, dtype=torch.float64), rtol=1e-8)
+    assert report.converged.all()
+    assert int(report.iterations.max()) <= D // k
+    assert report.products == int(report.iterations.max()) + 1
+
+
+def test_fewer_products_than_row_wise_with_the_same_residuals() -> None:
+    matrix = positive_definite(d=300, condition=1e4)
+    rows = torch.randn(20, 300, dtype=torch.float64)
+    block, single = Counted(matrix), Counted(matrix)
+    x, report = block_cg(block, rows, rtol=1e-6)
+    cg(single, rows, rtol=1e-6)
+    assert report.converged.all()
+    assert (true_residuals(matrix, x, rows) <= 1e-6 + tolerance(torch.float64, operations=300)).all()
+    # Theirs grow with the root of the condition number, 100; the block's end at d / k = 15.
+    assert 4 * len(block.rows) < len(single.rows)
+
+
+@dtypes
+def test_one_row_is_conjugate_gradients(dtype: torch.dtype) -> None:
+    matrix, rows = positive_definite(condition=9.0).to(dtype), 3e7 * torch.randn(1, D).to(dtype)
+    mine, block = block_cg(Dense(matrix), rows, rtol=1e-4)
+    theirs, single = cg(Dense(matrix), rows, rtol=1e-4)
+    assert torch.equal(block.iterations, single.iterations)
+    assert block.products == single.products
+    assert_close(mine, theirs, operations=D * int(single.iterations), condition=9.0)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    matrix, rows = positive_definite(), torch.randn(D, 2 * K, dtype=torch.float64)
+    x, _ = block_cg(Dense(matrix), rows.mT[::2], rtol=1e-12)
+    assert_solved(matrix, x, rows.mT[::2], 1e-12)
+    one_for_all, _ = block_cg(Dense(matrix), rows[:, 0].expand(K, D), rtol=1e-12)
+    assert_solved(matrix, one_for_all, rows[:, 0].expand(K, D), 1e-12)
+
+
+def test_no_rows_and_zero_rows_take_no_product() -> None:
+    operator = Counted(positive_definite())
+    x, report = block_cg(operator, torch.empty(0, D, dtype=torch.float64))
+    assert x.shape == (0, D)
+    assert "no right-hand sides" in str(report)
+    x, report = block_cg(operator, torch.zeros(2, D, dtype=torch.float64), x0=torch.ones(D))
+    assert not x.any()
+    assert report.converged.all()
+    assert operator.rows == []
+
+
+@dtypes
+def test_first_guesses(dtype: torch.dtype) -> None:
+    matrix, rows = positive_definite().to(dtype), 1e10 * torch.randn(K, D).to(dtype)
+    exact = solution(matrix, rows)
+    x, report = block_cg(Dense(matrix), rows, rtol=1e-3, x0=exact)
+    assert report.iterations.tolist() == [0] * K
+    assert torch.equal(x, exact.to(dtype))
+    assert report.products == 1
+    guess = 1e9 * torch.randn(D, dtype=torch.float64)
+    before = guess.clone()
+    x, report = block_cg(Dense(matrix), rows, rtol=1e-3, x0=guess)
+    assert report.converged.all()
+    assert torch.equal(guess, before)
+    assert_solved(matrix, x, rows, 1e-3)
+
+
+def test_each_row_has_its_own_tolerance() -> None:
+    matrix, rows = positive_definite(), ordinary() * torch.logspace(-3, 1, K, dtype=torch.float64)[:, None]
+    x, report = block_cg(Dense(matrix), rows, rtol=0.0, atol=1e-2)
+    assert report.converged.all()
+    assert ((rows - x @ matrix).norm(dim=1) <= 1e-2 * (1 + tolerance(torch.float64, operations=D))).all()
+    assert (report.iterations == 0).tolist() == (rows.norm(dim=1) <= 1e-2).tolist()
+    assert report.iterations[0] == 0  # so small that zero is within tolerance
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x0": torch.zeros(D + 1)}, "x0: expected shape"),
+        ({"maxiter": 0}, "maxiter: expected at least 1"),
+        ({"rtol": -1.0}, "rtol, atol: expected tolerances >= 0"),
+    ],
+    ids=["x0", "maxiter", "rtol"],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        block_cg(Dense(positive_definite()), ordinary(), **options)
+
+
+# -- what goes wrong is said, and row-wise iterations take over -------------------------------------------------------
+
+
+def test_too_few_iterations_warn_with_the_numbers() -> None:
+    matrix, rows = positive_definite(), ordinary()
+    words = r"^block conjugate gradients did not converge for 5 of 5 .* rtol=1e-08 .* after 3 iterations; raise maxiter"
+    with pytest.warns(ConvergenceWarning, match=words):
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-8, maxiter=3)
+    assert not report.converged.any()
+    assert report.iterations.tolist() == [3] * K
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_does_not_touch_the_others(value: float) -> None:
+    matrix, rows = positive_definite(), ordinary()
+    rows[1, 3] = value
+    others = [0, 2, 3, 4]
+    with pytest.warns(ConvergenceWarning, match="for 1 of 5 right-hand sides"):
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-10)
+    _, without = block_cg(Dense(matrix), rows[others], rtol=1e-10)
+    assert report.converged.tolist() == [True, False, True, True, True]
+    assert not report.precision_limit.any()
+    assert_solved(matrix, x[others], rows[others], 1e-10)
+    assert report.products == without.products
+
+
+@pytest.mark.parametrize("products", [0, 1, 3])
+def test_products_that_overflow_on_the_way_are_never_silent(products: int) -> None:
+    with pytest.warns(ConvergenceWarning):
+        _, report = block_cg(Counted(positive_definite(), spoiled_from=products), ordinary(), rtol=1e-10)
+    assert not (report.converged | report.precision_limit).any()
+
+
+def indefinite(d: int = 30) -> Tensor:
+    return with_spectrum(torch.cat([torch.linspace(0.5, 2.0, d - 3), torch.tensor([-0.4, -0.7, -1.1])]))
+
+
+def test_indefinite_curvature_is_flagged_and_left_to_single_rows() -> None:
+    matrix, rows = indefinite(), torch.randn(K, 30, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-8)
+    assert report.negative_curvature.all()
+    assert report.method == "block conjugate gradients, 5 of 5 rows finished one by one"
+    residuals = true_residuals(matrix, x, rows)
+    assert torch.equal(report.converged, residuals <= 1e-8)
+    assert_close(report.residual, residuals, operations=30, scale=1.0)
+    assert_solved(matrix, x[report.converged], rows[report.converged], 1e-8)
+
+
+def test_negative_curvature_is_in_the_warning_and_maxiter_counts_all_iterations() -> None:
+    operator = Counted(indefinite())
+    with pytest.warns(ConvergenceWarning, match="negative curvature was met"):
+        _, report = block_cg(operator, torch.randn(K, 30, dtype=torch.float64), rtol=1e-8, maxiter=6)
+    assert int(report.iterations.max()) <= 6
+
+
+def test_a_singular_matrix_with_consistent_right_hand_sides_gives_the_least_norm_solutions() -> None:
+    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 4), torch.zeros(4)]))
+    wanted = torch.randn(K, D, dtype=torch.float64) @ matrix
+    x, report = block_cg(Dense(matrix), wanted @ matrix, rtol=1e-12)
+    assert report.converged.all()
+    assert not report.negative_curvature.any()
+    assert_close(x, wanted, operations=1e-12 / tolerance(torch.float64), condition=4.0)
+
+
+def test_more_rows_than_a_singular_matrix_has_rank() -> None:
+    """P A Pᵀ itself is then singular, which is no negative curvature."""
+    d, rank = 20, 6
+    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, rank), torch.zeros(d - rank)]))
+    rows = torch.randn(d, d, dtype=torch.float64)
+    with pytest.warns(ConvergenceWarning):
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-8, maxiter=50)
+    assert torch.equal(report.converged, true_residuals(matrix, x, rows) <= 1e-8)
+    assert not report.converged.any()
+    consistent = rows @ matrix
+    x, report = block_cg(Dense(matrix), consistent, rtol=1e-8)
+    assert report.converged.all()
+    assert not report.negative_curvature.any()
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6])
+def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(condition: float) -> None:
+    d = 200
+    eigenvalues = torch.cat([torch.linspace(0.5, 1.0, d - 2), torch.tensor([2.0, 1.0]) / condition])
+    matrix, rows = with_spectrum(eigenvalues).float(), torch.randn(K, d)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-9)
+    assert report.precision_limit.all()
+    assert not report.converged.any()
+    assert (report.iterations < 5 * d).all()
+    residuals = true_residuals(matrix, x, rows)
+    sizes = (x.double().norm(dim=1) / rows.double().norm(dim=1)).max()
+    rounding = tolerance(torch.float32, operations=d) * float(1.0 + sizes)
+    assert (residuals <= rounding).all()
+    assert_close(report.residual, residuals, operations=d, scale=1.0, inherent=rounding)
+    few_digits = bool((report.residual > torch.finfo(torch.float32).eps ** 0.5).any())
+    assert [w.category for w in caught] == [ConvergenceWarning] * few_digits
+    assert few_digits == (condition == 1e6)
+
+
+def test_a_block_that_makes_no_headway_is_left_to_single_rows() -> None:
+    """Products with noise of 1e-3 deceive the recurrence, and true residuals don't fall below it."""
+    operator = Counted(positive_definite(), spoiled_from=0, noise=1e-3)
+    with pytest.warns(ConvergenceWarning):
+        _, report = block_cg(operator, ordinary(), rtol=1e-8, maxiter=300)
+    assert "finished one by one" in report.method
+    assert not (report.converged | report.precision_limit).any()
