@@ -26,10 +26,12 @@ class Counted(LinearOperator):
     def __init__(self, matrix: Tensor, spoiled_from: int | None = None, noise: float = torch.inf) -> None:
         self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
         self.rows: list[int] = []
+        self.sizes: list[float] = []
         self.spoiled_from, self.noise = spoiled_from, noise
 
     def product(self, rows: Tensor) -> Tensor:
         self.rows.append(len(rows))
+        self.sizes.extend(rows.double().norm(dim=1).tolist())
         product = rows @ self.matrix
         if self.spoiled_from is not None and len(self.rows) > self.spoiled_from:
             product += self.noise * torch.randn_like(product)
@@ -135,6 +137,14 @@ def test_every_right_hand_side_is_solved_to_its_own_size(make: Any, dtype: torch
     rounding = tolerance(dtype, operations=D, condition=CONDITION)
     residuals = true_residuals(matrix, x[some], rows[some])
     assert_close(report.residual[some], residuals, operations=D, scale=1.0, inherent=rounding)
+
+
+def test_the_operator_sees_rows_of_one_size() -> None:
+    """A network's product could overflow or vanish at theirs."""
+    operator = Counted(positive_definite())
+    block_cg(operator, badly_scaled(), rtol=1e-6)
+    assert min(operator.sizes) >= 0.5 / 2  # |A| = 1, so |x| >= |b| up to the residual; b has a size from 0.5 to 1
+    assert max(operator.sizes) <= 2 * CONDITION
 
 
 @dtypes
