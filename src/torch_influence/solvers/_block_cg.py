@@ -69,8 +69,8 @@ def block_cg(
 
     Cost:
         iterations + 1 products (2 without an exact zero start), at most about d/k iterations where rounding is no
-        matter; besides 16 k² d multiplications per iteration, a quarter of them in float64, and small matrices on the
-        host, for which it waits twice. Memory 5 k d.
+        matter; besides 6 k² d multiplications per iteration, 2 k² d of them in float64, and small matrices on the
+        host, for which it waits twice. Memory 5 k d, and 7 k d where rows go on by ``cg``.
 
     Source:
         O'Leary (1980); Dubrulle (2001), the variant with QR factorisation of the residuals. Here that is CholeskyQR2
