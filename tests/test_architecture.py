@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "solvers": {"linop", "ops"},
     "examples": {"batches", "contraction", "evaluation", "gradients", "leaves", "plan"},
     "scores": {"examples", "batches", "plan", "ops"},
+    "ranking": {"scores"},
+    "influences": {"batches", "evaluation", "examples", "parameters", "ranking", "resident", "scores"},
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "demo", "__init__", "__main__"}  # these may import everything above them

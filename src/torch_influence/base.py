@@ -17,21 +17,18 @@ from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHea
 from torch_influence.evaluation import Evaluation
 from torch_influence.examples import ExampleGradients
 from torch_influence.gradients import mean_gradient, regularizer_gradient, warn_if_summed
+from torch_influence.influences import InfluenceMethods
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Plan, Step
-from torch_influence.resident import Cache, budget, free_memory
-from torch_influence.scores import score_matrix
+from torch_influence.resident import Cache, budget
 from torch_influence.solvers import SolveReport
 
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
 
-_VECTORS_OF_A_SOLVE = 8  # conjugate gradients keep 5 for each right-hand side; and what goes in and comes out
-
-
-class BaseInfluenceModule(LegacyHelpers, abc.ABC):
+class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
     """Influence of training examples on the test loss; a subclass says how to multiply by the inverse curvature.
 
     With n training examples, training objective L(θ) = (1/n) Σᵢ ℓᵢ(θ) + reg(θ) and curvature A = ∇²L(θ) + damp·I,
@@ -238,7 +235,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             batches.clear()
         self._operator = None
 
-    # -- influence ----------------------------------------------------------------------------------------------------
+    # -- solves; the scores made of them are in influences.py ---------------------------------------------------------
 
     def stest(self, test_idxs: Sequence[int]) -> Tensor:
         """The vector s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d]."""
@@ -261,96 +258,6 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             for positions, rows in examples.rows(indices):
                 gradients[positions] = rows
             return self._inverse_rows(gradients)
-
-    def influences(
-        self, train_idxs: Sequence[int], test_idxs: Sequence[int] | None, stest: Tensor | None = None
-    ) -> Tensor:
-        """Scores of training examples with respect to the mean test loss over a set of test examples.
-
-        score[i] = (1/n) ∇(ℓᵢ + reg)(θ) · s: the predicted change of the mean test loss when example i is removed and
-        the model trained again. Positive: i is helpful. Per-example gradients are those of batches of one.
-
-        Args:
-            train_idxs: distinct indices of training examples.
-            test_idxs: distinct indices of test examples; None if ``stest`` is given.
-            stest: a result of ``stest`` to use again, [d].
-
-        Returns:
-            [len(train_idxs)] on the CPU, in the order given.
-
-        Raises:
-            ValueError: duplicates, wrong shapes, no queries.
-            IndexError: an index out of range.
-            TypeError: indices that are not integers.
-
-        Cost:
-            one solve, unless ``stest`` is given, and one pass over the training examples named.
-
-        Source:
-            Koh and Liang 2017, eq. 2, with the sign of removal and the factor 1/n.
-        """
-        indices = self._train.indices([] if train_idxs is None else train_idxs, "train_idxs")
-        if train_idxs is None:
-            raise ValueError("train_idxs: expected indices, got None; influence_matrix() takes None for all examples")
-        if stest is None and test_idxs is None:
-            raise ValueError("test_idxs: expected indices of test examples, got None without an stest")
-        with self._evaluation.session():
-            s = self.stest(test_idxs) if stest is None and test_idxs is not None else stest
-            return self._score(indices, self._as_rows(s, "stest", vectors_only=True)).squeeze(1)
-
-    def influence_matrix(
-        self, train_idxs: Sequence[int] | None = None, test_idxs: Sequence[int] | None = None
-    ) -> Tensor:
-        """score[i, q] for training examples i and test examples q (default: all): [n_train, n_query] on the CPU.
-
-        Column q is ``influences(train_idxs, [test_idxs[q]])``; columns are solved together, as far as memory allows.
-        With fewer training examples than queries CG and the direct module solve for the training examples instead,
-        A being symmetric.
-
-        Cost: a solve of min(n_train, n_query) right-hand sides, in tiles whose vectors take a quarter of the free
-            memory at the most, and one pass over the other side for each tile.
-        """
-        indices = self._train.indices(train_idxs, "train_idxs")
-        queries = self._test.indices(test_idxs, "test_idxs")
-        with self._evaluation.session():
-            if self.either_side and len(indices) < len(queries) and not self._overridden("stests"):
-                return self._by_training_examples(indices, queries)
-            tile = self._rows_that_fit()
-            starts = range(0, max(len(queries), 1), tile)
-            return torch.cat([self._score(indices, self.stests(queries[i : i + tile])) for i in starts], dim=1)
-
-    def _by_training_examples(self, indices: list[int], queries: list[int]) -> Tensor:
-        """score[i, q] = (1/n) (A⁻¹gᵢ)·∇f_q."""
-        if indices:
-            self._check_mean("train_loss", self._train)
-        self._check_mean("test_loss", self._test)
-        scores = torch.empty(len(indices), len(queries), dtype=self._space.dtype)
-        tests = ExampleGradients(self._evaluation.test_loss, self._evaluation, self._test, "test gradients")
-        for positions, rows in self._examples().rows(indices):
-            scores[positions] = score_matrix(tests, queries, self._inverse_rows(rows), self._train.n).mT
-        return scores
-
-    def _rows_that_fit(self) -> int:
-        """Right-hand sides that can be solved for at once: a solver keeps some vectors for each."""
-        row = self._space.size * torch.finfo(self._space.dtype).bits // 8
-        return max(1, free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * row))
-
-    def self_influences(self, train_idxs: Sequence[int] | None = None) -> Tensor:
-        """(1/n) gᵢᵀA⁻¹gᵢ with gᵢ = ∇(ℓᵢ + reg)(θ), for training examples i (default: all): [n_train] on the CPU.
-
-        By how much the model's loss on example i grows when i is removed: large for examples that the rest of the
-        data does not explain, mislabelled ones first. Never negative where A is positive definite.
-
-        Cost: a right-hand side per example.
-        """
-        indices = self._train.indices(train_idxs, "train_idxs")
-        scores = torch.empty(len(indices), dtype=self._space.dtype)
-        with self._evaluation.session():
-            if indices:
-                self._check_mean("train_loss", self._train)
-            for positions, rows in self._examples().rows(indices):
-                scores[positions] = (rows * self._inverse_rows(rows)).sum(dim=-1).to(scores)
-        return scores.div_(self._train.n)
 
     # -- for the modules of this package ------------------------------------------------------------------------------
 
@@ -431,11 +338,6 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return ExampleGradients(
             evaluation.train_loss, evaluation, self._train, "scores", evaluation.data_loss, constant
         )
-
-    def _score(self, indices: list[int], stests: Tensor) -> Tensor:
-        if indices:
-            self._check_mean("train_loss", self._train)
-        return score_matrix(self._examples(), indices, stests, self._train.n)
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         if self.batched:

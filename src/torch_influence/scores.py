@@ -1,9 +1,10 @@
-"""Training examples x queries: score[i, q] = (1/n) ∇(ℓᵢ + reg)(θ) · s_q."""
+"""Training examples x queries: score[i, q] = (1/n) ∇(ℓᵢ + reg)(θ) · s_q, tile by tile, and the whole of the tiles."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,23 +12,62 @@ from torch import Tensor
 from torch_influence.examples import ExampleGradients
 
 
-def score_matrix(examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int) -> Tensor:
-    """Scores [len(indices), k] on the CPU for stests [k, d]; one pass over the examples, memory one chunk of them."""
-    scores = torch.empty(len(indices), len(stests), dtype=stests.dtype)
-    if len(indices) and len(stests):
-        for positions, dots in examples.dots(indices, stests):
-            scores[positions] = dots.to(scores)
-    return _finite(scores.div_(n), indices)
+class Tile(NamedTuple):
+    """Scores [b, k] of b training examples and k queries.
+
+    Attributes:
+        examples, queries: their positions among those asked for.
+        scores: on the device.
+    """
+
+    examples: Sequence[int]
+    queries: Sequence[int]
+    scores: Tensor
 
 
-def _finite(scores: Tensor, indices: Sequence[int]) -> Tensor:
-    bad = ~scores.isfinite()
+def from_stests(
+    examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int, first: int = 0
+) -> Iterator[Tile]:
+    """Scores of training examples for stests [k, d] of the queries from ``first`` on; one pass over the examples."""
+    queries = range(first, first + len(stests))
+    for positions, dots in examples.dots(indices, stests):
+        yield Tile(positions, queries, dots.to(stests.dtype).div_(n))
+
+
+def from_training_rows(
+    examples: ExampleGradients,
+    indices: Sequence[int],
+    tests: ExampleGradients,
+    queries: Sequence[int],
+    solve: Callable[[Tensor], Tensor],
+    n: int,
+) -> Iterator[Tile]:
+    """The same as (1/n) (A⁻¹gᵢ)·∇f_q, for symmetric A: a pass over the queries for each chunk of training examples."""
+    for positions, rows in examples.rows(indices):
+        solved = solve(rows)
+        for some, dots in tests.dots(queries, solved):
+            yield Tile(positions, some, dots.to(rows.dtype).mT.div_(n))
+
+
+def whole(tiles: Iterable[Tile], indices: Sequence[int], queries: int, dtype: torch.dtype) -> Tensor:
+    """All scores [len(indices), queries], on the CPU."""
+    scores = torch.empty(len(indices), queries, dtype=dtype)
+    for tile in checked(tiles, indices):
+        scores[torch.tensor(tile.examples)[:, None], torch.tensor(tile.queries)] = tile.scores.cpu()
+    return scores
+
+
+def checked(tiles: Iterable[Tile], indices: Sequence[int]) -> Iterator[Tile]:
+    """The same tiles; after the last of them a warning, if scores of training examples were not finite."""
+    bad = torch.zeros(len(indices), dtype=torch.bool)
+    for tile in tiles:
+        bad[torch.tensor(tile.examples)] |= ~tile.scores.isfinite().all(dim=1).cpu()
+        yield tile
     if bad.any():
-        rows = bad.reshape(len(indices), -1).any(dim=-1).nonzero().flatten().tolist()
+        rows = bad.nonzero().flatten().tolist()
         warnings.warn(
             f"{len(rows)} of {len(indices)} training examples have scores that are not finite, the first of them "
             f"example {indices[rows[0]]}: its loss or gradient, or the solve, is NaN or infinite there",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=4,  # this, what takes the tiles, the public method, its caller
         )
-    return scores
