@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -309,31 +308,3 @@ def test_what_is_kept_does_not_grow_beyond_the_budget(layers: int, loss: Any, gn
     assert max(kept) <= 2 * cache
     assert kept[0] > 20 * 40  # data, and more
     assert kept[-1] == 0  # not even the data fit
-
-
-def peak(function: Callable[[], Any]) -> int:
-    """Bytes of tensors at once, beyond those before, while it runs."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-@both
-@pytest.mark.parametrize("cache", [True, False])
-def test_memory_of_lissa_does_not_grow_with_depth(layers: int, cache: bool) -> None:
-    objective = Supervised(F.cross_entropy, 0.05)
-    it = LiSSAInfluenceModule(network(layers), objective, tensors(), tensors(7), "cpu", 0.5, 1, 1, 40.0, cache=cache)
-    rows = torch.randn(64, it._space.size, dtype=torch.float64)
-    it.inverse_hvp(rows)  # what is kept is kept now
-    peaks = []
-    for it.depth in (4, 40):
-        peaks.append(peak(lambda: it.inverse_hvp(rows)))
-    # Indices of the draws are 64-bit; anything that a step left behind would be there 36 times.
-    assert peaks[1] <= peaks[0] + 36 * (BATCH + 1) * 8
-    assert peaks[0] > rows.nbytes
