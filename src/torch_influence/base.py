@@ -70,6 +70,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
     """
 
     batched: ClassVar[bool] = False
+    samples: ClassVar[bool] = False  # inverse_hvp reads a sample of the data, and they need not be read in whole
     either_side: ClassVar[bool] = False  # inverse_hvp is the product with one symmetric matrix, to its tolerance
     gnh: bool = False
     damp: float = 0.0
@@ -267,7 +268,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
         if self._operator is None:
             allowed = budget(self._cache, self.device) - self._train.kept_bytes
             plain = (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device, allowed)
-            head = linear_head(plain)
+            head = linear_head(plain, streamed=not self.samples)
             self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
         return self._operator
 

@@ -167,6 +167,16 @@ class Batches:
             kept = self._resident.load(stack_only=True)
         return kept if isinstance(kept, Stacked) else None
 
+    def watched(self) -> bool:
+        """Whether what is made of the data is good until ``generation`` changes; loads them, if they fit, to see.
+
+        It is where they are kept, and where they are too large for that but the same on each reading. No random number
+        is drawn.
+        """
+        if self._resident.now() is None and not self._resident.watched:
+            self._resident.load(stack_only=False)
+        return self._resident.watched
+
     @property
     def why_not_kept(self) -> str:
         """Why nothing is kept at the moment; empty when something is."""
@@ -179,18 +189,18 @@ class Batches:
 
     @property
     def generation(self) -> int:
-        """Another number whenever what is kept has been dropped: what was made of it is no longer valid then."""
+        """Another number whenever data that are ``watched`` changed: what was made of them is no longer valid then."""
         return self._resident.generation
 
     def refresh(self) -> None:
-        """Drops what is kept if the data set has changed since.
+        """Drops what is kept, and what is known, if the data set has changed since.
 
         Noticed are: another length; an attribute of the data set, or of the data set that it is a subset of, that is
         another object now; a list or dict among them with other items; a tensor among them edited in place; any
         change of the first, the middle and the last example. Edits of other examples in NumPy arrays, in files or in
         objects deeper inside are not: ``clear`` is for these.
 
-        Cost: one batch of three examples; nothing while nothing is kept.
+        Cost: one batch of three examples; nothing while the data are not ``watched``.
         """
         self._resident.refresh()
 

@@ -89,6 +89,7 @@ class Keeping:
 
     Attributes:
         why_not: why nothing will be kept; empty while it may be.
+        too_large: whether that is for size alone.
     """
 
     def __init__(self, n: int, stack: bool, budget: Callable[[torch.device], float]) -> None:
@@ -103,6 +104,7 @@ class Keeping:
         self._nbytes = 0
         self._used: tuple[list[Any], list[int]] = ([], [])
         self.why_not = ""
+        self.too_large = False
 
     def add(self, batch: Any, size: int) -> None:
         """The next batch and its number of examples; stays the caller's."""
@@ -145,11 +147,12 @@ class Keeping:
 
     def give_up(self, why: str) -> None:
         """Frees what was kept so far."""
-        self.why_not = why
+        self.why_not = self.why_not or why
         self._template, self._buffers, self._batches = None, [], []
 
     def _fits(self, nbytes: int) -> bool:
         if nbytes > self._allowed:
+            self.too_large = True
             self.give_up(f"it would take about {nbytes:,} bytes, and the budget is {int(self._allowed):,}; see cache=")
         return not self.why_not
 

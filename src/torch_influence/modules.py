@@ -234,6 +234,7 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
     """
 
     batched: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     def __init__(
         self,

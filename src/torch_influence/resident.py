@@ -50,7 +50,10 @@ class Resident:
 
     Attributes:
         why_not: why nothing is kept at the moment; empty when something is.
-        generation: grows whenever what is kept is dropped, since what was made of it is no longer valid then.
+        watched: whether the data are kept, or would be were they not too large: they are the same on each reading, and
+            ``refresh`` notices when they change.
+        generation: grows whenever what is kept is dropped, since what was made of it is no longer valid then; also
+            when data change that are watched.
     """
 
     def __init__(self, source: Source, cache: Cache) -> None:
@@ -68,6 +71,7 @@ class Resident:
         self._kept: Stacked | KeptBatches | None = None
         self._outlook: _Outlook | None = None
         self._held: dict[str, tuple[Any, ...]] = {}
+        self.watched = False
         self._asked = 0
         self.why_not = "cache=False" if self._cache is False else "the data have not been read in whole yet"
 
@@ -94,13 +98,13 @@ class Resident:
         """Keeps the data, if they can be kept (as Stacked, if nothing else will do). No random number is drawn."""
         if self.may_keep() and self._outlook is not None and (self._outlook.stack or not stack_only):
             with quiet():
-                for _ in self.filling():
+                for _ in self.filling(or_stop=True):
                     pass
         return self._kept
 
     def refresh(self) -> None:
         """Drops what is kept if the data have changed."""
-        if self._kept is not None and not self._busy and self._changed():
+        if self.watched and not self._busy and self._changed():
             self.clear()
 
     def may_keep(self) -> bool:
@@ -120,8 +124,8 @@ class Resident:
                 self._refuse(self._outlook.refused)
         return not self._outlook.refused
 
-    def filling(self) -> Iterator[tuple[Any, int]]:
-        """A pass over all data in the loader's own batches that also keeps them.
+    def filling(self, or_stop: bool = False) -> Iterator[tuple[Any, int]]:
+        """A pass over all data in the loader's own batches that also keeps them; stops, if wanted, when it can't.
 
         Takes one int64 from torch's default generator, like any pass. Whatever ends it early leaves nothing kept.
         """
@@ -144,6 +148,8 @@ class Resident:
                     kinds = {kind: start + at for kind, at in found.items()} | kinds
                 yield batch, size
                 keeping.look_again()
+                if or_stop and keeping.why_not:
+                    break
             with torch.inference_mode(False), quiet():
                 self._finish(keeping, outlook, kinds, before)
         finally:
@@ -214,7 +220,7 @@ class Resident:
             return all(same(source.read(group), stacked.batch(group)) for group in groups)
 
         kept = keeping.finish(verified)
-        if keeping.why_not:
+        if keeping.why_not and not keeping.too_large:
             return self._refuse(keeping.why_not)
         after = holdings(source.dataset)
         read_again = source.probe()
@@ -225,7 +231,8 @@ class Resident:
             self.clear()
             self.why_not = "the data changed while they were being read"
             return None
-        self._kept, self._outlook, self.why_not = kept, outlook, ""
+        outlook.refused = self.why_not = keeping.why_not
+        self._kept, self._outlook, self.watched = kept, outlook, True
         return None
 
     def _changed(self) -> bool:

@@ -193,12 +193,15 @@ class _NotAHeadError(Exception):
     """Why the curvature has no closed form."""
 
 
-def linear_head(plain: Curvature) -> LinearHead | str:
+def linear_head(plain: Curvature, streamed: bool = True) -> LinearHead | str:
     """The closed form of a curvature, or why there is none.
 
     Every batch's gradient from what was captured is compared with the plain one, and products with the curvature of the
     first and the last batch with plain ones: a model that uses the layer's parameters in another way, or a loss that
     joins examples, differs.
+
+    Data that are too large to be kept are read once more; the layer's inputs often take far less. With ``streamed``
+    False that is not done.
 
     Cost: two evaluations of the data, and a backward pass from the loss to the layer for each of its outputs.
     """
@@ -214,13 +217,17 @@ def linear_head(plain: Curvature) -> LinearHead | str:
         )
     with plain.evaluation.session(), plain.batches.quietly():
         plain.prepare()
-        if plain.batches.why_not_kept:
+        watched, generation = plain.batches.watched(), plain.batches.generation
+        if not watched or (plain.batches.why_not_kept and not streamed):
             return f"the data are not kept: {plain.batches.why_not_kept}"
         for capture in (_softmax, _blocks):
             try:
-                return _Capture(plain, layer).head(capture)
+                head = _Capture(plain, layer).head(capture)
             except _NotAHeadError as why:
                 reason = str(why)
+                continue
+            plain.batches.refresh()
+            return head if plain.batches.generation == generation else "the data changed while they were being read"
     return reason
 
 
@@ -233,9 +240,10 @@ class _Capture:
 
     def head(self, output_curvature: Callable[[Linearized, Tensor, float, float], OutputCurvature]) -> LinearHead:
         plain = self.plain
-        inputs: list[Tensor] = []
+        inputs: Tensor | None = None
         curvatures: list[OutputCurvature] = []
-        n, kept = plain.batches.n, 0
+        n, done, kept = plain.batches.n, 0, 0
+        shared = not plain.batches.why_not_kept
         for batch, size in plain.batches.read(None, plain.batch_size):
             calls, linearized = self._cut(batch, size)
             if not linearized.roots:
@@ -244,12 +252,16 @@ class _Capture:
             self._compare_gradients(batch, x, linearized.gradient()[0])
             room = plain.budget / n - x.nbytes / size  # an example's, the same in each batch
             curvatures.append(output_curvature(linearized, z.detach(), size / n, room))
-            inputs.append(x)
             kept += x.nbytes + curvatures[-1].nbytes
-            if kept > plain.budget:
+            if kept > plain.budget or (curvatures[-1].graphs and not shared):  # graphs hold on to their batches
                 raise _NotAHeadError(f"its closed form takes more than the budget, {int(plain.budget):,}; see cache=")
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        head = LinearHead(plain, x, _joined(curvatures), z.shape[1])
+            if inputs is None:
+                inputs = x if size == n and shared else x.new_empty(n, x.shape[1])
+            if inputs is not x:
+                inputs[done : done + size] = x
+            done += size
+        assert inputs is not None  # there is at least one example
+        head = LinearHead(plain, inputs, _joined(curvatures), z.shape[1])
         self._compare_products(head)
         return head
 
