@@ -11,7 +11,7 @@ import torch
 from oracles import Supervised, assert_close, dense_gauss_newton, dense_hessian, loader_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from torch_influence import CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead
@@ -147,6 +147,39 @@ def test_a_budget_keeps_the_first_batches(gnh: bool, k: int) -> None:
     kept = [with_budget(total * share // 12).kept_examples for share in range(13)]
     assert kept == sorted(kept)
     assert set(kept) == {0, 5, 10, 15, 17}
+
+
+def unequal(items: list[Any]) -> Any:
+    """Batches of several widths, of which only the first columns count."""
+    x, y = default_collate(items)
+    return F.pad(x, (0, int(y.sum()) % 3)), y
+
+
+class Narrowed(Counted):
+    def train_outputs(self, model: nn.Module, batch: Any) -> Any:
+        return super().train_outputs(model, (batch[0][:, :4], batch[1]))
+
+
+def test_what_the_budget_leaves_out_is_read_from_the_batches_that_are_kept() -> None:
+    objective = Narrowed(weighted)
+    train = DataLoader(Examples(), batch_size=BATCH, collate_fn=unequal)
+    it, matrix = module(2, objective, train, cache=True), reference(2, Supervised(weighted, 0.05), False)
+    rows = torch.randn(3, len(matrix), dtype=torch.float64)
+    for _ in range(2):  # data, then graphs
+        it.hvp(rows)
+    assert it._train.kept_bytes > 0
+    assert it._train.stacked() is None
+    some = Hessian(it._evaluation, it._train, it.device, it._operator.kept_bytes // 2)
+    assert_products(some.product(rows), rows, matrix)
+    assert 0 < some.kept_examples < N
+    train.dataset.reads = 0
+    torch.manual_seed(4)
+    assert_products(some.product(rows), rows, matrix)
+    assert train.dataset.reads == PROBED
+    state = torch.get_rng_state()
+    torch.manual_seed(4)
+    it.hvp(rows)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @both

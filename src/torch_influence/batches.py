@@ -110,18 +110,22 @@ class Batches:
     ) -> Iterator[tuple[Any, int]]:
         size = self.batch_size if batch_size is None or self.batch_size is None else batch_size
         step = size or 1
-        # A whole pass in the loader's own batches: the one that fills, and the one that kept batches serve.
-        own = isinstance(order, Sequence) and count == self.n and is_range(order) and size == self.batch_size
+        # Number of the first, if these are batches of the loader's own, up to the last: kept batches serve them.
+        first = None
+        if isinstance(order, Sequence) and is_range(order) and size == self.batch_size:
+            first = order[0] // step if order[0] % step == 0 and order[-1] == self.n - 1 else None
         resident = self._resident
         kept = resident.now()
         if kept is None and resident.worth(count):
-            if own and resident.may_keep():
+            if first == 0 and resident.may_keep():
                 yield from resident.filling()
                 return
             kept = resident.load(stack_only=max(step, self.batch_size or 1) > 1)
         resident.count(count)
-        if isinstance(kept, Stacked) or (isinstance(kept, KeptBatches) and (own or kept.batch_size == step == 1)):
-            yield from _serve(kept, order, count, step, own, generator)
+        if isinstance(kept, Stacked) or (
+            isinstance(kept, KeptBatches) and (first is not None or kept.batch_size == step == 1)
+        ):
+            yield from _serve(kept, order, count, step, first, generator)
             return
         for start, batch in zip(
             range(0, count, step), self._source.through_loader(order, size, generator), strict=True
@@ -225,15 +229,15 @@ def _serve(
     order: Iterable[int],
     count: int,
     step: int,
-    own: bool,
+    first: int | None,
     generator: torch.Generator | None,
 ) -> Iterator[tuple[Any, int]]:
     """What a loader would give, from memory, with the same draws in the same order."""
-    for number, some in enumerate(_chunks(order, count, step, generator)):
+    for number, some in enumerate(_chunks(order, count, step, generator), start=first or 0):
         if isinstance(kept, Stacked):
             batch = kept.batch(some)
         else:
-            batch = kept.batch(number) if own else kept.batch(some[0], copy=True)
+            batch = kept.batch(some[0], copy=True) if first is None else kept.batch(number)
         yield batch, len(some)
 
 
