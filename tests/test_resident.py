@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.data import (
 from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.batches import Batches
 from torch_influence.leaves import same
+from torch_influence.resident import free_memory
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -380,6 +382,74 @@ def test_automatic_budget_is_a_quarter_of_what_is_free(monkeypatch: pytest.Monke
         for _ in source.read():
             pass
         assert (source.kept_bytes > 0) == kept
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:    4000 kB\n"}
+UNLIMITED = str(2**63 - 4096)
+GROUPS: dict[str, tuple[dict[str, str], int]] = {
+    "no groups": ({}, 4000 * 1024),
+    "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 4000 * 1024),
+    "version 2": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": "1000000\n",
+            "sys/fs/cgroup/memory.current": "700000\n",
+            "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 20000\n",
+        },
+        320_000,
+    ),
+    "version 2, the limit of a group around it": (
+        {
+            "proc/self/cgroup": "0::/jobs/7\n",
+            "sys/fs/cgroup/jobs/7/memory.max": "max\n",
+            "sys/fs/cgroup/jobs/7/memory.current": "5\n",
+            "sys/fs/cgroup/jobs/memory.max": "1000000\n",
+            "sys/fs/cgroup/jobs/memory.current": "900000\n",
+        },
+        100_000,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{UNLIMITED}\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "9000000\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1000000\n",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "700000\n",
+            "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 20000\n",
+        },
+        320_000,
+    ),
+    "version 1, seen from inside a container": (
+        {
+            "proc/self/cgroup": "4:memory:/docker/abc\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "700000\n",
+        },
+        300_000,
+    ),
+    "more used than allowed": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": "1000\n",
+            "sys/fs/cgroup/memory.current": "2000\n",
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_free_memory_is_what_the_machine_and_its_control_groups_leave(name: str, tmp_path: Path) -> None:
+    files, expected = GROUPS[name]
+    for path, text in (MEMINFO | files).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert free_memory(torch.device("cpu"), tmp_path) == expected
+
+
+def test_free_memory_without_any_such_file(tmp_path: Path) -> None:
+    assert 0 < free_memory(torch.device("cpu"), tmp_path) < 2**50
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.parametrize(

@@ -285,17 +285,62 @@ def budget(cache: Cache, device: torch.device) -> float:
     return cache if isinstance(cache, int) else free_memory(device) // 4
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on this device; of the machine's memory for devices other than CUDA."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that are free on this device; for others than CUDA of the machine's memory, or of a container's share.
+
+    ``root`` is where the system's files are: /proc/meminfo, /proc/self/cgroup and /sys/fs/cgroup.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):  # no Linux
-        pass
-    try:
+    return max(0, min([_free_in_machine(root), *_free_in_groups(root)]))
+
+
+def _free_in_machine(root: Path) -> int:
+    available = _number_after("MemAvailable:", root / "proc/meminfo")
+    if available is not None:
+        return available * 1024
+    try:  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):  # nor anything like it
         return 4 * 2**30
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """What the limits of this process's control groups, and of those around them, leave; of either version.
+
+    Files that have been read count as used, but make room when it is wanted.
+    """
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / kinds
+        here = top / path.strip("/")
+        names = (
+            ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+            if kinds
+            else ("max", "current", "inactive_file")
+        )
+        for group in (here, *here.parents):
+            limit, used = (_number(group / f"memory.{name}") for name in names[:2])
+            if limit is not None and used is not None:
+                yield limit - used + (_number_after(names[2], group / "memory.stat") or 0)
+            if group == top:
+                break
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None if there is none, or "max"."""
+    text = "".join(_lines(path))
+    return int(text) if text.isdecimal() else None
+
+
+def _number_after(word: str, path: Path) -> int | None:
+    return next((int(line.split()[1]) for line in _lines(path) if line.split()[:1] == [word]), None)
