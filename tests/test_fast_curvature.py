@@ -65,6 +65,14 @@ def test_dense_matrix_of_heads(name: str) -> None:
     assert torch.equal(module.hess, module.hess.mT)
 
 
+@pytest.mark.parametrize("name", ["softmax", "the weight alone", "Dogfish", "a loss that joins the outputs"])
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_dense_matrix_by_halves(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 inputs, or 5 with the bias: cut once, in halves of unequal size, and down to single columns."""
+    monkeypatch.setattr("torch_influence.curvature._linear_head._COLUMNS_OF_GRAM", columns)
+    test_dense_matrix_of_heads(name)
+
+
 @pytest.mark.parametrize("name", ["softmax", "Dogfish", "squared error"])
 def test_half_precision_heads(name: str) -> None:
     case = HEADS[name]
