@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "linop": set(),
     "ops": {"_C", "_no_native"},  # the compiled part, and the note that stands in for it
     "plan": set(),
+    "choice": set(),
     "objective": set(),
     "composed": set(),
     "convolutions": set(),
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "influences": {"batches", "evaluation", "examples", "parameters", "ranking", "resident", "scores"},
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }
-JOINS = {"base", "modules", "demo", "__init__", "__main__"}  # these may import everything above them
+JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them
 
 
 def part(path: Path) -> str:

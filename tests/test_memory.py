@@ -66,7 +66,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             network(layers), Supervised(F.cross_entropy, 0.05), *data, "cpu", 1.0, rtol=0.3, cache=cache
         )
         vectors = 8 * it._space.size * it.flat_parameters().element_size()  # of a right-hand side
-        monkeypatch.setattr("torch_influence.base.free_memory", lambda device: 4 * TILE * vectors)
+        monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 4 * TILE * vectors)
         matrix: list[torch.Tensor] = []
         most = peak(lambda: matrix.append(it.influence_matrix(train_idxs)))
         assert len(it.last_report.converged) == (TILE if train_idxs is None else len(train_idxs))
@@ -94,5 +94,5 @@ def test_nor_where_it_is_solved_for_the_training_examples(layers: int, cache: bo
 @both
 @pytest.mark.parametrize("cache", [2000, False])
 def test_memory_does_not_grow_with_the_examples_beyond_the_budget(layers: int, cache: Any, scored: Any) -> None:
-    """Data take 40 bytes an example: more than the budget in either case."""
-    assert scored(layers, 20 * TILE, TILE, cache) <= scored(layers, 4 * TILE, TILE, cache)
+    """Data take 40 bytes an example: more than the budget in either case. A flag per example tells of NaN."""
+    assert scored(layers, 20 * TILE, TILE, cache) <= scored(layers, 4 * TILE, TILE, cache) + 16 * TILE

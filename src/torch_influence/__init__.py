@@ -9,6 +9,7 @@ from torch_influence.solvers import ConvergenceWarning, DivergenceWarning, Negat
 from torch_influence.ranking import Ranking, TopInfluences
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
+from torch_influence.auto import InfluenceModule
 
 __version__ = _version("torch-influence")
 
@@ -19,6 +20,7 @@ __all__ = [
     "CGInfluenceModule",
     "ConvergenceWarning",
     "DivergenceWarning",
+    "InfluenceModule",
     "LiSSAInfluenceModule",
     "NegativeCurvatureWarning",
     "Ranking",

@@ -213,18 +213,18 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             few = few.to(self.device, self._space.dtype)
             for _ in examples.dots(sorted({0, self._train.n // 2, self._train.n - 1}), few):
                 pass
-        kept, row = self._train, self._space.size * torch.finfo(self._space.dtype).bits // 8
+            solver = self._solver(queries)
+        kept = self._train
         form = "kept on the device" if not kept.why_not_kept else "read again for each pass"
-        solver, vectors = self._solver()
         return Plan(
             (
                 Step("data", form, kept.kept_bytes, [("kept", kept.why_not_kept)] if kept.why_not_kept else ()),
                 Step("curvature", operator.describe(), nbytes, not_head),
-                Step("solver", solver, int(vectors * row * (queries if vectors < self._space.size else 1))),
+                solver,
                 Step(
                     "scores",
                     examples.path,
-                    self._train.n * queries * row // self._space.size,
+                    self._train.n * queries * self._row_bytes // self._space.size,
                     [*examples.why_not.items()],
                 ),
             )
@@ -272,9 +272,13 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
         return self._operator
 
-    def _solver(self) -> tuple[str, float]:
-        """The solver in words, and how many vectors [d] it needs for each right-hand side (d or more: for all)."""
-        return f"inverse_hvp of {type(self).__name__}", 1
+    def _solver(self, queries: int) -> Step:
+        """How so many right-hand sides are solved for. Inside a session."""
+        return Step("solver", f"inverse_hvp of {type(self).__name__}", self._row_bytes * queries)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._space.size * torch.finfo(self._space.dtype).bits // 8
 
     def _as_rows(self, vecs: Tensor | None, argument: str, vectors_only: bool = False) -> Tensor:
         d = self._space.size

@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-# Per digit of the tolerance, in the problems of benchmarks/: what well-damped curvature takes. It can't be known before.
+# Per digit of the tolerance, in the problems of benchmarks/: what damped curvature takes. It can't be known before.
 _ITERATIONS_PER_DIGIT = 15
 # A block of k rows takes about k^-0.4 of that: 14, 10 and 7 products for 16, 64 and 256 rows where one row takes 30.
 _BLOCK_EXPONENT = 0.4
 _BLOCK_VECTOR_WORK = 12  # operations per k² d in an iteration of a block
+# Weighting, mirroring and the narrow parts of Cholesky run at about half the rate of products with many rows.
+_SLOWNESS_OF_DENSE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Cost:
 
     Attributes:
         solver: its name, as the argument ``solver`` has it.
-        operations: additions and multiplications, about.
+        operations: additions and multiplications, about, at the rate of products with the curvature.
         nbytes: of memory.
         note: what the estimate rests on.
     """
@@ -64,7 +66,7 @@ def costs(problem: Problem) -> list[Cost]:
     found = [
         Cost(
             "direct",
-            (0.0 if problem.factored else problem.dense + d**3 / 3) + 4.0 * d**2 * k,
+            (0.0 if problem.factored else _SLOWNESS_OF_DENSE * (problem.dense + d**3 / 3)) + 4.0 * d**2 * k,
             3 * vector * d,
             "factored before" if problem.factored else "matrix and Cholesky factor",
         ),

@@ -13,7 +13,8 @@ from torch.utils import data
 
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.objective import BaseObjective
-from torch_influence.parameters import Selection
+from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
 from torch_influence.solvers import Factor, cg, lissa
 
@@ -68,7 +69,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
             model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
         )
         self.damp = damp
-        self._refuse_if_too_large()
+        refuse_if_too_large(self._space, self.device, type(self).__name__)
         with self._evaluation.session():
             self.hess = self._curvature().dense()
         self._built_at = self._evaluation.fingerprint()
@@ -97,9 +98,9 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         x, self.last_report = self._current_factor().solve(rows)
         return x.reshape(vec.shape)
 
-    def _solver(self) -> tuple[str, float]:
+    def _solver(self, queries: int) -> Step:
         kind = "Cholesky" if self._current_factor().definite else "LU"
-        return f"dense matrix, factored once by {kind}", 3 * self._space.size
+        return Step("solver", f"dense matrix, factored once by {kind}", 3 * self._space.size * self._row_bytes)
 
     @property
     def inverse_hess(self) -> Tensor:
@@ -114,21 +115,21 @@ class AutogradInfluenceModule(BaseInfluenceModule):
             self._factor, self._factored_with, self._inverse = Factor(self._damped()), self.damp, None
         return self._factor
 
-    def _refuse_if_too_large(self) -> None:
-        """Before anything is allocated: the matrix, its damped copy and the factor."""
-        d, element = self._space.size, torch.finfo(self._space.dtype).bits // 8
-        needed, free = 3 * d * d * element, free_memory(self.device)
-        if needed > free:
-            raise MemoryError(
-                f"AutogradInfluenceModule needs three {d:,} x {d:,} matrices, {needed / 1e9:,.1f} GB, and "
-                f"{free / 1e9:,.1f} GB are free on {self.device}: choose fewer parameters with params=, or "
-                "CGInfluenceModule, whose memory grows with d alone"
-            )
-
     def _damped(self) -> Tensor:
         damped = self.hess.clone()
         damped.diagonal().add_(self.damp)
         return damped
+
+
+def refuse_if_too_large(space: ParameterSpace, device: torch.device, who: str) -> None:
+    """Before anything is allocated: the matrix, its damped copy and the factor."""
+    d, element = space.size, torch.finfo(space.dtype).bits // 8
+    needed, free = 3 * d * d * element, free_memory(device)
+    if needed > free:
+        raise MemoryError(
+            f"{who} needs three {d:,} x {d:,} matrices, {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on "
+            f"{device}: choose fewer parameters with params=, or CGInfluenceModule, whose memory grows with d alone"
+        )
 
 
 class CGInfluenceModule(BaseInfluenceModule):
@@ -201,8 +202,8 @@ class CGInfluenceModule(BaseInfluenceModule):
             x, self.last_report = cg(operator, rows, **options, progress=self._bar)
         return x.reshape(vec.shape)
 
-    def _solver(self) -> tuple[str, float]:
-        return "conjugate gradients, all rows at once", 5
+    def _solver(self, queries: int) -> Step:
+        return Step("solver", "conjugate gradients, all rows at once", 5 * queries * self._row_bytes)
 
 
 class LiSSAInfluenceModule(BaseInfluenceModule):
@@ -283,5 +284,5 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
             )
         return x.reshape(vec.shape)
 
-    def _solver(self) -> tuple[str, float]:
-        return f"LiSSA, {self.repeat} x {self.depth} minibatches", 4
+    def _solver(self, queries: int) -> Step:
+        return Step("solver", f"LiSSA, {self.repeat} x {self.depth} minibatches", 4 * queries * self._row_bytes)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.convolutions import Convolutions, channels_last, convolves
@@ -160,6 +161,20 @@ class Curvature(LinearOperator):
     def regularizer(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
+
+    @functools.cached_property
+    def operations(self) -> float:
+        """Additions and multiplications of a product with one row, in matrix products and convolutions."""
+        size = min(self.batches.batch_size or 1, self.batches.n)
+        linearized = self.linearize(self.batches.peek(range(size)), self.leaves)
+        with FlopCounterMode(display=False) as counter:
+            self._multiply(linearized, torch.ones(1, self.size, dtype=self.dtype, device=self.device))
+        return counter.get_total_flops() * self.batches.n / size
+
+    @property
+    def operations_of_dense(self) -> float:
+        """Those of ``dense``."""
+        return self.operations * self.size
 
     def describe(self) -> str:
         """The path, in words; ``prepare`` comes first."""

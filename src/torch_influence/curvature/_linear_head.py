@@ -111,6 +111,20 @@ class LinearHead(LinearOperator):
         self.size, self.dtype, self.device = plain.size, plain.dtype, plain.device
         self.kept_bytes = x.nbytes + at_outputs.nbytes
 
+    @property
+    def operations(self) -> float:
+        """Additions and multiplications of a product with one row."""
+        n, f = self.x.shape
+        return 4.0 * n * self.c * (f + self.c)
+
+    @property
+    def operations_of_dense(self) -> float:
+        """Those of ``dense``."""
+        if self.at_outputs.graphs:
+            return self.operations * self.size
+        n, f = self.x.shape
+        return float(n) * (f + 1) ** 2 * self.c * (self.c + 1) / 2  # by halves
+
     def describe(self) -> str:
         """The path, in words."""
         return f"linear head in closed form, by {self.at_outputs.form}"

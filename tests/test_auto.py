@@ -1,0 +1,149 @@
+"""InfluenceModule: every solver gives the dense float64 scores, and auto takes the one that the counts favour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import Supervised, assert_close, dense_gauss_newton, dense_hessian, loader_batches
+from test_kept_curvature import network, tensors
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from torch_influence import CGInfluenceModule, InfluenceModule, NegativeCurvatureWarning
+from torch_influence.choice import Problem, costs, reasons
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SOLVERS = ["direct", "cg", "block"]
+DAMP = 0.5
+
+
+def module(solver: str = "auto", layers: int = 1, gnh: bool = False, **options: Any) -> InfluenceModule:
+    model, objective = network(layers), Supervised(F.cross_entropy, 0.05)
+    return InfluenceModule(model, objective, tensors(), tensors(7), "cpu", DAMP, gnh, solver, **options)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "auto"])
+@pytest.mark.parametrize("layers", [1, 2], ids=["head", "network"])
+@pytest.mark.parametrize("gnh", [False, True], ids=["hessian", "gauss-newton"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_every_solver_inverts_the_dense_matrix(solver: str, layers: int, gnh: bool, k: int) -> None:
+    it = module(solver, layers, gnh, rtol=1e-12)
+    oracle = dense_gauss_newton if gnh else dense_hessian
+    matrix = oracle(network(layers), Supervised(F.cross_entropy, 0.05), loader_batches(tensors()))
+    matrix = matrix + DAMP * torch.eye(len(matrix))
+    rows = torch.randn(k, len(matrix), dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, rows.mT).mT
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    assert eigenvalues[0] > 0
+    # Solved to 1e-12 of |b|, as far as the condition lets that be seen in x.
+    condition = float(eigenvalues[-1] / eigenvalues[0])
+    assert_close(
+        it.inverse_hvp(rows), expected, operations=17 * len(matrix), condition=condition, inherent=2e-12 * condition
+    )
+    assert it.last_report is not None
+    assert it.last_report.converged.all()
+
+
+def test_scores_are_those_of_the_named_module() -> None:
+    named = CGInfluenceModule(
+        network(2), Supervised(F.cross_entropy, 0.05), tensors(), tensors(7), "cpu", DAMP, rtol=1e-12
+    )
+    scores = named.influence_matrix()
+    for solver in SOLVERS:
+        other = module(solver, 2, rtol=1e-12).influence_matrix()
+        assert (other - scores).norm() <= 1e-10 * scores.norm()  # solved to 1e-12, at a condition of about 10
+    assert scores.abs().max() > 1e-5
+
+
+def problem(**changes: Any) -> Problem:
+    values = {
+        "d": 1000,
+        "k": 1,
+        "rtol": 1e-3,
+        "product": 1e6,
+        "dense": 1e9,
+        "factored": False,
+        "element": 4,
+        "free": 1e9,
+    }
+    return Problem(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({}, "cg"),
+        ({"k": 100}, "block"),
+        ({"k": 1000}, "direct"),  # as many rows as parameters
+        ({"d": 10, "dense": 1e4}, "direct"),
+        ({"factored": True}, "direct"),
+        ({"k": 100, "free": 2.4e6}, "cg"),  # neither three matrices nor seven vectors for each row fit
+        ({"k": 100, "free": 1e6}, "block"),  # nothing fits: the one that asks for least operations
+    ],
+)
+def test_the_cheapest_that_fits_comes_first(changes: dict[str, Any], best: str) -> None:
+    ranked = costs(problem(**changes))
+    assert ranked[0].solver == best
+
+
+def test_reasons_name_operations_or_memory() -> None:
+    ranked = costs(problem(k=100, free=5e6))
+    why_not = dict(reasons(ranked, 5e6, "block"))
+    assert "x the operations" in why_not["cg"]
+    assert why_not["direct"] == "needs 0.012 GB, and 0.005 GB may be used"
+
+
+def test_auto_keeps_a_factor_until_something_changes() -> None:
+    it = module("direct")
+    it.stest([0])
+    factor = it._factor
+    it.stest([1])
+    assert it._factor is factor
+    auto = module()
+    auto.solver = "direct"
+    auto.stest([0])
+    auto.solver = "auto"
+    assert "factored before" in auto.explain()["solver"].path
+    auto.damp = 1.0
+    assert "factored before" not in auto.explain()["solver"].path
+    assert_close(auto.stest([0]), CGInfluenceModule(*arguments(), 1.0, rtol=1e-12).stest([0]), operations=1e5)
+    with torch.no_grad():
+        auto.model.head.weight += 1.0
+    assert "factored before" not in auto.explain()["solver"].path
+
+
+def arguments() -> tuple[Any, ...]:
+    return network(1), Supervised(F.cross_entropy, 0.05), tensors(), tensors(7), "cpu"
+
+
+def test_explain_names_the_solver_and_the_others() -> None:
+    step = module(layers=2).explain(3)["solver"]
+    assert "operations" in step.path
+    assert len(step.why_not) == 2
+    assert not module("cg").explain(3)["solver"].why_not
+
+
+def test_an_unknown_solver_is_named() -> None:
+    with pytest.raises(ValueError, match="solver: expected one of 'auto', 'direct', 'cg', 'block', got 'lu'"):
+        module("lu")
+
+
+def test_a_matrix_that_does_not_fit_is_refused_only_when_asked_for() -> None:
+    model = nn.Linear(100_000, 100)
+    data = DataLoader(TensorDataset(torch.zeros(2, 100_000), torch.zeros(2, dtype=torch.int64)), batch_size=2)
+    with pytest.raises(MemoryError, match='InfluenceModule with solver="direct" needs three'):
+        InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0, solver="direct")
+    it = InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0)
+    assert "needs" in dict(it.explain()["solver"].why_not)["direct"]
+
+
+def test_an_indefinite_matrix_is_told() -> None:
+    it = InfluenceModule(
+        network(2), Supervised(F.cross_entropy, 0.0), tensors(), tensors(7), "cpu", 1e-6, solver="direct"
+    )
+    with pytest.warns(NegativeCurvatureWarning, match="smallest eigenvalue"):
+        it.stest([0])
