@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import BaseObjective, CGInfluenceModule
+from torch_influence import BaseObjective, InfluenceModule
 
 
 class Objective(BaseObjective):
@@ -25,6 +25,7 @@ model, train, test = torch.nn.Linear(5, 3), TensorDataset(x[:200], y[:200]), Ten
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.01)
 for _ in range(500):
     optimizer.zero_grad(), F.cross_entropy(model(x[:200]), y[:200]).backward(), optimizer.step()
-module = CGInfluenceModule(model, Objective(), DataLoader(train, 32), DataLoader(test, 32), device="cpu", damp=1e-3)
+module = InfluenceModule(model, Objective(), DataLoader(train, 32), DataLoader(test, 32), device="cpu", damp=1e-3)
 scores = module.influences(train_idxs=range(200), test_idxs=[0])  # > 0: removing the example raises the test loss
-print("most helpful:", scores.topk(3).indices.tolist(), " most harmful:", (-scores).topk(3).indices.tolist())
+print("most helpful:", module.helpful([0], k=3).indices[0].tolist())
+print("most harmful:", module.harmful([0], k=3).indices[0].tolist())
