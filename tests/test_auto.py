@@ -120,6 +120,14 @@ def arguments() -> tuple[Any, ...]:
     return network(1), Supervised(F.cross_entropy, 0.05), tensors(), tensors(7), "cpu"
 
 
+def test_operations_are_those_of_the_layers() -> None:
+    """A Gauss-Newton product with weights of 4 x 4 and 4 x 3: J of either, Jᵀ of either, and twice what links them."""
+    it = module(layers=2, gnh=True)
+    with it._evaluation.session():
+        operations = it._curvature().operations
+    assert operations == 2 * 17 * 2 * (16 + 12 + 12)
+
+
 def test_explain_names_the_solver_and_the_others() -> None:
     step = module(layers=2).explain(3)["solver"]
     assert "operations" in step.path

@@ -241,3 +241,19 @@ def _global_state() -> Iterator[None]:
     before = flags()
     yield
     assert flags() == before
+
+
+def test_compiled_models_are_evaluated_eagerly_and_compiled_afterwards() -> None:
+    """Code that aot_eager, as inductor, has compiled can't be differentiated twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    data = DataLoader(TensorDataset(torch.randn(8, 4).double(), torch.arange(8) % 3), batch_size=3)
+    scores = [
+        CGInfluenceModule(one, Classification(), data, data, "cpu", 1.0, gnh=True).influence_matrix()
+        for one in (model, compiled)
+    ]
+    assert torch.equal(*scores)
+    before = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    compiled(torch.zeros(2, 4).double())
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > before

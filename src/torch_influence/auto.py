@@ -110,7 +110,7 @@ class InfluenceModule(BaseInfluenceModule):
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
         with self._evaluation.session():
-            solver, _ = self._choice(len(rows))
+            solver = self._costs(len(rows))[0].solver if self.solver == "auto" else self.solver
             if solver == "direct":
                 x, self.last_report = self._current_factor().solve(rows)
             else:
@@ -120,27 +120,28 @@ class InfluenceModule(BaseInfluenceModule):
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
-        solver, ranked = self._choice(queries)
+        ranked = self._costs(queries)
+        solver = ranked[0].solver if self.solver == "auto" else self.solver
         taken = next(cost for cost in ranked if cost.solver == solver)
         path = f"{_SOLVERS[solver]}; about {taken.operations:.1e} operations ({taken.note})"
         why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else ()
         return Step("solver", path, taken.nbytes, why_not)
 
-    def _choice(self, k: int) -> tuple[str, list[Cost]]:
-        """The solver for so many rows, and what all of them would take."""
+    def _costs(self, k: int) -> list[Cost]:
+        """What the solvers would take for so many rows, the best first."""
         operator = self._curvature()
-        problem = Problem(
-            d=self._space.size,
-            k=max(k, 1),
-            rtol=self.rtol,
-            product=operator.operations,
-            dense=operator.operations_of_dense,
-            factored=self._is_factored(),
-            element=torch.finfo(self._space.dtype).bits // 8,
-            free=self._may_use(),
+        return costs(
+            Problem(
+                d=self._space.size,
+                k=max(k, 1),
+                rtol=self.rtol,
+                product=operator.operations,
+                dense=operator.operations_of_dense,
+                factored=self._is_factored(),
+                element=torch.finfo(self._space.dtype).bits // 8,
+                free=self._may_use(),
+            )
         )
-        ranked = costs(problem)
-        return (ranked[0].solver if self.solver == "auto" else self.solver), ranked
 
     def _may_use(self) -> float:
         return free_memory(self.device) / 2

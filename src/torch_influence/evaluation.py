@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -221,12 +222,14 @@ def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
 
 
 def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
-    """Switches off what has no second derivative: fused attention, MHA's inference path, cuDNN and oneDNN RNNs."""
+    """Switches off what has no second derivative: fused attention, MHA's inference path, cuDNN and oneDNN RNNs, ..."""
     flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
     if composed.wanted(model):
         flags.append(composed.Composed())
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
         flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
+    if "torch._dynamo" in sys.modules:  # compiled code has no second derivative
+        flags.append(torch.compiler.set_stance("force_eager"))
     return flags
 
 
