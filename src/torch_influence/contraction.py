@@ -180,8 +180,9 @@ def _conv(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -> 
         convolution = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
         x = _padded(module, a.flatten(0, 1))
         for j, s in enumerate(vectors[:, layer.weight].unflatten(1, module.weight.shape)):
-            y = convolution(x, s, None, module.stride, 0, module.dilation, groups)
-            dots[:, j] += y.mul_(g.flatten(0, 1)).reshape(m, -1).sum(1)
+            s = _channels_last(s) if axes == 2 else s
+            y = convolution(x, s, None, module.stride, 0, module.dilation, groups).mul_(g.flatten(0, 1))
+            dots[:, j] += y.flatten(2).sum((1, 2)).reshape(m, -1).sum(1)
         return
     g = g.flatten(3).unflatten(2, (groups, o)).permute(0, 2, 3, 1, 4).flatten(3)  # [m, groups, o, positions]
     pieces = vectors[:, layer.weight].unflatten(1, (groups, o, f))
