@@ -5,7 +5,7 @@ PYTHON ?= python3
 CUDA ?= AUTO
 # Where `make gpu` leaves its log and results.
 OUT ?= build/gpu
-# Where `make bench` leaves its end-to-end table; nothing is written if empty.
+# Where `make bench` and `make bench-all` leave their tables; nothing is written if empty.
 RESULTS ?= benchmarks/results
 
 VENV := .venv
@@ -19,10 +19,10 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev lint types bench gpu wheel clean
+.PHONY: help demo test dev lint types bench bench-all gpu wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 demo: dev ## build and run the main job on real data
 	$(PY) -m torch_influence demo
@@ -43,6 +43,10 @@ bench: dev ## benchmarks of the native ops and, end to end, against the old algo
 	set -e; for bench in benchmarks/ops/bench_*.py; do \
 	  $(PY) $$bench $(if $(RESULTS),--json "$(RESULTS)/$$(basename $$bench .py)_cpu.json"); done
 	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
+
+bench-all: bench ## those, then all queries at once, what solver="auto" takes, and scaling: a quarter of an hour
+	set -e; for bench in all_queries choice scaling; do \
+	  $(PY) benchmarks/$$bench.py $(if $(RESULTS),--json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"); done
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT

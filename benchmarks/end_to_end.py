@@ -10,7 +10,6 @@ the baseline's time is one query's times their number, and marked as extrapolate
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -348,13 +347,10 @@ def report(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     rows = record["rows"]
     titles = {row["problem"]: f"{row['title']}, d = {row['parameters']:,}, damp {row['damp']:g}" for row in rows}
-    where = record["provenance"]
     lines = [
         "# End to end: influence of all training examples",
         "",
-        f"{where['cpu']}, {where['threads']} threads, {where['memory_bytes'] / 2**30:.0f} GiB; "
-        f"Python {where['python']}, torch {where['torch']}, torch-influence {where['torch_influence']}, "
-        f"commit {where['commit']}; {where['date']}" + ("; **quick: smaller problems**" if record["quick"] else ""),
+        harness.where(record) + ("; **quick: smaller problems**" if record["quick"] else ""),
         "",
         "Seconds: the baseline's solve + scores, ours cold as construct + solve + scores, warm as solve + scores.",
         "Where nothing is warm, the speedups of solve and scores are the cold ones. Error: of our scores against the",
@@ -379,8 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default=",".join(WORKLOADS), help="which of A,B,C,D (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer examples: a minute for all")
-    parser.add_argument("--json", type=Path, help="file that the results are written to")
-    parser.add_argument("--markdown", type=Path, help="file that the table is written to")
+    harness.output_options(parser)
     options = parser.parse_args(argv)
     problems = options.problems.split(",")
     if unknown := [name for name in problems if name not in WORKLOADS]:
@@ -391,14 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in run(problems, options.quick, seconds=2.0 if options.quick else 15.0):
         rows.append(row)
         print(f"{row['problem']} {row['case']} done", file=sys.stderr, flush=True)
-    # Through JSON, so that the table shows what the file says.
-    record = json.loads(json.dumps({"provenance": harness.provenance(), "quick": options.quick, "rows": rows}))
-    text = report(record)
-    print(text)
-    if options.json:
-        harness.write(options.json, json.dumps(record, indent=1) + "\n")
-    if options.markdown:
-        harness.write(options.markdown, text)
+    harness.publish({"quick": options.quick, "rows": rows}, report, options)
 
 
 if __name__ == "__main__":

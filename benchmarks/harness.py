@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,20 @@ def timed(call: Call, repeats: int, device: str) -> float:
     for _ in range(repeats):
         call()
     return time.perf_counter() - begin
+
+
+def turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, Any]]:
+    """(median of the seconds, what the last call returned) of each; every round runs each once, on the CPU."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results: dict[str, Any] = {}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            results.pop(name, None)  # before it is made again
+            start = time.perf_counter()
+            results[name] = calls[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(seconds[name]), results[name]) for name in names}
 
 
 def extra_memory(call: Call, device: str) -> int | None:
@@ -165,6 +180,15 @@ def provenance() -> dict[str, object]:
     }
 
 
+def where(record: dict[str, Any]) -> str:
+    """The same in a line of text, of a record that has it as "provenance"."""
+    it = record["provenance"]
+    return (
+        f"{it['cpu']}, {it['threads']} threads, {it['memory_bytes'] / 2**30:.0f} GiB; Python {it['python']}, "
+        f"torch {it['torch']}, torch-influence {it['torch_influence']}, commit {it['commit']}; {it['date']}"
+    )
+
+
 def cpu_model() -> str:
     """The processor's name, as the system tells it."""
     try:
@@ -189,6 +213,24 @@ def write(path: Path, text: str) -> None:
     """Writes a file, its folder first if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that ``publish`` reads."""
+    parser.add_argument("--json", type=Path, help="file that the results are written to")
+    parser.add_argument("--markdown", type=Path, help="file that the table is written to")
+
+
+def publish(record: dict[str, Any], report: Callable[[dict[str, Any]], str], options: argparse.Namespace) -> None:
+    """Prints the report of a record with its provenance, and writes both where the options say."""
+    # Through JSON, so that the table shows what the file says.
+    record = json.loads(json.dumps({"provenance": provenance(), **record}))
+    text = report(record)
+    print(text)
+    if options.json:
+        write(options.json, json.dumps(record, indent=1) + "\n")
+    if options.markdown:
+        write(options.markdown, text)
 
 
 def main(op: str, benchmark: Callable[[str, float], list[tuple[str, list[Row]]]]) -> None:

@@ -1,0 +1,57 @@
+"""The benchmarks of many queries run, and their tables show what they measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_baseline import TINY, tiny
+
+from torch_influence import InfluenceModule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import all_queries
+import choice
+import scaling
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_lines_run_and_the_table_shows_them(name: str) -> None:
+    work = tiny(name, torch.float32)
+    about = {"problem": name, "title": work.title, "parameters": work.parameters, "tolerance": work.rtol}
+    rows = [about | row for row in all_queries.lines_of(work, quick=True)]
+    record = json.loads(json.dumps({"provenance": all_queries.harness.provenance(), "quick": True, "rows": rows}))
+    for row in record["rows"]:
+        assert row["error"] <= 1e-2  # a gross error only: accuracy is tested elsewhere
+        for side in (row["ours"], row["other"]):
+            assert side["residual"] is None or side["residual"] <= work.rtol
+            assert side["total"] == pytest.approx(side["construct"] + side["solve"] + side["scores"])
+    table = [line for line in all_queries.report(record).splitlines() if line.startswith("| " + name)]
+    assert len(table) == len(rows) == {"A": 1, "B": 1, "C": 2, "D": 2}[name]
+    assert {line.count("|") for line in table} == {len(all_queries.HEADER) + 1}
+
+
+def test_targets_know_their_side() -> None:
+    assert all_queries.target("faster", 3.0, 2.5)["met"]
+    assert not all_queries.target("faster", 2.0, 2.5)["met"]
+    assert all_queries.target("error", 1e-4, 1e-3, at_least=False)["met"]
+    assert not all_queries.target("error", 1e-2, 1e-3, at_least=False)["met"]
+
+
+@pytest.mark.parametrize("k", [1, 100])
+def test_the_choice_is_read_from_explain(k: int) -> None:
+    work = tiny("C", torch.float32)
+    row = choice.measure(work, k)
+    module = all_queries.build(work)
+    assert isinstance(module, InfluenceModule)
+    with module._evaluation.session():
+        assert row["chosen"] == module._choice(k)[0]
+    assert row["ratio"] == row["seconds"][row["chosen"]] / row["seconds"][row["best"]] >= 1
+
+
+def test_slopes_are_those_of_powers() -> None:
+    points = [{"n": n, "seconds": {"cg": 0.1 if n < 300 else 1e-6 * n**1.5}} for n in (100, 200, 400, 800, 1600)]
+    assert scaling.slope(points, "n", "cg") == pytest.approx(1.5)
