@@ -282,8 +282,8 @@ def report(record: dict[str, Any]) -> str:
         "",
         harness.where(record) + ("; **quick: smaller problems**" if record["quick"] else ""),
         "",
-        "Extra MB: the peak beyond what there was before; where times are extrapolated, that of the queries that they are",
-        "extrapolated from. Products: multiplications by the curvature, each for all the rows still at work; the",
+        "Extra MB: the peak beyond what there was before; where times are extrapolated, that of the queries that they",
+        "are extrapolated from. Products: multiplications by the curvature, each for all the rows still at work; the",
         "baseline's are those of one query. Residual: the largest of the true |b - Ax| / |b|.",
         "",
         *(

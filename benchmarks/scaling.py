@@ -136,19 +136,20 @@ def explanation(record: dict[str, Any]) -> str:
 
     return (
         "Slopes are those of the head and of the MLP. "
-        "**n**: a product with the curvature, the forming of the matrix and the scores are passes over the examples, so "
-        f"all tend to 1 (cg {of('n', 'cg')}, block {of('n', 'block')}, direct {of('n', 'direct')}, scores "
-        f"{of('n', 'scores')}): less while what is done once, factoring for one, still counts, and more where the "
-        "rows and the tangents of all examples outgrow the caches. "
-        "**d**: a product has about n d multiplications, and the number of iterations depends on the spectrum, not on d "
-        f"({ends('d', 'cg')} products by cg): cg tends to 1 from below, {of('d', 'cg')} here, where sizes are small "
-        "enough for calls and activations, which do not grow, to count; block, which pays k² d for its bases besides, "
-        f"has {of('d', 'block')}. The matrix takes n d² and its factor d³, a slope from 2 to 3 in the end: "
-        f"{of('d', 'direct')}. Scores, from inputs and output gradients of layers, have {of('d', 'scores')}, most of "
-        "their time being the reading of examples and the comparison with single ones. "
-        f"**k**: cg does each row's work, {of('k', 'cg')}. Block shares its space, so that more rows need fewer products "
-        f"({ends('k', 'block')}): {of('k', 'block')}. To direct, once it is factored, rows cost next to nothing: "
-        f"{of('k', 'direct')}. Scores make each layer's gradients once for all queries: {of('k', 'scores')}."
+        "**n**: a product with the curvature, the forming of the matrix and the scores are passes over the examples, "
+        f"so all tend to 1 (cg {of('n', 'cg')}, block {of('n', 'block')}, direct {of('n', 'direct')}, scores "
+        f"{of('n', 'scores')}): less while what is done once, as factoring is, still counts, and more where more "
+        f"iterations are needed ({ends('n', 'cg')} products by cg). "
+        "**d**: a product has about n d multiplications for each row, and iterations depend on the spectrum, not on "
+        f"d ({ends('d', 'cg')} products by cg), so cg tends to 1, from below ({of('d', 'cg')}) since what is done "
+        "for outputs and activations that do not grow still counts at these sizes; so does block "
+        f"({of('d', 'block')}). The matrix takes about n d² and its factor d³: direct has a slope of about 2 "
+        f"({of('d', 'direct')}), in the end of 3. Scores, made of the inputs and output gradients of layers, have "
+        f"{of('d', 'scores')}: their parts that do not depend on d, such as a backward pass, count most. "
+        f"**k**: cg does each row's work ({of('k', 'cg')}). Block shares its space, so more rows need fewer products "
+        f"({ends('k', 'block')}), which saves a part of it ({of('k', 'block')}). Direct solves with a factor cost d² "
+        f"for each row, little beside making it ({of('k', 'direct')}). Scores take one backward pass for all queries "
+        f"({of('k', 'scores')})."
     )
 
 
