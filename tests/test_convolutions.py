@@ -105,7 +105,7 @@ def test_products_are_those_of_the_dense_matrix(name: str, gnh: bool) -> None:
     assert isinstance(curvature, Curvature)
     assert curvature.why_plain_convolutions.startswith(why_plain)
     assert bool(curvature.why_plain_convolutions) == bool(why_plain)
-    assert ("lean convolutions" in curvature.describe()) == (not why_plain)
+    assert ("convolutions by what is asked for alone" in curvature.describe()) == (not why_plain)
     assert why_plain in str(module.explain())
     assert not curvature._pull_back.why_plain
 

@@ -204,7 +204,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
                 operator.prepare()
                 nbytes = int(min(operator.graph_bytes, operator.budget))
                 if operator.why_plain_convolutions:
-                    not_head.append(("by lean convolutions", operator.why_plain_convolutions))
+                    not_head.append(("convolutions by what is asked for alone", operator.why_plain_convolutions))
                 if operator.why_not_grouped:
                     not_head.append(("in larger batches", operator.why_not_grouped))
             examples = self._examples()

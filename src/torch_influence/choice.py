@@ -90,7 +90,12 @@ def reasons(ranked: Sequence[Cost], free: float, chosen: str) -> list[tuple[str,
     for cost in ranked:
         if cost.solver == chosen:
             continue
-        why = f"{cost.operations / taken.operations:.2g}x the operations ({cost.note})"
+        ratio = cost.operations / taken.operations
+        why = (
+            f"{ratio:,.1f}x the operations ({cost.note})"
+            if ratio < 10
+            else f"{ratio:,.0f}x the operations ({cost.note})"
+        )
         if cost.nbytes > free:
             why = f"needs {cost.nbytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB may be used"
         found.append((cost.solver, why))

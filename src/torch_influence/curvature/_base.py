@@ -180,7 +180,7 @@ class Curvature(LinearOperator):
         """The path, in words; ``prepare`` comes first."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
-        lean = ", lean convolutions" if self._lean else ""
+        lean = ", convolutions by what is asked for alone" if self._lean else ""
         return f"{type(self).__name__} by double backward, {size} examples at a time, {kept}{lean}"
 
     def product(self, rows: Tensor) -> Tensor:
