@@ -6,6 +6,7 @@ Solvers and curvatures meet at this file: a curvature is an operator, a solver t
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -65,6 +66,37 @@ class Dense(LinearOperator):
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.matrix
+
+
+class Dual(LinearOperator):
+    """GᵀG + multiple·I with G [m, d]: where m < d, the small matrix G Gᵀ is the shorter way to its inverse.
+
+    ``product`` need not be made of G: solutions are judged by it.
+
+    Attributes:
+        rank: m.
+        multiple: of the identity that is part of the operator.
+    """
+
+    rank: int
+    multiple: float
+
+    @abc.abstractmethod
+    def push(self, rows: Tensor) -> Tensor:
+        """G v for rows v: [k, d] -> [k, m], a new tensor."""
+
+    @abc.abstractmethod
+    def pull(self, rows: Tensor) -> Tensor:
+        """Gᵀ u for rows u: [k, m] -> [k, d], a new tensor."""
+
+    @functools.cached_property
+    def kernel(self) -> Tensor:
+        """G Gᵀ, [m, m]; made when first read, and kept whatever the damping."""
+        return self.assemble()
+
+    @abc.abstractmethod
+    def assemble(self) -> Tensor:
+        """G Gᵀ, anew."""
 
 
 @runtime_checkable

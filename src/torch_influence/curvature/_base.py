@@ -50,6 +50,22 @@ class Linearized:
         return saved_bytes(self.roots, self.besides)
 
 
+@dataclasses.dataclass(frozen=True)
+class Regularizer:
+    """∇²reg, by what it adds to products.
+
+    Attributes:
+        add: takes sums and rows [k, d], adds ∇²reg times the rows to the sums and returns them.
+        factor: r where ∇²reg = r·I.
+    """
+
+    add: Callable[[Tensor, Tensor], Tensor]
+    factor: float | None = None
+
+    def __call__(self, sums: Tensor, rows: Tensor) -> Tensor:
+        return self.add(sums, rows)
+
+
 class Curvature(LinearOperator):
     """Mean over the training data of a per-batch curvature, without damping: product(V)[j] = (1/n) Σ_b |b| C_b V[j].
 
@@ -158,7 +174,7 @@ class Curvature(LinearOperator):
         return Convolutions(fixed) if self._lean else contextlib.nullcontext()
 
     @functools.cached_property
-    def regularizer(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def regularizer(self) -> Regularizer | None:
         """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
 
@@ -175,6 +191,11 @@ class Curvature(LinearOperator):
     def operations_of_dense(self) -> float:
         """Those of ``dense``."""
         return self.operations * self.size
+
+    @property
+    def ridge(self) -> float | None:
+        """What is added to the mean of the batches, if it is a multiple of the identity: that number; None if not."""
+        return 0.0 if self.regularizer is None else self.regularizer.factor
 
     def describe(self) -> str:
         """The path, in words; ``prepare`` comes first."""
@@ -239,7 +260,7 @@ class Curvature(LinearOperator):
         """What graphs may share with the data and the model."""
         return batch, tuple(self.evaluation.model.parameters())
 
-    def _regularizer_at(self, leaves: Tangents) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _regularizer_at(self, leaves: Tangents) -> Regularizer | None:
         if self.regularized_loss:
             return None
         value = self.evaluation.train_regularization(leaves)
@@ -258,11 +279,11 @@ class Curvature(LinearOperator):
         row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         diagonal = product(torch.ones_like(row))
         if not agree(diagonal * row, product(row), space.pass_dtype):
-            return lambda sums, rows: sums.add_(product(rows))
+            return Regularizer(lambda sums, rows: sums.add_(product(rows)))
         if bool((diagonal == diagonal[0, 0]).all()):
             factor = float(diagonal[0, 0])
-            return lambda sums, rows: sums.add_(rows, alpha=factor)
-        return lambda sums, rows: sums.addcmul_(rows, diagonal)
+            return Regularizer(lambda sums, rows: sums.add_(rows, alpha=factor), factor)
+        return Regularizer(lambda sums, rows: sums.addcmul_(rows, diagonal))
 
 
 class _OfBatch(LinearOperator):

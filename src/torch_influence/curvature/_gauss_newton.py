@@ -20,17 +20,11 @@ class GaussNewton(Curvature):
     """
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
-        with self.convolutions(fixed=True):
-            outputs = self._outputs(leaves, batch)
+        outputs = self.outputs(leaves, batch)
         inputs = leaves if at is None else at()
-        if not outputs.requires_grad:
-            raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")
         u = torch.zeros_like(outputs, requires_grad=True)
         jt_u = torch.autograd.grad(outputs, inputs, u, create_graph=True, allow_unused=True, materialize_grads=True)
-        at_outputs = outputs.detach().requires_grad_()
-        slope = differentiate(
-            self.evaluation.train_loss_on_outputs(leaves, at_outputs, batch), [at_outputs], create_graph=True
-        )
+        at_outputs, slope = self._slope(leaves, outputs, batch)
 
         where = "" if at is None else " at the outputs"
 
@@ -48,6 +42,34 @@ class GaussNewton(Curvature):
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
         return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)
 
+    def outputs(self, leaves: Tangents, batch: Any) -> Tensor:
+        """What J is the Jacobian of, with its graph."""
+        with self.convolutions(fixed=True):
+            outputs = self._outputs(leaves, batch)
+        if not outputs.requires_grad:
+            raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")
+        return outputs
+
+    def output_blocks(self, leaves: Tangents, batch: Any) -> Tensor:
+        """H_out's blocks [b, c, c], one for each of the outputs' rows, if it has no entries outside of them."""
+        outputs = self.outputs(leaves, batch).detach()
+        at_outputs, slope = self._slope(leaves, outputs, batch)
+        b, c = rows_and_columns(outputs)
+        # Column j of every block at once, from the tangent that is 1 at output j of all rows.
+        unit = torch.eye(c, dtype=outputs.dtype, device=self.device)[:, None].expand(c, b, c)
+        (columns,) = self._pull_back("loss", slope, [at_outputs], [unit.reshape(c, *outputs.shape)])
+        return columns.reshape(c, b, c).permute(1, 2, 0).to(self.dtype)
+
+    def pulled(self, leaves: Tangents, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Jᵀu for rows u [k, *shape of the outputs]: [k, d]."""
+        return self.evaluation.space.flatten(self._pull_back("transposed jacobian", [outputs], leaves, [rows]))
+
+    def _slope(self, leaves: Tangents, outputs: Tensor, batch: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A copy of the outputs, and the gradient of the loss with respect to it, with its graph."""
+        at_outputs = outputs.detach().requires_grad_()
+        loss = self.evaluation.train_loss_on_outputs(leaves, at_outputs, batch)
+        return at_outputs, differentiate(loss, [at_outputs], create_graph=True)
+
     def _outputs(self, leaves: Tangents, batch: Any) -> Tensor:
         outputs = self.evaluation.train_outputs(leaves, batch)
         if not isinstance(outputs, Tensor):
@@ -56,3 +78,8 @@ class GaussNewton(Curvature):
                 "return the tensor that the loss is a function of, for example output.logits"
             )
         return outputs
+
+
+def rows_and_columns(outputs: Tensor) -> tuple[int, int]:
+    """Of a batch's outputs taken for a matrix: (examples, outputs of one) mostly."""
+    return outputs.reshape(len(outputs) if outputs.dim() else 1, -1).shape  # type: ignore[return-value]

@@ -9,11 +9,13 @@ from torch_influence.solvers._base import (
 from torch_influence.solvers._block_cg import block_cg
 from torch_influence.solvers._cg import cg
 from torch_influence.solvers._direct import Factor
+from torch_influence.solvers._dual import DualFactor
 from torch_influence.solvers._lissa import lissa
 
 __all__ = [
     "ConvergenceWarning",
     "DivergenceWarning",
+    "DualFactor",
     "Factor",
     "NegativeCurvatureWarning",
     "SolveReport",

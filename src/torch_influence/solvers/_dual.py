@@ -1,0 +1,112 @@
+"""Solves of A = GᵀG + σI, G [m, d], by the small matrix G Gᵀ, factored once and used for every right-hand side."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from torch_influence.linop import Damped, Dual
+from torch_influence.solvers._base import SolveReport, norms, reachable, warn_of_failures
+
+
+class DualFactor:
+    """A⁻¹ b = (b - Gᵀ (σI + G Gᵀ)⁻¹ G b) / σ, by a Cholesky factor of the matrix in the middle.
+
+    The difference cancels where σ is small: an error of a unit of rounding in b becomes one of cond(A) units. So the
+    true residual b - A x is solved for again and added, until it is within tolerance or no longer halves.
+
+    Args:
+        operator: A, damped; its base is a ``Dual``, whose kernel G Gᵀ serves factors of any damping.
+
+    Attributes:
+        sigma: σ, the damping and the multiple of the identity that the base has.
+
+    Raises:
+        TypeError: the base is not a Dual.
+        ValueError: σ is not positive, or the kernel is not finite.
+        torch.linalg.LinAlgError: σ is less than the rounding in the kernel.
+
+    Cost:
+        m³/3 multiplications once; per right-hand side and round m², a product with G, with Gᵀ and with A, mostly in
+        one or two rounds. Memory 2 m², and m² more for a while.
+
+    Source:
+        The matrix inversion lemma (Woodbury 1950); refinement as in Higham, Accuracy and Stability of Numerical
+        Algorithms (2002), chapter 12.
+    """
+
+    def __init__(self, operator: Damped) -> None:
+        if not isinstance(operator.base, Dual):
+            raise TypeError(f"operator: expected the base of the damped operator to be a Dual, got {operator.base!r}")
+        self.operator, self.dual = operator, operator.base
+        self.sigma = self.dual.multiple + operator.shift
+        if not self.sigma > 0:
+            raise ValueError(
+                f"damp: expected one that makes damping plus regulariser positive, got {operator.shift:g} with a "
+                f"regulariser of {self.dual.multiple:g}·I"
+            )
+        kernel = self.dual.kernel
+        if not kernel.sum(dtype=torch.float64).isfinite():  # any NaN or infinity shows in it
+            raise ValueError(
+                "the curvature has entries that are not finite: a derivative of the training loss is NaN or infinite "
+                "at these parameters"
+            )
+        self._largest = self.sigma + (norms(kernel).max() if len(kernel) else norms(kernel).sum())  # at most |A|
+        middle = kernel.clone()
+        middle.diagonal().add_(self.sigma)
+        self._lower, failed = torch.linalg.cholesky_ex(middle)
+        if bool(failed):
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"damping plus regulariser, {self.sigma:.3g}, is less than the rounding of {kernel.dtype} in the "
+                f"curvature, whose largest eigenvalue is at least {float(self._largest):.3g}: raise damp, use more "
+                "precision, or another solver"
+            )
+
+    def solve(self, rows: Tensor, *, rtol: float = 1e-5, atol: float = 0.0) -> tuple[Tensor, SolveReport]:
+        """A⁻¹ b for each row b of [k, d], to |b - Ax| <= max(rtol·|b|, atol), and the report.
+
+        Its iterations are rounds of refinement.
+
+        Warns:
+            ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least
+                half of the digits right.
+        """
+        start = time.perf_counter()
+        size = norms(rows)
+        tolerance = torch.clamp(rtol * size, min=atol)
+        x = self._solve(rows)
+        left = rows - self.operator.product(x)
+        residual, products = norms(left), 1
+        iterations = torch.zeros(len(rows), dtype=torch.int64)
+        which = (residual > tolerance).nonzero().flatten()
+        while len(which):
+            guess = x[which].add_(self._solve(left[which]))
+            rest = rows[which] - self.operator.product(guess)
+            products += 1
+            iterations[which.cpu()] += 1
+            norm, before = norms(rest), residual[which]
+            better = norm < before
+            chosen = which[better]
+            x[chosen], left[chosen], residual[chosen] = guess[better], rest[better], norm[better]
+            which = which[(norm <= 0.5 * before) & (norm > tolerance[which])]
+        converged = residual <= tolerance
+        limited = ~converged & residual.isfinite() & (residual <= reachable(self._largest, x, size))
+        report = SolveReport(
+            method="dual Cholesky",
+            iterations=iterations,
+            residual=torch.where(size > 0, residual / size, residual).cpu(),
+            converged=converged.cpu(),
+            precision_limit=limited.cpu(),
+            negative_curvature=torch.zeros(len(rows), dtype=torch.bool),
+            products=products,
+            seconds=time.perf_counter() - start,
+        )
+        warn_of_failures(report, rtol, products, rows.dtype)
+        return x, report
+
+    def _solve(self, rows: Tensor) -> Tensor:
+        """One round."""
+        inner = torch.cholesky_solve(self.dual.push(rows).mT, self._lower).mT
+        return (rows - self.dual.pull(inner)).div_(self.sigma)
