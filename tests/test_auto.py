@@ -26,12 +26,16 @@ def module(solver: str = "auto", layers: int = 1, gnh: bool = False, **options: 
     return InfluenceModule(model, objective, tensors(), tensors(7), "cpu", DAMP, gnh, solver, **options)
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, "auto"])
+@pytest.mark.parametrize("solver", [*SOLVERS, "dual", "auto"])
 @pytest.mark.parametrize("layers", [1, 2], ids=["head", "network"])
 @pytest.mark.parametrize("gnh", [False, True], ids=["hessian", "gauss-newton"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_every_solver_inverts_the_dense_matrix(solver: str, layers: int, gnh: bool, k: int) -> None:
     it = module(solver, layers, gnh, rtol=1e-12)
+    if solver == "dual" and layers == 2 and not gnh:
+        with pytest.raises(ValueError, match='solver="dual": a Hessian that is not that of a linear head has no dual'):
+            it.stest([0])
+        return
     oracle = dense_gauss_newton if gnh else dense_hessian
     matrix = oracle(network(layers), Supervised(F.cross_entropy, 0.05), loader_batches(tensors()))
     matrix = matrix + DAMP * torch.eye(len(matrix))
@@ -67,6 +71,7 @@ def problem(**changes: Any) -> Problem:
         "product": 1e6,
         "dense": 1e9,
         "factored": False,
+        "dual": None,
         "element": 4,
         "free": 1e9,
     }
@@ -81,6 +86,8 @@ def problem(**changes: Any) -> Problem:
         ({"k": 1000}, "direct"),  # as many rows as parameters
         ({"d": 10, "dense": 1e4}, "direct"),
         ({"factored": True}, "direct"),
+        ({"dual": (1e6, 1e4, 1000)}, "dual"),
+        ({"dual": (1e6, 1e4, 2 * 10**9)}, "cg"),  # it does not fit
         ({"k": 100, "free": 2.4e6}, "cg"),  # neither three matrices nor seven vectors for each row fit
         ({"k": 100, "free": 1e6}, "block"),  # nothing fits: the one that asks for least operations
     ],
@@ -131,12 +138,13 @@ def test_operations_are_those_of_the_layers() -> None:
 def test_explain_names_the_solver_and_the_others() -> None:
     step = module(layers=2).explain(3)["solver"]
     assert "operations" in step.path
-    assert len(step.why_not) == 2
+    assert [name for name, _ in step.why_not][-1] == "dual"
+    assert len(step.why_not) == 3
     assert not module("cg").explain(3)["solver"].why_not
 
 
 def test_an_unknown_solver_is_named() -> None:
-    with pytest.raises(ValueError, match="solver: expected one of 'auto', 'direct', 'cg', 'block', got 'lu'"):
+    with pytest.raises(ValueError, match="solver: expected one of 'auto', 'direct', 'dual', 'cg', 'block', got 'lu'"):
         module("lu")
 
 
@@ -155,3 +163,28 @@ def test_an_indefinite_matrix_is_told() -> None:
     )
     with pytest.warns(NegativeCurvatureWarning, match="smallest eigenvalue"):
         it.stest([0])
+
+
+def test_auto_takes_a_dual_system_and_lets_go_of_it() -> None:
+    """9 x 3 outputs and some hundred parameters; then a regulariser that no dual system has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    data = DataLoader(TensorDataset(torch.randn(9, 40).double(), torch.arange(9) % 3), batch_size=4)
+    objective = Supervised(F.cross_entropy, 0.05)
+    it = InfluenceModule(model, objective, data, data, "cpu", DAMP, True, rtol=1e-10)
+    assert it.explain(9)["solver"].path.startswith("dual system")
+    scores = it.influence_matrix()
+    assert it.last_report is not None
+    assert it.last_report.method == "dual Cholesky"
+    plain = InfluenceModule(model, objective, data, data, "cpu", DAMP, True, "cg", rtol=1e-10).influence_matrix()
+    assert (scores - plain).norm() <= 1e-8 * plain.norm()  # solved to 1e-10, at a condition below 100
+    assert "kernel" in it.explain()["solver"].path
+
+    class Quartic(Supervised):
+        def train_regularization(self, params: torch.Tensor) -> torch.Tensor:
+            return params.pow(4).sum()
+
+    other = InfluenceModule(model, Quartic(F.cross_entropy), data, data, "cpu", DAMP, True)
+    assert "no multiple of the identity" in dict(other.explain(9)["solver"].why_not)["dual"]
+    with pytest.raises(ValueError, match='solver="dual": the regulariser'):
+        InfluenceModule(model, Quartic(F.cross_entropy), data, data, "cpu", DAMP, True, "dual").stest([0])

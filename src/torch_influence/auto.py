@@ -11,17 +11,20 @@ from torch.utils import data
 
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.choice import Cost, Problem, costs, reasons
+from torch_influence.curvature import dual, dual_cost
+from torch_influence.linop import Dual
 from torch_influence.modules import refuse_if_too_large
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import Factor, block_cg, cg
+from torch_influence.solvers import DualFactor, Factor, block_cg, cg
 
 __all__ = ["InfluenceModule"]
 
 _SOLVERS = {
     "direct": "dense matrix, factored once",
+    "dual": "dual system of the outputs of all examples, factored once",
     "cg": "conjugate gradients, row by row, one product for all",
     "block": "block conjugate gradients",
 }
@@ -36,6 +39,8 @@ class InfluenceModule(BaseInfluenceModule):
 
     - ``"direct"``: the matrix, factored once and kept for later queries (Cholesky; LU where it is indefinite). For
       some thousands of parameters.
+    - ``"dual"``: the Gauss-Newton matrix by the small one that its examples' outputs span, factored once and kept. For
+      fewer outputs of all examples than parameters, and a ridge or damping.
     - ``"block"``: block conjugate gradients. For many queries at once.
     - ``"cg"``: conjugate gradients on all rows at once, each on its own. For one or few queries.
 
@@ -51,7 +56,7 @@ class InfluenceModule(BaseInfluenceModule):
         last_report: how the last solve went, a SolveReport.
 
     Raises:
-        ValueError: an unknown solver.
+        ValueError: an unknown solver; ``solver="dual"``, and there is no dual system.
         MemoryError: ``solver="direct"``, and the matrices don't fit.
 
     Warns:
@@ -102,6 +107,9 @@ class InfluenceModule(BaseInfluenceModule):
         self.maxiter = maxiter
         self._factor: Factor | None = None
         self._factored: tuple[Any, float] = (None, 0.0)  # the curvature and the damping that it is a factor of
+        self._dual: Dual | str = ""  # or why there is none
+        self._dual_factor: DualFactor | None = None
+        self._dual_of: Any = None  # the curvature that either is of
         if solver == "direct":
             refuse_if_too_large(self._space, self.device, 'InfluenceModule with solver="direct"')
         self._warn_if_train_loss_is_overridden()
@@ -110,9 +118,11 @@ class InfluenceModule(BaseInfluenceModule):
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
         with self._evaluation.session():
-            solver = self._costs(len(rows))[0].solver if self.solver == "auto" else self.solver
+            solver = self._taken(self._costs(len(rows)) if self.solver == "auto" else [])
             if solver == "direct":
                 x, self.last_report = self._current_factor().solve(rows)
+            elif solver == "dual":
+                x, self.last_report = self._current_dual_factor().solve(rows, rtol=self.rtol, atol=self.atol)
             else:
                 iterate = functools.partial(block_cg if solver == "block" else cg, progress=self._bar)
                 operator = self._curvature().damped(self.damp)
@@ -121,15 +131,35 @@ class InfluenceModule(BaseInfluenceModule):
 
     def _solver(self, queries: int) -> Step:
         ranked = self._costs(queries)
-        solver = ranked[0].solver if self.solver == "auto" else self.solver
+        solver = self._taken(ranked)
         taken = next(cost for cost in ranked if cost.solver == solver)
         path = f"{_SOLVERS[solver]}; about {taken.operations:.1e} operations ({taken.note})"
-        why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else ()
+        why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else []
+        if self.solver == "auto" and (no_dual := self._no_dual(ranked)):
+            why_not = [*(pair for pair in why_not if pair[0] != "dual"), ("dual", no_dual)]
         return Step("solver", path, taken.nbytes, why_not)
+
+    def _taken(self, ranked: list[Cost]) -> str:
+        """The first of these, or the solver that was asked for; the dual system is looked at more closely."""
+        solver = ranked[0].solver if self.solver == "auto" else self.solver
+        if solver != "dual" or not isinstance(found := self._current_dual(), str):
+            return solver
+        if self.solver == "dual":
+            raise ValueError(f'solver="dual": {found}')
+        return next(cost.solver for cost in ranked if cost.solver != "dual")
+
+    def _no_dual(self, ranked: list[Cost]) -> str:
+        """Why there is no dual system, as far as it has been looked at."""
+        if any(cost.solver == "dual" for cost in ranked):
+            return self._dual if isinstance(self._dual, str) and self._dual_of is self._curvature() else ""
+        found = dual_cost(self._curvature(), self.damp)
+        return found if isinstance(found, str) else ""
 
     def _costs(self, k: int) -> list[Cost]:
         """What the solvers would take for so many rows, the best first."""
         operator = self._curvature()
+        small = dual_cost(operator, self.damp)
+        once = 0.0 if self._dual_factor is not None and self._dual_of is operator else 1.0
         return costs(
             Problem(
                 d=self._space.size,
@@ -138,10 +168,27 @@ class InfluenceModule(BaseInfluenceModule):
                 product=operator.operations,
                 dense=operator.operations_of_dense,
                 factored=self._is_factored(),
+                dual=None
+                if isinstance(small, str)
+                else (once * small.operations, small.operations_per_row, small.nbytes),
                 element=torch.finfo(self._space.dtype).bits // 8,
                 free=self._may_use(),
             )
         )
+
+    def _current_dual(self) -> Dual | str:
+        operator = self._curvature()
+        if self._dual_of is not operator:
+            self._dual, self._dual_factor = "", None  # before another one is made
+            self._dual, self._dual_of = dual(operator, damp=self.damp, room=self._may_use()), operator
+        return self._dual
+
+    def _current_dual_factor(self) -> DualFactor:
+        found = self._current_dual()
+        assert isinstance(found, Dual)  # or it would not have been taken
+        if self._dual_factor is None or self._dual_factor.operator.shift != self.damp:
+            self._dual_factor = DualFactor(found.damped(self.damp))
+        return self._dual_factor
 
     def _may_use(self) -> float:
         return free_memory(self.device) / 2

@@ -25,6 +25,7 @@ class Problem:
         product: operations of a product with one row.
         dense: operations of forming the matrix.
         factored: whether a factor of the matrix is there already.
+        dual: of the dual system operations once and for each row, and bytes; None if there is no such system.
         element: bytes of a number.
         free: bytes that the solve may take.
     """
@@ -35,6 +36,7 @@ class Problem:
     product: float
     dense: float
     factored: bool
+    dual: tuple[float, float, int] | None
     element: int
     free: float
 
@@ -80,6 +82,9 @@ def costs(problem: Problem) -> list[Cost]:
     ]
     if k == 1:  # a block of one is slower than the same iteration without a block
         found.pop()
+    if problem.dual is not None:
+        once, per_row, nbytes = problem.dual
+        found.append(Cost("dual", _SLOWNESS_OF_DENSE * once + per_row * k, nbytes, "kernel and Cholesky factor"))
     return sorted(found, key=lambda cost: (cost.nbytes > problem.free, cost.operations))
 
 
