@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import BATCH, HEADS, NO_HEADS, Case, N, classes, linear, padded, real, sequences, two_layers, uses
+from heads import HEADS, NO_HEADS, Case, N, classes, linear, padded, real, sequences, two_layers, uses
 from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -331,5 +331,5 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="not finite"):
         DualFactor(Explicit(it.g * torch.nan, 0.5).damped(1.0))
     twice = torch.cat([it.g, it.g[::2] + it.g[1::2]])
-    with pytest.raises(torch.linalg.LinAlgError, match="less than the rounding of torch.float32"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"less than the rounding of torch\.float32"):
         DualFactor(Explicit(twice * 1e3, 0.0).damped(1e-12))
