@@ -27,7 +27,7 @@ def test_quickstart_is_the_example_word_for_word() -> None:
 
 def test_quickstart_runs() -> None:
     output = run("examples/quickstart.py")
-    assert re.fullmatch(r"most helpful: \[\d+, \d+, \d+\]  most harmful: \[\d+, \d+, \d+\]\n", output)
+    assert re.fullmatch(r"most helpful: \[\d+, \d+, \d+\]\nmost harmful: \[\d+, \d+, \d+\]\n", output)
 
 
 def test_meaning_of_a_score_comes_first() -> None:
