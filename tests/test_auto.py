@@ -180,6 +180,17 @@ def test_auto_takes_a_dual_system_and_lets_go_of_it() -> None:
     assert (scores - plain).norm() <= 1e-8 * plain.norm()  # solved to 1e-10, at a condition below 100
     assert "kernel" in it.explain()["solver"].path
 
+    # Every example twice, and damping below the rounding of the small matrix, which is singular.
+    x, y = data.dataset.tensors
+    twice, flat = DataLoader(TensorDataset(torch.cat([x, x]), torch.cat([y, y]))), Supervised(F.cross_entropy, 0.0)
+    it = InfluenceModule(model, flat, twice, data, "cpu", 1e-20, True, maxiter=5)
+    it.stests()
+    assert it.last_report is not None
+    assert "conjugate gradients" in it.last_report.method
+    assert "less than the rounding" in dict(it.explain(7)["solver"].why_not)["dual"]
+    with pytest.raises(torch.linalg.LinAlgError, match="less than the rounding"):
+        InfluenceModule(model, flat, twice, data, "cpu", 1e-20, True, "dual").stests()
+
     class Quartic(Supervised):
         def train_regularization(self, params: torch.Tensor) -> torch.Tensor:
             return params.pow(4).sum()

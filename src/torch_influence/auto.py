@@ -118,7 +118,14 @@ class InfluenceModule(BaseInfluenceModule):
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
         with self._evaluation.session():
-            solver = self._taken(self._costs(len(rows)) if self.solver == "auto" else [])
+            ranked = self._costs(len(rows)) if self.solver == "auto" else []
+            solver = self._taken(ranked)
+            if solver == "dual" and self.solver == "auto":
+                try:
+                    self._current_dual_factor()
+                except torch.linalg.LinAlgError as why:  # type: ignore[attr-defined]  # too little damping for it
+                    self._dual = str(why)
+                    solver = self._taken(ranked)
             if solver == "direct":
                 x, self.last_report = self._current_factor().solve(rows)
             elif solver == "dual":
