@@ -191,6 +191,15 @@ def test_auto_takes_a_dual_system_and_lets_go_of_it() -> None:
     with pytest.raises(torch.linalg.LinAlgError, match="less than the rounding"):
         InfluenceModule(model, flat, twice, data, "cpu", 1e-20, True, "dual").stests()
 
+    it.damp = DAMP  # another damping, another answer
+    assert it.explain(9)["solver"].path.startswith("dual system")
+    asked = InfluenceModule(model, flat, data, data, "cpu", 0.0, True, "dual")
+    with pytest.raises(ValueError, match="damping plus regulariser, 0, is not positive"):
+        asked.stests()
+    asked.damp = DAMP
+    expected = InfluenceModule(model, flat, data, data, "cpu", DAMP, True, "cg", rtol=1e-10).stests()
+    assert (asked.stests() - expected).norm() <= 1e-8 * expected.norm()
+
     class Quartic(Supervised):
         def train_regularization(self, params: torch.Tensor) -> torch.Tensor:
             return params.pow(4).sum()

@@ -110,6 +110,7 @@ class InfluenceModule(BaseInfluenceModule):
         self._dual: Dual | str = ""  # or why there is none
         self._dual_factor: DualFactor | None = None
         self._dual_of: Any = None  # the curvature that either is of
+        self._no_dual_at = 0.0  # the damping for which there is none
         if solver == "direct":
             refuse_if_too_large(self._space, self.device, 'InfluenceModule with solver="direct"')
         self._warn_if_train_loss_is_overridden()
@@ -124,7 +125,7 @@ class InfluenceModule(BaseInfluenceModule):
                 try:
                     self._current_dual_factor()
                 except torch.linalg.LinAlgError as why:  # type: ignore[attr-defined]  # too little damping for it
-                    self._dual = str(why)
+                    self._dual, self._no_dual_at = str(why), self.damp
                     solver = self._taken(ranked)
             if solver == "direct":
                 x, self.last_report = self._current_factor().solve(rows)
@@ -158,7 +159,7 @@ class InfluenceModule(BaseInfluenceModule):
     def _no_dual(self, ranked: list[Cost]) -> str:
         """Why there is no dual system, as far as it has been looked at."""
         if any(cost.solver == "dual" for cost in ranked):
-            return self._dual if isinstance(self._dual, str) and self._dual_of is self._curvature() else ""
+            return self._dual if isinstance(self._dual, str) and self._no_dual_at == self.damp else ""
         found = dual_cost(self._curvature(), self.damp)
         return found if isinstance(found, str) else ""
 
@@ -185,15 +186,18 @@ class InfluenceModule(BaseInfluenceModule):
 
     def _current_dual(self) -> Dual | str:
         operator = self._curvature()
-        if self._dual_of is not operator:
+        refused = isinstance(self._dual, str) and self._no_dual_at != self.damp  # another damping may do
+        if self._dual_of is not operator or refused:
             self._dual, self._dual_factor = "", None  # before another one is made
             self._dual, self._dual_of = dual(operator, damp=self.damp, room=self._may_use()), operator
+            self._no_dual_at = self.damp
         return self._dual
 
     def _current_dual_factor(self) -> DualFactor:
         found = self._current_dual()
         assert isinstance(found, Dual)  # or it would not have been taken
         if self._dual_factor is None or self._dual_factor.operator.shift != self.damp:
+            self._dual_factor = None  # before another one is made
             self._dual_factor = DualFactor(found.damped(self.damp))
         return self._dual_factor
 
