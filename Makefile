@@ -44,9 +44,10 @@ bench: dev ## benchmarks of the native ops and, end to end, against the old algo
 	  $(PY) $$bench $(if $(RESULTS),--json "$(RESULTS)/$$(basename $$bench .py)_cpu.json"); done
 	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
 
-bench-all: bench ## those, then all queries at once, what solver="auto" takes, and scaling: a quarter of an hour
+bench-all: bench ## those, then all queries at once, what solver="auto" takes, scaling, the top 10 of a million: a quarter of an hour
 	set -e; for bench in all_queries choice scaling; do \
 	  $(PY) benchmarks/$$bench.py $(if $(RESULTS),--json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"); done
+	$(PY) benchmarks/top_k.py $(if $(RESULTS),--json "$(RESULTS)/top_k.json")
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT

@@ -54,7 +54,6 @@ def measure(work: Workload, k: int) -> dict[str, Any]:
         return module(solver).inverse_hvp(rows)
 
     plan = module("auto").explain(k)
-    # Of one right-hand side no block is made, so it is not among the others either.
     chosen = next(name for name in SOLVERS if name not in dict(plan["solver"].why_not))
     able = []
     auto = module("auto")

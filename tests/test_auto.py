@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import CGInfluenceModule, InfluenceModule, NegativeCurvatureWarning
+from torch_influence.auto import _SOLVERS
 from torch_influence.choice import Problem, costs, reasons
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -117,6 +120,7 @@ def test_auto_keeps_a_factor_until_something_changes() -> None:
     assert "factored before" in auto.explain()["solver"].path
     auto.damp = 1.0
     assert "factored before" not in auto.explain()["solver"].path
+    # Solved to 1e-12 at a condition of about 10: 1e5 roundings.
     assert_close(auto.stest([0]), CGInfluenceModule(*arguments(), 1.0, rtol=1e-12).stest([0]), operations=1e5)
     with torch.no_grad():
         auto.model.head.weight += 1.0
@@ -133,6 +137,22 @@ def test_operations_are_those_of_the_layers() -> None:
     with it._evaluation.session():
         operations = it._curvature().operations
     assert operations == 2 * 17 * 2 * (16 + 12 + 12)
+
+
+def test_what_is_made_of_a_curvature_goes_with_it() -> None:
+    for solver, gnh in (("direct", False), ("dual", True)):
+        it = module(solver, gnh=gnh)
+        it.stest([0])
+        curvature = weakref.ref(it._operator)
+        it.clear_cache()
+        gc.collect()
+        assert curvature() is None
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "dual"])
+def test_explain_of_a_solver_that_was_asked_for(solver: str) -> None:
+    for k in (1, 3):
+        assert module(solver).explain(k)["solver"].path.startswith(_SOLVERS[solver])
 
 
 def test_explain_names_the_solver_and_the_others() -> None:

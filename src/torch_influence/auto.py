@@ -106,11 +106,10 @@ class InfluenceModule(BaseInfluenceModule):
         self.atol = atol
         self.maxiter = maxiter
         self._factor: Factor | None = None
-        self._factored: tuple[Any, float] = (None, 0.0)  # the curvature and the damping that it is a factor of
-        self._dual: Dual | str = ""  # or why there is none
+        self._factored_with = damp
+        self._dual: Dual | str | None = None  # or why there is none
+        self._refused_with = damp
         self._dual_factor: DualFactor | None = None
-        self._dual_of: Any = None  # the curvature that either is of
-        self._no_dual_at = 0.0  # the damping for which there is none
         if solver == "direct":
             refuse_if_too_large(self._space, self.device, 'InfluenceModule with solver="direct"')
         self._warn_if_train_loss_is_overridden()
@@ -125,7 +124,7 @@ class InfluenceModule(BaseInfluenceModule):
                 try:
                     self._current_dual_factor()
                 except torch.linalg.LinAlgError as why:  # type: ignore[attr-defined]  # too little damping for it
-                    self._dual, self._no_dual_at = str(why), self.damp
+                    self._dual, self._refused_with = str(why), self.damp
                     solver = self._taken(ranked)
             if solver == "direct":
                 x, self.last_report = self._current_factor().solve(rows)
@@ -143,7 +142,7 @@ class InfluenceModule(BaseInfluenceModule):
         taken = next(cost for cost in ranked if cost.solver == solver)
         path = f"{_SOLVERS[solver]}; about {taken.operations:.1e} operations ({taken.note})"
         why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else []
-        if self.solver == "auto" and (no_dual := self._no_dual(ranked)):
+        if self.solver == "auto" and (no_dual := self._why_no_dual()):
             why_not = [*(pair for pair in why_not if pair[0] != "dual"), ("dual", no_dual)]
         return Step("solver", path, taken.nbytes, why_not)
 
@@ -156,18 +155,18 @@ class InfluenceModule(BaseInfluenceModule):
             raise ValueError(f'solver="dual": {found}')
         return next(cost.solver for cost in ranked if cost.solver != "dual")
 
-    def _no_dual(self, ranked: list[Cost]) -> str:
+    def _why_no_dual(self) -> str:
         """Why there is no dual system, as far as it has been looked at."""
-        if any(cost.solver == "dual" for cost in ranked):
-            return self._dual if isinstance(self._dual, str) and self._no_dual_at == self.damp else ""
-        found = dual_cost(self._curvature(), self.damp)
-        return found if isinstance(found, str) else ""
+        if isinstance(self._dual, str) and self._refused_with == self.damp:
+            return self._dual
+        cost = dual_cost(self._curvature(), self.damp)
+        return cost if isinstance(cost, str) else ""
 
     def _costs(self, k: int) -> list[Cost]:
         """What the solvers would take for so many rows, the best first."""
         operator = self._curvature()
         small = dual_cost(operator, self.damp)
-        once = 0.0 if self._dual_factor is not None and self._dual_of is operator else 1.0
+        once = 0.0 if self._dual_factor is not None else 1.0
         return costs(
             Problem(
                 d=self._space.size,
@@ -185,12 +184,10 @@ class InfluenceModule(BaseInfluenceModule):
         )
 
     def _current_dual(self) -> Dual | str:
-        operator = self._curvature()
-        refused = isinstance(self._dual, str) and self._no_dual_at != self.damp  # another damping may do
-        if self._dual_of is not operator or refused:
-            self._dual, self._dual_factor = "", None  # before another one is made
-            self._dual, self._dual_of = dual(operator, damp=self.damp, room=self._may_use()), operator
-            self._no_dual_at = self.damp
+        refused = isinstance(self._dual, str) and self._refused_with != self.damp  # another damping may do
+        if self._dual is None or refused:
+            self._dual = dual(self._curvature(), damp=self.damp, room=self._may_use())
+            self._refused_with = self.damp
         return self._dual
 
     def _current_dual_factor(self) -> DualFactor:
@@ -205,14 +202,16 @@ class InfluenceModule(BaseInfluenceModule):
         return free_memory(self.device) / 2
 
     def _is_factored(self) -> bool:
-        return self._factor is not None and self._factored == (self._curvature(), self.damp)
+        return self._factor is not None and self._factored_with == self.damp
 
     def _current_factor(self) -> Factor:
-        if not self._is_factored():
+        if self._factor is None or not self._is_factored():
             self._factor = None  # before another one is made
-            operator = self._curvature()
-            matrix = operator.dense()
+            matrix = self._curvature().dense()
             matrix.diagonal().add_(self.damp)
-            self._factor, self._factored = Factor(matrix), (operator, self.damp)
-        assert self._factor is not None
+            self._factor, self._factored_with = Factor(matrix), self.damp
         return self._factor
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._factor = self._dual = self._dual_factor = None

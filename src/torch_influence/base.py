@@ -234,7 +234,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
         """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache)."""
         for batches in self._opened():
             batches.clear()
-        self._operator = None
+        self._forget()
 
     # -- solves; the scores made of them are in influences.py ---------------------------------------------------------
 
@@ -324,7 +324,12 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             batches.refresh()
         now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)
         if now != self._valid_for:
-            self._operator, self._valid_for = None, now
+            self._forget()
+            self._valid_for = now
+
+    def _forget(self) -> None:
+        """Drops the curvature, and in subclasses what they have made of it."""
+        self._operator = None
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:

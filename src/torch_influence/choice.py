@@ -80,8 +80,6 @@ def costs(problem: Problem) -> list[Cost]:
             f"{block:.0f} products, a guess",
         ),
     ]
-    if k == 1:  # a block of one is slower than the same iteration without a block
-        found.pop()
     if problem.dual is not None:
         once, per_row, nbytes = problem.dual
         found.append(Cost("dual", _SLOWNESS_OF_DENSE * once + per_row * k, nbytes, "kernel and Cholesky factor"))
@@ -96,11 +94,7 @@ def reasons(ranked: Sequence[Cost], free: float, chosen: str) -> list[tuple[str,
         if cost.solver == chosen:
             continue
         ratio = cost.operations / taken.operations
-        why = (
-            f"{ratio:,.1f}x the operations ({cost.note})"
-            if ratio < 10
-            else f"{ratio:,.0f}x the operations ({cost.note})"
-        )
+        why = f"{ratio:,.{1 if ratio < 10 else 0}f}x the operations ({cost.note})"
         if cost.nbytes > free:
             why = f"needs {cost.nbytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB may be used"
         found.append((cost.solver, why))

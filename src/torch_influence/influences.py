@@ -34,6 +34,8 @@ class InfluenceMethods:
 
         @property
         def _test(self) -> Batches: ...
+        @property
+        def _row_bytes(self) -> int: ...
         def stest(self, test_idxs: Sequence[int]) -> Tensor: ...  # noqa: D102
         def stests(self, test_idxs: Sequence[int] | None = None) -> Tensor: ...  # noqa: D102
         def _as_rows(self, vecs: Tensor | None, argument: str, vectors_only: bool = False) -> Tensor: ...
@@ -99,8 +101,8 @@ class InfluenceMethods:
         """score[i, q] for training examples i and test examples q (default: all): [n_train, n_query] on the CPU.
 
         Column q is ``influences(train_idxs, [test_idxs[q]])``; columns are solved together, as far as memory allows.
-        With fewer training examples than queries CG and the direct module solve for the training examples instead,
-        A being symmetric.
+        With fewer training examples than queries the modules of this package but LiSSA solve for the training examples
+        instead, A being symmetric.
 
         Args:
             train_idxs: distinct indices of training examples.
@@ -215,5 +217,4 @@ class InfluenceMethods:
 
     def _rows_that_fit(self) -> int:
         """Right-hand sides that can be solved for at once: a solver keeps some vectors for each."""
-        row = self._space.size * torch.finfo(self._space.dtype).bits // 8
-        return max(1, free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * row))
+        return max(1, free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * self._row_bytes))
