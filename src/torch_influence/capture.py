@@ -29,7 +29,7 @@ class Calls:
 def cut(layer: nn.Module) -> Iterator[Calls]:
     """Cuts the graph behind a layer: everything that follows is a function of leaves, with the values that there were.
 
-    A model that uses the layer's parameters without calling it, as a compiled or scripted one, makes no calls.
+    A model that uses the layer's parameters without calling it, as a scripted one, makes no calls.
     """
     calls = Calls()
 
@@ -76,16 +76,14 @@ def shifted(layers: Sequence[nn.Module], shifts: Sequence[Sequence[Tensor] | Non
             handle.remove()
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes x Wᵀ + b of its parameters, and nothing else."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-
-
 def linear_layer(evaluation: Evaluation) -> nn.Linear | None:
-    """The linear layer whose parameters, or whose weight alone, are just those that are differentiated."""
+    """The linear layer whose parameters, or whose weight alone, are just those that are differentiated.
+
+    One that computes x Wᵀ + b of them, and nothing else.
+    """
     chosen = [id(p) for p in evaluation.space.current()]
     for layer in evaluation.model.modules():
-        if isinstance(layer, nn.Linear) and is_linear(layer):
+        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             both = [id(p) for p in (layer.weight, layer.bias) if p is not None]
             if chosen in (both, both[:1]):
                 return layer

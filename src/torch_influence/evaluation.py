@@ -222,13 +222,16 @@ def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
 
 
 def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
-    """Switches off what has no second derivative: fused attention, MHA's inference path, cuDNN and oneDNN RNNs, ..."""
+    """Switches off what has no second derivative.
+
+    Fused attention, MHA's inference path, cuDNN and oneDNN RNNs, and code that torch.compile has compiled.
+    """
     flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
     if composed.wanted(model):
         flags.append(composed.Composed())
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
         flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
-    if "torch._dynamo" in sys.modules:  # compiled code has no second derivative
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
         flags.append(torch.compiler.set_stance("force_eager"))
     return flags
 
