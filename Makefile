@@ -3,6 +3,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 # The CUDA kernels: AUTO (built when nvcc works), ON or OFF.
 CUDA ?= AUTO
+# Whom a test feeds our solvers from. Without its dependencies: one of them wants torchvision, which brings a torch of its own.
+CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einops einconv linear_operator jaxtyping wadler_lindig
 # Where `make gpu` leaves its log and results.
 OUT ?= build/gpu
 # Where `make bench` and `make bench-all` leave their tables; nothing is written if empty.
@@ -79,4 +81,5 @@ $(TOOLS): pyproject.toml
 
 $(BUILT): $(TOOLS) $(NATIVE_SOURCES)
 	$(PY) -m pip install --no-build-isolation $(call NATIVE_ON,$(CUDA)) -e ".[dev]"
+	$(PY) -m pip install --no-deps $(CURVLINOPS)
 	rm -f $(VENV)/.built-* && touch $@

@@ -11,7 +11,7 @@ from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor
 
 from torch_influence.linop import Dense, LinearOperator
-from torch_influence.solvers import ConvergenceWarning, _block_cg, block_cg, cg
+from torch_influence.solvers import ConvergenceWarning, NegativeCurvatureWarning, _block_cg, block_cg, cg
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -168,7 +168,7 @@ def test_the_block_shrinks_when_rows_are_done() -> None:
 def test_rows_close_to_each_other_in_float32_give_an_orthonormal_basis(gap: float) -> None:
     """At a condition number of 1e5 a Gram matrix in float32 has no digits left, and one pass leaves two of them."""
     rows = (ordinary()[:1] + gap * ordinary()).float()
-    block = _block_cg._Block(Dense(positive_definite().float()), rows, None, 1e-4 * rows.double().norm(dim=1))
+    block = _block_cg._Block(Dense(positive_definite().float()), rows, None, 1e-4 * rows.double().norm(dim=1), False)
     assert block.q.shape == rows.shape
     half_of_the_digits = torch.finfo(torch.float32).eps ** 0.5
     identity = torch.eye(K, dtype=torch.float64)
@@ -308,7 +308,7 @@ def indefinite(d: int = 30) -> Tensor:
 def test_indefinite_curvature_is_flagged_and_left_to_single_rows() -> None:
     matrix, rows = indefinite(), torch.randn(K, 30, dtype=torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore")
         x, report = block_cg(Dense(matrix), rows, rtol=1e-8)
     assert report.negative_curvature.all()
     assert report.method == "block conjugate gradients, 5 of 5 rows finished one by one"
@@ -320,7 +320,7 @@ def test_indefinite_curvature_is_flagged_and_left_to_single_rows() -> None:
 
 def test_negative_curvature_is_in_the_warning_and_maxiter_counts_all_iterations() -> None:
     operator = Counted(indefinite())
-    with pytest.warns(ConvergenceWarning, match="negative curvature was met"):
+    with pytest.warns(NegativeCurvatureWarning, match="smallest eigenvalue is -"), pytest.warns(ConvergenceWarning):
         _, report = block_cg(operator, torch.randn(K, 30, dtype=torch.float64), rtol=1e-8, maxiter=6)
     assert int(report.iterations.max()) <= 6
 

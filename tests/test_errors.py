@@ -116,7 +116,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("predicate selects nothing", lambda: module(params=lambda name, p: False), ValueError, "params: the predicate chose none of the trainable parameters"),
     ("selection by number", lambda: module(params=[0]), TypeError, "params: expected names, globs or Parameters, got int"),
     # solvers
-    ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, maxiter, rtol, tol, x0"),
+    ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, history, maxiter, rtol, tol, truncate, x0"),
     ("rtol twice", lambda: module(tol=1e-3), TypeError, "CGInfluenceModule got both rtol and tol, which is its older name; give one"),
     ("maxiter 0", lambda: module(maxiter=0).stest([0]), ValueError, "maxiter: expected at least 1, got 0"),
     ("negative rtol", lambda: module(rtol=-1.0).stest([0]), ValueError, "rtol, atol: expected tolerances >= 0, got -1.0 and 0.0"),

@@ -389,7 +389,7 @@ def indefinite() -> Tensor:
 def test_an_indefinite_matrix_is_flagged_and_judged_by_the_true_residual() -> None:
     matrix, rows = indefinite(), torch.randn(K, D, dtype=torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore")
         x, report = cg(Dense(matrix), rows, rtol=1e-8)
     assert report.negative_curvature.all()
     assert torch.equal(report.converged, relative_residuals(matrix, x, rows) <= 1e-8)
@@ -400,13 +400,18 @@ def test_an_indefinite_matrix_is_flagged_and_judged_by_the_true_residual() -> No
 
 
 def test_negative_curvature_is_in_the_warning() -> None:
-    with pytest.warns(ConvergenceWarning, match="negative curvature was met"):
-        cg(Dense(indefinite()), torch.randn(K, D, dtype=torch.float64), rtol=1e-8, maxiter=D // 2)
+    rows = torch.randn(K, D, dtype=torch.float64)
+    with (
+        pytest.warns(NegativeCurvatureWarning, match="damping larger by at least 1.2"),
+        pytest.warns(ConvergenceWarning, match="raise damp"),
+    ):
+        cg(Dense(indefinite()), rows, rtol=1e-8, maxiter=D // 2)
 
 
 def test_a_negative_definite_matrix_is_solved_and_flagged() -> None:
     matrix, rows = -positive_definite(), torch.randn(K, D, dtype=torch.float64)
-    x, report = cg(Dense(matrix), rows, rtol=1e-13)
+    with pytest.warns(NegativeCurvatureWarning, match=r"eigenvalue is -1 or less"):
+        x, report = cg(Dense(matrix), rows, rtol=1e-13)
     assert report.negative_curvature.all()
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
 

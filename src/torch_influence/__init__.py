@@ -5,7 +5,13 @@ from importlib.metadata import version as _version
 
 from torch_influence.objective import BaseObjective
 from torch_influence.ops import backend_info, self_test
-from torch_influence.solvers import ConvergenceWarning, DivergenceWarning, NegativeCurvatureWarning, SolveReport
+from torch_influence.solvers import (
+    ConvergenceWarning,
+    DivergenceWarning,
+    NegativeCurvatureWarning,
+    SolveError,
+    SolveReport,
+)
 from torch_influence.ranking import Ranking, TopInfluences
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
@@ -24,6 +30,7 @@ __all__ = [
     "LiSSAInfluenceModule",
     "NegativeCurvatureWarning",
     "Ranking",
+    "SolveError",
     "SolveReport",
     "TopInfluences",
     "backend_info",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import DualFactor, Factor, block_cg, cg
+from torch_influence.solvers import DualFactor, Factor, OnFailure, block_cg, cg
 
 __all__ = ["InfluenceModule"]
 
@@ -45,15 +44,13 @@ class InfluenceModule(BaseInfluenceModule):
     - ``"cg"``: conjugate gradients on all rows at once, each on its own. For one or few queries.
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
+        params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature: A = ∇²L(θ) + λI.
         gnh: the Gauss-Newton matrix, positive semi-definite for convex losses, in place of the Hessian.
         solver: "auto", or one of the above.
         rtol, atol: a row is solved when |b - Ax| <= max(rtol |b|, atol), for the iterative solvers.
         maxiter: iterations at the most; 10 d by default.
-
-    Attributes:
-        last_report: how the last solve went, a SolveReport.
 
     Raises:
         ValueError: an unknown solver; ``solver="dual"``, and there is no dual system.
@@ -92,12 +89,21 @@ class InfluenceModule(BaseInfluenceModule):
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
+        on_failure: OnFailure = "warn",
     ) -> None:
         if solver != "auto" and solver not in _SOLVERS:
             known = ", ".join(repr(name) for name in ["auto", *_SOLVERS])
             raise ValueError(f"solver: expected one of {known}, got {solver!r}")
         super().__init__(
-            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+            model,
+            objective,
+            train_loader,
+            test_loader,
+            device,
+            params=params,
+            progress=progress,
+            cache=cache,
+            on_failure=on_failure,
         )
         self.damp = damp
         self.gnh = gnh
@@ -127,13 +133,21 @@ class InfluenceModule(BaseInfluenceModule):
                     self._dual, self._refused_with = str(why), self.damp
                     solver = self._taken(ranked)
             if solver == "direct":
-                x, self.last_report = self._current_factor().solve(rows)
+                x = self._solved(self._current_factor().solve, rows)
             elif solver == "dual":
-                x, self.last_report = self._current_dual_factor().solve(rows, rtol=self.rtol, atol=self.atol)
+                options = {"rtol": self.rtol, "atol": self.atol, "on_failure": self.on_failure}
+                x = self._solved(self._current_dual_factor().solve, rows, **options)
             else:
-                iterate = functools.partial(block_cg if solver == "block" else cg, progress=self._bar)
-                operator = self._curvature().damped(self.damp)
-                x, self.last_report = iterate(operator, rows, rtol=self.rtol, atol=self.atol, maxiter=self.maxiter)
+                x = self._solved(
+                    block_cg if solver == "block" else cg,
+                    self._curvature().damped(self.damp),
+                    rows,
+                    rtol=self.rtol,
+                    atol=self.atol,
+                    maxiter=self.maxiter,
+                    on_failure=self.on_failure,
+                    progress=self._bar,
+                )
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
@@ -209,7 +223,7 @@ class InfluenceModule(BaseInfluenceModule):
             self._factor = None  # before another one is made
             matrix = self._curvature().dense()
             matrix.diagonal().add_(self.damp)
-            self._factor, self._factored_with = Factor(matrix), self.damp
+            self._factor, self._factored_with = Factor(matrix, on_failure=self.on_failure), self.damp
         return self._factor
 
     def _forget(self) -> None:

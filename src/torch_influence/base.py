@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Plan, Step
 from torch_influence.resident import Cache, budget
-from torch_influence.solvers import SolveReport
+from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on_failure
 
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
@@ -58,6 +58,12 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             augmentation) are kept only with True, which freezes one draw, with a warning. A data set that changes is
             read again: its length, its attributes, its tensors and three of its examples are looked at in each call.
             After other edits (an example in a NumPy array or a file) call ``clear_cache()``.
+        on_failure: what to do when a solve fails: "warn" (ConvergenceWarning, DivergenceWarning,
+            NegativeCurvatureWarning), "raise" (a SolveError, which has the solution and the report), or "ignore".
+
+    Attributes:
+        last_report: how the solves of the last public call that solved went, a SolveReport; None before that, and
+            after a call that was interrupted in its first solve.
 
     A subclass implements ``inverse_hvp``. It gets one vector [d] at a time, or rows [k, d] if it sets the class
     attribute ``batched = True``. ``hvp``, ``batches`` and ``flat_parameters`` are there to build it from.
@@ -86,6 +92,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
+        on_failure: OnFailure = "warn",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -93,6 +100,8 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             raise TypeError(
                 f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
             )
+        check_on_failure(on_failure)
+        self.on_failure = on_failure
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.objective = objective
@@ -100,7 +109,8 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
         self.test_loader = test_loader
         self.progress = progress
         self._cache = cache
-        self.last_report: SolveReport | None = None
+        self._reports: list[SolveReport] = []
+        self._calls = self._call_of_reports = 0
 
         self._space = ParameterSpace(model, params)
         self._evaluation = Evaluation(model, objective, self._space)
@@ -260,6 +270,15 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
                 gradients[positions] = rows
             return self._inverse_rows(gradients)
 
+    @property
+    def last_report(self) -> SolveReport | None:
+        """How the solves of the last public call that solved went: a SolveReport, or None."""
+        return SolveReport.joined(self._reports) if self._reports else None
+
+    @last_report.setter
+    def last_report(self, report: SolveReport | None) -> None:
+        self._reports = [] if report is None else [report]
+
     # -- for the modules of this package ------------------------------------------------------------------------------
 
     def _curvature(self) -> Curvature | LinearHead:
@@ -271,6 +290,19 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
             head = linear_head(plain, streamed=not self.samples)
             self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
         return self._operator
+
+    def _solved(self, solve: Callable[..., tuple[Tensor, SolveReport]], *args: Any, **options: Any) -> Tensor:
+        """The solution, after its report has been put beside those of the same public call. Inside a session."""
+        if self._call_of_reports != self._calls:
+            self._reports, self._call_of_reports = [], self._calls
+        try:
+            x, report = solve(*args, **options)
+        except SolveError as error:
+            if error.report is not None:
+                self._reports.append(error.report)
+            raise
+        self._reports.append(report)
+        return x
 
     def _solver(self, queries: int) -> Step:
         """How so many right-hand sides are solved for. Inside a session."""
@@ -320,6 +352,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
 
     def _refresh(self) -> None:
         """Drops what is kept and is no longer true. Called when a public method begins."""
+        self._calls += 1
         for batches in self._opened():
             batches.refresh()
         now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,56 @@ class Dense(LinearOperator):
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.matrix
+
+
+class Multiplied(LinearOperator):
+    """Somebody else's product, as an operator."""
+
+    def __init__(self, multiply: Callable[[Tensor], Any], like: Tensor) -> None:
+        self._multiply = multiply
+        self.size, self.dtype, self.device = like.shape[-1], like.dtype, like.device
+
+    def product(self, rows: Tensor) -> Tensor:  # noqa: D102
+        product = torch.as_tensor(self._multiply(rows))
+        if product.shape != rows.shape:
+            raise ValueError(f"A: expected a product of shape {list(rows.shape)}, got {list(product.shape)}")
+        return product.detach().to(rows, copy=True)
+
+
+def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
+    """Whatever multiplies, as a LinearOperator for rows like ``like`` [k, d].
+
+    Args:
+        A: symmetric; a LinearOperator of this package; a tensor or array [d, d]; an object that multiplies columns
+            with ``@``: torch's (curvlinops' operators, say) if it takes tensors, else NumPy's (SciPy's sparse matrices
+            and linear operators), on the host; or a callable from rows [k, d] to rows [k, d].
+        like: of the rows' d, dtype and device.
+
+    Raises:
+        TypeError: none of these. ValueError: a size, dtype or device other than the rows'.
+    """
+    d = like.shape[-1]
+    if isinstance(A, LinearOperator):
+        if (A.size, A.dtype, torch.device(A.device)) != (d, like.dtype, like.device):
+            raise ValueError(
+                f"A: expected size {d}, {like.dtype} on {like.device}, as the right-hand sides are, got size {A.size}, "
+                f"{A.dtype} on {A.device}"
+            )
+        return A
+    shape = tuple(getattr(A, "shape", (d, d)))
+    if shape != (d, d):
+        raise ValueError(
+            f"A: expected shape [{d}, {d}], since right-hand sides are rows of length {d}, got {list(shape)}"
+        )
+    if isinstance(A, Tensor | np.ndarray):
+        return Dense(torch.as_tensor(A).detach().to(like))
+    if hasattr(A, "__matmul__"):
+        if type(A).__module__.partition(".")[0] == "scipy":
+            return Multiplied(lambda rows: (A @ rows.cpu().numpy().T).T, like)
+        return Multiplied(lambda rows: (A @ rows.mT).mT, like)
+    if callable(A):
+        return Multiplied(A, like)
+    raise TypeError(f"A: expected a matrix, an operator with @ or a callable on rows [k, d], got {type(A).__name__}")
 
 
 class Dual(LinearOperator):

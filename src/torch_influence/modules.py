@@ -16,7 +16,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import Factor, cg, lissa
+from torch_influence.solvers import Factor, OnFailure, cg, lissa
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
 
@@ -27,7 +27,8 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     The matrix stays that of the construction: a warning says so if the parameters have changed since.
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
+        params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the Hessian's diagonal.
         check_eigvals: raise if A has a negative eigenvalue. Without it an indefinite A is solved by LU, with a warning.
 
@@ -64,9 +65,18 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
+        on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__(
-            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+            model,
+            objective,
+            train_loader,
+            test_loader,
+            device,
+            params=params,
+            progress=progress,
+            cache=cache,
+            on_failure=on_failure,
         )
         self.damp = damp
         refuse_if_too_large(self._space, self.device, type(self).__name__)
@@ -81,7 +91,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
                     f"the damped Hessian has a negative eigenvalue, {smallest:.6g}: damp={damp:g} is too small by at "
                     "least that much, or the model is not at a minimum of its training objective"
                 )
-        self._factor = Factor(damped)
+        self._factor = Factor(damped, on_failure=on_failure)
         self._factored_with = damp
         self._inverse: Tensor | None = None
 
@@ -95,8 +105,8 @@ class AutogradInfluenceModule(BaseInfluenceModule):
                 UserWarning,
                 stacklevel=3,
             )
-        x, self.last_report = self._current_factor().solve(rows)
-        return x.reshape(vec.shape)
+        with self._evaluation.session():
+            return self._solved(self._current_factor().solve, rows).reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
         kind = "Cholesky" if self._current_factor().definite else "LU"
@@ -112,7 +122,8 @@ class AutogradInfluenceModule(BaseInfluenceModule):
 
     def _current_factor(self) -> Factor:
         if self.damp != self._factored_with:
-            self._factor, self._factored_with, self._inverse = Factor(self._damped()), self.damp, None
+            self._factor = Factor(self._damped(), on_failure=self.on_failure)
+            self._factored_with, self._inverse = self.damp, None
         return self._factor
 
     def _damped(self) -> Tensor:
@@ -136,14 +147,12 @@ class CGInfluenceModule(BaseInfluenceModule):
     """Solves by conjugate gradients, all right-hand sides at once, on the device.
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
+        params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature: A = ∇²L(θ) + λI.
         gnh: the Gauss-Newton matrix, positive semi-definite for convex losses, in place of the Hessian.
         **kwargs: those of ``scipy.sparse.linalg.cg``: rtol (or its older name tol), atol, maxiter, x0, M, callback,
             with its meanings and defaults. See ``torch_influence.solvers.cg``.
-
-    Attributes:
-        last_report: how the last solve went, a SolveReport.
 
     Raises:
         TypeError: an unknown keyword.
@@ -175,9 +184,10 @@ class CGInfluenceModule(BaseInfluenceModule):
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
+        on_failure: OnFailure = "warn",
         **kwargs: Any,
     ) -> None:
-        known = inspect.signature(cg).parameters.keys() - {"operator", "rows", "progress"} | {"tol"}
+        known = inspect.signature(cg).parameters.keys() - {"A", "B", "progress", "on_failure"} | {"tol"}
         for name in kwargs:
             if name not in known:
                 raise TypeError(
@@ -186,7 +196,15 @@ class CGInfluenceModule(BaseInfluenceModule):
         if {"tol", "rtol"} <= kwargs.keys():
             raise TypeError("CGInfluenceModule got both rtol and tol, which is its older name; give one")
         super().__init__(
-            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+            model,
+            objective,
+            train_loader,
+            test_loader,
+            device,
+            params=params,
+            progress=progress,
+            cache=cache,
+            on_failure=on_failure,
         )
         self.damp = damp
         self.gnh = gnh
@@ -199,7 +217,7 @@ class CGInfluenceModule(BaseInfluenceModule):
         options = {"rtol" if name == "tol" else name: value for name, value in self.cg_kwargs.items()}
         with self._evaluation.session():
             operator = self._curvature().damped(self.damp)
-            x, self.last_report = cg(operator, rows, **options, progress=self._bar)
+            x = self._solved(cg, operator, rows, **options, on_failure=self.on_failure, progress=self._bar)
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
@@ -212,7 +230,8 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         h₀ = v,   h_t = v + h_{t-1} - (H_t + damp·I) h_{t-1} / scale,   A⁻¹v ≈ mean over repeats of h_depth / scale
 
     Args:
-        model, objective, train_loader, test_loader, device, params, progress, cache: see BaseInfluenceModule.
+        model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
+        params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature; it is not multiplied by ``scale``.
         repeat: independent runs that are averaged.
         depth: steps of each.
@@ -254,10 +273,19 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
+        on_failure: OnFailure = "warn",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
-            model, objective, train_loader, test_loader, device, params=params, progress=progress, cache=cache
+            model,
+            objective,
+            train_loader,
+            test_loader,
+            device,
+            params=params,
+            progress=progress,
+            cache=cache,
+            on_failure=on_failure,
         )
         self.damp = damp
         self.gnh = gnh
@@ -272,7 +300,8 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         """An estimate of A⁻¹ v for [d] or rows [k, d]; rows share the minibatches."""
         rows = self._as_rows(vec, "vec")
         with self._evaluation.session():
-            x, self.last_report = lissa(
+            x = self._solved(
+                lissa,
                 self._curvature().damped(self.damp),
                 rows,
                 repeat=self.repeat,
@@ -280,6 +309,7 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
                 scale=self.scale,
                 generator=self.generator,
                 callback=self.debug_callback,
+                on_failure=self.on_failure,
                 progress=self._bar,
             )
         return x.reshape(vec.shape)

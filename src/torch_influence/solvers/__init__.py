@@ -1,16 +1,21 @@
 """Solvers of A x = b for many right-hand sides at once. They see a linear operator, never a model or data."""
 
-from torch_influence.solvers._base import (
+from torch_influence.solvers._block_cg import block_cg
+from torch_influence.solvers._cg import cg
+from torch_influence.solvers._direct import Factor, direct
+from torch_influence.solvers._dual import DualFactor
+from torch_influence.solvers._lanczos import RitzValues, lanczos
+from torch_influence.solvers._lissa import lissa
+from torch_influence.solvers._preconditioners import Preconditioner
+from torch_influence.solvers._report import (
     ConvergenceWarning,
     DivergenceWarning,
     NegativeCurvatureWarning,
+    OnFailure,
+    SolveError,
     SolveReport,
+    check_on_failure,
 )
-from torch_influence.solvers._block_cg import block_cg
-from torch_influence.solvers._cg import cg
-from torch_influence.solvers._direct import Factor
-from torch_influence.solvers._dual import DualFactor
-from torch_influence.solvers._lissa import lissa
 
 __all__ = [
     "ConvergenceWarning",
@@ -18,8 +23,15 @@ __all__ = [
     "DualFactor",
     "Factor",
     "NegativeCurvatureWarning",
+    "OnFailure",
+    "Preconditioner",
+    "RitzValues",
+    "SolveError",
     "SolveReport",
     "block_cg",
     "cg",
+    "check_on_failure",
+    "direct",
+    "lanczos",
     "lissa",
 ]

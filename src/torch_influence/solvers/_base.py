@@ -1,77 +1,33 @@
-"""What every solver tells of its work and how it warns, and what iterative solvers share."""
+"""What iterative solvers share: their options, the limit of the arithmetic, how they end."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_influence.linop import LinearOperator, aslinearoperator
+from torch_influence.solvers._report import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, SolveReport, fail
+
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
-
-class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped before it reached the tolerance it was asked for."""
-
-
-class DivergenceWarning(ConvergenceWarning):
-    """An iteration grew without bound; its result is not usable."""
-
-
-class NegativeCurvatureWarning(UserWarning):
-    """The matrix is not positive definite: influence is then not that of a minimum."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolveReport:
-    """How a solve went, one entry per right-hand side.
-
-    Attributes:
-        method: the solver's name.
-        iterations: [k], int64.
-        residual: [k], float64, |b - Ax| / |b| computed from its definition at the end; NaN where it is not known.
-        converged: [k], bool, residual within the tolerance.
-        precision_limit: [k], bool, stopped above the tolerance because the arithmetic reaches no further.
-        negative_curvature: [k], bool, p'Ap <= 0 was met on the way.
-        products: multiplications by the curvature, each for all rows still at work.
-        seconds: wall time.
-    """
-
-    method: str
-    iterations: Tensor
-    residual: Tensor
-    converged: Tensor
-    precision_limit: Tensor
-    negative_curvature: Tensor
-    products: int
-    seconds: float
-
-    def __str__(self) -> str:
-        k = len(self.iterations)
-        if k == 0:
-            return f"{self.method}: no right-hand sides"
-        parts = [f"{self.method}: {int(self.converged.sum())} of {k} converged"]
-        if self.precision_limit.any():
-            parts.append(f"{int(self.precision_limit.sum())} at the limit of the arithmetic")
-        if self.products:
-            low, high = int(self.iterations.min()), int(self.iterations.max())
-            parts.append(f"{low if low == high else f'{low} to {high}'} iterations, {self.products} products")
-        known = self.residual[~self.residual.isnan()]
-        if len(known):
-            parts.append(f"largest relative residual {float(known.max()):.1e}")
-        if self.negative_curvature.any():
-            parts.append(f"negative curvature met in {int(self.negative_curvature.sum())}")
-        return ", ".join([*parts, f"{self.seconds:.2f} s"])
-
-
-# -- iterative solvers: their options, the limit of the arithmetic, their warning --------------------------------------
 
 # A product of d terms through a network carries some tens of roundings: below this many units of |A||x| + |b| a
 # residual is rounding, not lack of iterations.
 _ROUNDINGS = 32
+
+
+def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:
+    """The operator and the right-hand sides as rows [k, d]; B may be one vector [d], and an array."""
+    rows = torch.as_tensor(B).detach()
+    if rows.dim() not in (1, 2):
+        raise ValueError(f"B: expected right-hand sides as rows [k, d], or one [d], got shape {list(rows.shape)}")
+    if not rows.is_floating_point():
+        raise TypeError(f"B: expected floating point numbers, got {rows.dtype}")
+    rows = rows.reshape(-1, rows.shape[-1])
+    return aslinearoperator(A, rows), rows
 
 
 def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> int:
@@ -94,6 +50,11 @@ def first_guess(x0: Any, rows: Tensor) -> Tensor | None:
     return guess.expand_as(rows).clone()
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What rounding makes of a product, relative to |A||x|."""
+    return _ROUNDINGS * torch.finfo(dtype).eps
+
+
 def norms(a: Tensor) -> Tensor:
     """|a| of each row, float64."""
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
@@ -101,27 +62,66 @@ def norms(a: Tensor) -> Tensor:
 
 def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
     """The residual norm [k] below which all is rounding; ``largest`` is a lower bound of |A|, ``size`` is |b|."""
-    limit = _ROUNDINGS * torch.finfo(x.dtype).eps * (largest * norms(x) + size)
+    limit = rounding(x.dtype) * (largest * norms(x) + size)
     return torch.minimum(limit, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
 
 
-def warn_of_failures(report: SolveReport, rtol: float, limit: int, dtype: torch.dtype) -> None:
-    """For solvers that a module's ``inverse_hvp`` calls: the warning points at who called that."""
-    usable = report.residual <= torch.finfo(dtype).eps ** 0.5  # half of the digits
+def conclude(
+    x: Tensor, report: SolveReport, *, limit: int, on_failure: OnFailure, cures: str = "", preconditioned: bool = False
+) -> tuple[Tensor, SolveReport]:
+    """What an iterative solver returns: x, NaN where nothing is known of it, and the report, after all is told.
+
+    Args:
+        x: [k, d]; written to.
+        report: of the solve.
+        limit: of the iterations.
+        on_failure: "warn", "raise" or "ignore".
+        cures: what else than damping helps where the matrix is indefinite.
+        preconditioned: whether the report's eigenvalues are of M A.
+    """
+    found: list[Warning] = []
+    k = len(report.residual)
+    usable = report.residual <= torch.finfo(x.dtype).eps ** 0.5  # half of the digits
     failed = ~(report.converged | report.precision_limit & usable)
-    if not failed.any():
-        return
-    worst = float(report.residual[failed].max())
-    k = len(failed)
-    if bool(report.negative_curvature[failed].any()):
-        cure = "negative curvature was met: the matrix is indefinite; raise damp, or use gnh=True"
-    elif int(report.iterations[failed].max()) >= limit:
-        cure = "raise maxiter, or raise damp"
-    else:
-        cure = f"raise damp, loosen rtol, or use more precision than {dtype}"
-    warnings.warn(
-        f"{report.method} did not converge for {int(failed.sum())} of {k} right-hand sides: relative residual "
-        f"{worst:.1e} where rtol={rtol:g} was asked for, after {int(report.iterations.max())} iterations; {cure}",
-        ConvergenceWarning,
-        stacklevel=4,
+    unknown = ~report.residual.isfinite()
+    if unknown.any():
+        x[unknown.to(x.device)] = torch.nan
+        found.append(
+            ConvergenceWarning(
+                f"{report.method} failed for {int(unknown.sum())} of {k} right-hand sides: the right-hand side or a "
+                f"product with the curvature is not finite (NaN or infinity in data or parameters, or an overflow of "
+                f"{x.dtype}); the solution is NaN there. Look for NaN in the data, scale the loss down, or use float64"
+            )
+        )
+    if report.negative_curvature.any():
+        found.append(_negative_curvature(report, k, cures, preconditioned))
+    failed &= ~unknown
+    if failed.any():
+        if bool(report.negative_curvature[failed].any()):
+            cure = "raise damp"
+        elif int(report.iterations[failed].max()) >= limit:
+            cure = "raise maxiter, or raise damp"
+        else:
+            cure = f"raise damp, loosen rtol, or use more precision than {x.dtype}"
+        found.append(
+            ConvergenceWarning(
+                f"{report.method} did not converge for {int(failed.sum())} of {k} right-hand sides: relative residual "
+                f"{float(report.residual[failed].max()):.1e} where rtol={report.rtol:.3g} was asked for"
+                f"{f', after {steps} iterations' if (steps := int(report.iterations[failed].max())) else ''}; {cure}"
+            )
+        )
+    fail(found, on_failure, x, report)
+    return x, report
+
+
+def _negative_curvature(report: SolveReport, k: int, cures: str, preconditioned: bool) -> Warning:
+    smallest = report.eigenvalues[0]
+    seen, enough = "", "raise damp"
+    if smallest < 0 and not preconditioned:
+        seen = f", its smallest eigenvalue is {smallest:.3g} or less"
+        enough = f"damping larger by at least {-1.1 * smallest:.3g} makes it definite"
+    return NegativeCurvatureWarning(
+        f"{report.method} met negative curvature in {int(report.negative_curvature.sum())} of {k} right-hand sides: "
+        f"the matrix is not positive definite{seen}. Scores are those of a saddle point; {enough}, gnh=True does for "
+        f"convex losses{cures}"
     )

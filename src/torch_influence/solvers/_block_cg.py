@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -9,32 +10,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, Multiplied
 from torch_influence.solvers._base import (
     Progress,
-    SolveReport,
+    conclude,
     first_guess,
     iteration_limit,
     norms,
     reachable,
-    warn_of_failures,
+    rounding,
+    system,
 )
-from torch_influence.solvers._cg import iterate
+from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
+from torch_influence.solvers._lanczos import lanczos
+from torch_influence.solvers._report import Extremes, OnFailure, Seen, SolveReport, check_on_failure
 
+_LARGEST_EIGH = 500
 _TILE = 1 << 20  # entries of the float64 copy of a part of the rows: 8 MB
 
 
 def block_cg(
-    operator: LinearOperator,
-    rows: Tensor,
+    A: Any,
+    B: Any,
     *,
+    x0: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     maxiter: int | None = None,
-    x0: Any = None,
+    history: bool = False,
+    on_failure: OnFailure = "warn",
     progress: Progress | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """Solves A x = b for each row b of ``rows`` [k, d], each from the Krylov space of all of them.
+    """Solves A x = b for each row b of ``B`` [k, d], each from the Krylov space of all of them.
 
         W = (P A Pᵀ)⁻¹,   X ← X + T W P,   L Q = Q - W P A,   T ← T L,   P ← Q + Lᵀ P
 
@@ -48,24 +55,28 @@ def block_cg(
     are. The report's method says so.
 
     Args:
-        operator: A, symmetric positive definite; where it turns out not to be, that is reported as by ``cg``.
-        rows: [k, d] in the operator's dtype, on its device; their sizes may differ by any factor. A row that is not
-            finite is left out and not converged.
+        A: symmetric positive definite, given as in ``cg``; where it turns out not to be, that is reported as by ``cg``.
+        B: [k, d] or [d], on A's device; the sizes of rows may differ by any factor. One that is not finite is left out.
         rtol: relative tolerance.
         atol: absolute tolerance.
         maxiter: iterations at the most, of block and single rows together; 10 d by default.
         x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
+        history: keep the residuals of every iteration in the report; those of rows that go on by ``cg`` up to there.
+        on_failure: "warn", "raise" (a ``SolveError``, which has the solution and the report) or "ignore".
         progress: wraps the iterations in a progress bar.
 
     Returns:
-        x [k, d] and the report. A row's iterations are those until its recurrence was within tolerance.
+        x, of B's shape, and the report. A row's iterations are those until its recurrence was within tolerance. x is
+        NaN in rows of which nothing is known: b or a product is not finite.
 
     Raises:
-        ValueError: a shape, a tolerance or ``maxiter`` that makes no sense.
+        TypeError, ValueError: an argument that makes no sense.
+        SolveError: with ``on_failure="raise"``, in place of the warnings.
 
     Warns:
         ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least half
             of the digits right.
+        NegativeCurvatureWarning: as ``cg``.
 
     Cost:
         iterations + 1 products (2 without an exact zero start), at most about d/k iterations where rounding is no
@@ -78,8 +89,10 @@ def block_cg(
         can be had at any condition number; its second pass is left out where the first has lost no digits.
     """
     start = time.perf_counter()
+    check_on_failure(on_failure)
+    operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
-    block = _Block(operator, rows, first_guess(x0, rows), torch.clamp(rtol * norms(rows), min=atol))
+    block = _Block(operator, rows, first_guess(x0, rows), torch.clamp(rtol * norms(rows), min=atol), history)
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "block conjugate gradients", None)  # no total: it stops long before the limit
@@ -90,9 +103,12 @@ def block_cg(
         if not block.going.any():
             block.settle()
     block.finish(limit)
-    report = block.report(time.perf_counter() - start)
-    warn_of_failures(report, rtol, limit, rows.dtype)
-    return block.x.mul_(block.scale), report
+    report = dataclasses.replace(block.report(time.perf_counter() - start), rtol=rtol)
+    x = block.x.mul_(block.scale)
+    conclude(
+        x, report, limit=limit, on_failure=on_failure, cures=', and minres (solver="minres") takes indefinite matrices'
+    )
+    return x.reshape(torch.as_tensor(B).shape), report
 
 
 class _Block:
@@ -106,11 +122,16 @@ class _Block:
         at_work: rows in the present run, which are judged when it ends.
         going: those of them that the recurrence says are not done.
         handed: rows left to row-wise conjugate gradients.
+        krylov: what of the space has been seen.
+        history: relative residual norms [k] of each step, if kept.
     """
 
-    def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor) -> None:
+    def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, history: bool) -> None:
         self.operator, self.b = operator, b
         self.products = self.steps = 0
+        self.krylov = _BlockTridiagonal()
+        self.history: list[Tensor] | None = [] if history else None
+        self.single: Extremes | None = None
         size = norms(b)
         exponent = torch.frexp(size).exponent.clamp(-126, 126)  # float32 holds them and their inverses
         scale = torch.ldexp(torch.ones_like(size), exponent)
@@ -128,6 +149,8 @@ class _Block:
         self.largest = b.new_zeros(())  # a lower bound of |A|
         self.at_work = self.size.isfinite() & ~self.converged
         which = self.at_work.nonzero().flatten()
+        if self.history is not None:
+            self.history.append(torch.where(self.size > 0, 1.0, 0.0).double())
         self.begin(which, self.scaled(which) if x is None or not len(which) else self.true_residual(which))
 
     def product(self, rows: Tensor) -> Tensor:
@@ -159,6 +182,7 @@ class _Block:
         # A start is the turn of a step whose directions were zero.
         self.q = r[again.to(r.device)]
         self.p = torch.zeros_like(self.q)
+        self.krylov.start()
         self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64)
         self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64)
         if len(self.q):
@@ -168,11 +192,16 @@ class _Block:
         z = self.product(self.p)
         self.steps += 1
         # In the rows' own precision: it is but an estimate, and takes 40 times as long in float64.
-        ratio = torch.linalg.vector_norm(z, dim=1) / torch.linalg.vector_norm(self.p, dim=1)
+        size = torch.linalg.vector_norm(self.p, dim=1)
+        ratio = torch.linalg.vector_norm(z, dim=1) / size
         self.largest = torch.maximum(self.largest, ratio.max())
-        inverse = self.inverse_curvature(_gram(self.p, z))
+        curvature = _gram(self.p, z)
+        inverse = self.inverse_curvature(curvature)
         if inverse is None:
             return self.hand_over()
+        quotients = curvature.diagonal() / size.cpu().double().square()
+        sound = rounding(z.dtype) * float(self.largest) <= DIGITS_OF_RITZ * float(quotients.min())
+        self.krylov.step(curvature, sound)
         self.iterations += self.going
         lengths, inverse = (self.coefficients @ inverse).to(z), inverse.to(z)
         gram = torch.zeros(len(z), len(z), dtype=torch.float64, device=z.device)
@@ -191,15 +220,25 @@ class _Block:
         size = diagonal.abs().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         unit = 0.5 * (curvature + curvature.mT) / (size[:, None] * size)
         # The 2-norm of a matrix of m x m roundings.
-        rounding = 2 * len(unit) ** 0.5 * torch.finfo(self.q.dtype).eps
+        noise = 2 * len(unit) ** 0.5 * torch.finfo(self.q.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(unit)
         if failed:
-            self.negative |= self.going & bool(torch.linalg.eigvalsh(unit)[0] < -rounding)
+            self.look_for_negative(curvature)
             return None
         inverse = torch.cholesky_inverse(factor)
-        if not torch.linalg.matrix_norm(inverse) * rounding < 1:
+        if not torch.linalg.matrix_norm(inverse) * noise < 1:
             return None
         return inverse / (size[:, None] * size)
+
+    def look_for_negative(self, curvature: Tensor) -> None:
+        """Whether P A Pᵀ is negative in some direction beyond rounding, by the directions' Rayleigh quotients."""
+        lower, failed = torch.linalg.cholesky_ex(_gram(self.p, self.p))
+        if failed:
+            return  # directions that can't be told apart tell nothing; row by row it shows
+        half = torch.linalg.solve_triangular(lower, curvature, upper=False)
+        quotients = torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
+        self.negative |= self.going & bool(quotients[0] < -rounding(self.q.dtype) * float(self.largest))
+        self.krylov.quotients = quotients
 
     def turn(self, gram: Tensor) -> None:
         """Q = L (a new orthonormal q), coefficients ← coefficients L, p ← q + Lᵀ p."""
@@ -220,10 +259,13 @@ class _Block:
             factor, inverse, self.coefficients = factor @ keep, keep.mT @ inverse, self.coefficients @ keep
         self.q = _multiply(inverse, self.q)
         self.p = _multiply(factor.mT, self.p, self.q)
+        self.krylov.turn(factor)
 
     def judge(self) -> None:
         """Which rows the recurrence says are done; and whether it makes headway."""
         norm = torch.linalg.vector_norm(self.coefficients, dim=1)
+        if self.history is not None and self.steps >= len(self.history):
+            self.history.append(torch.where(self.going, norm / self.size, torch.nan))
         self.going &= ~(norm <= self.tolerance)
         self.coefficients[~self.going] = 0.0
         if not self.going.any():
@@ -264,6 +306,7 @@ class _Block:
             self.converged[which] = single.converged.cpu()
             self.limited[which] = single.precision_limit.cpu()
             self.negative[which] |= single.negative_curvature.cpu()
+            self.single = single.krylov
         else:
             self.at_work |= self.handed
             self.handed.zero_()
@@ -288,7 +331,63 @@ class _Block:
             negative_curvature=self.negative.to(device),
             products=self.products,
             seconds=seconds,
+            history=None if self.history is None else torch.stack(self.history),
+            krylov=Seen([part for part in (self.krylov, self.single) if part is not None]),
         )
+
+
+class _BlockTridiagonal:
+    """T = Q A Qᵀ of all bases Q that a run has had: what the block has seen of A's spectrum.
+
+    With P_j = Q_j + L_jᵀ P_{j-1} and conjugate directions, D_j = P_j A P_jᵀ: Q_j A Q_jᵀ = D_j + L_jᵀ D_{j-1} L_j and
+    Q_j A Q_{j-1}ᵀ = -L_jᵀ D_{j-1}. That is T = U D Uᵀ with a unit lower triangular U, so D's signs are those of T.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[list[tuple[Tensor, Tensor | None]]] = []
+        self.quotients = torch.empty(0, dtype=torch.float64)  # of directions that led nowhere
+        self._factor: Tensor | None = None
+        self._open = True
+
+    def start(self) -> None:
+        self.runs.append([])
+        self._factor, self._open = None, True
+
+    def turn(self, factor: Tensor) -> None:
+        self._factor = factor if self.runs[-1] else None
+
+    def step(self, curvature: Tensor, sound: bool) -> None:
+        """A run ends, as far as this is concerned, where rounding may have changed the directions' curvature."""
+        self._open &= sound
+        if self._open:
+            self.runs[-1].append((curvature, self._factor))
+
+    def extremes(self) -> tuple[float, float]:
+        values = torch.cat([self.quotients, *(self._values(run) for run in self.runs if run)])
+        return (float(values.min()), float(values.max())) if len(values) else (float("nan"), float("nan"))
+
+    def _values(self, run: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        starts = [0]
+        for curvature, _ in run:
+            starts.append(starts[-1] + len(curvature))
+        if starts[-1] > _LARGEST_EIGH:  # its ends alone, at a fraction of the cost
+            whole = Multiplied(
+                lambda rows: self._times(run, starts, rows), torch.empty(starts[-1], dtype=torch.float64)
+            )
+            return lanczos(whole).values
+        return torch.linalg.eigvalsh(self._times(run, starts, torch.eye(starts[-1], dtype=torch.float64)))
+
+    @staticmethod
+    def _times(run: list[tuple[Tensor, Tensor | None]], starts: list[int], rows: Tensor) -> Tensor:
+        product = torch.zeros_like(rows)
+        for j, (curvature, factor) in enumerate(run):
+            here = slice(starts[j], starts[j + 1])
+            product[:, here] += rows[:, here] @ curvature
+            if factor is not None:
+                before, between = slice(starts[j - 1], starts[j]), run[j - 1][0] @ factor  # D L
+                product[:, here] += rows[:, here] @ (factor.mT @ between) - rows[:, before] @ between
+                product[:, before] -= rows[:, here] @ between.mT
+        return product
 
 
 class _Split(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,65 +15,111 @@ from torch_influence.linop import LinearOperator
 from torch_influence.ops import CGScalars, cg_step
 from torch_influence.solvers._base import (
     Progress,
-    SolveReport,
+    conclude,
     first_guess,
     iteration_limit,
     norms,
     reachable,
-    warn_of_failures,
+    rounding,
+    system,
 )
+from torch_influence.solvers._lanczos import Tridiagonals
+from torch_influence.solvers._preconditioners import as_preconditioner
+from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
+
+DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
 
 def cg(
-    operator: LinearOperator,
-    rows: Tensor,
+    A: Any,
+    B: Any,
     *,
+    x0: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     maxiter: int | None = None,
-    x0: Any = None,
     M: Any = None,
     callback: Callable[[np.ndarray], object] | None = None,
+    truncate: bool = False,
+    history: bool = False,
+    on_failure: OnFailure = "warn",
     progress: Progress | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """Solves A x = b for each row b of ``rows`` [k, d]; one product with A per iteration serves all rows.
+    """Solves A x = b for each row b of ``B`` [k, d]; one product with A per iteration serves all rows.
 
     A row is done when its true residual is within max(rtol·|b|, atol), SciPy's meaning: when the recurrence says so,
-    b - Ax is computed from its definition, and the row goes on from there if rounding had fooled the recurrence, until
-    that no longer helps.
+    b - Ax is computed from its definition and replaces the recurrence's residual; if rounding had fooled it the row
+    goes on from there, until that no longer helps. Then it is at the limit of the arithmetic, about u (|A||x| + |b|).
 
     Args:
-        operator: A, symmetric positive definite. On p'Ap <= 0 the iteration goes on, as SciPy's does, and reports it.
-        rows: [k, d] in the operator's dtype, on its device.
+        A: symmetric positive definite: a matrix, a LinearOperator, an object with ``@`` on columns, a callable on rows
+            (see ``linop.aslinearoperator``). On p'Ap < 0 the iteration goes on, as SciPy's does, and warns: the answer
+            is often good, and is judged by its true residual.
+        B: [k, d] or [d], on A's device.
+        x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
         rtol: relative tolerance.
         atol: absolute tolerance.
         maxiter: iterations at the most; 10 d by default.
-        x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
         M: approximate inverse of A, symmetric positive definite: an array, a sparse matrix, anything with ``matvec``
-            or a callable on ndarrays [d]; or a ``LinearOperator`` of this package, which stays on the device.
+            or a callable on ndarrays [d]; a ``LinearOperator`` of this package, which stays on the device; or
+            ``Jacobi()`` or ``Nystrom(rank)``, made of A on the spot.
         callback: called after each iteration with each unfinished row's iterate, an ndarray [d].
+        truncate: at p'Ap <= 0 a row stops where it is, in place of going on (Steihaug 1983).
+        history: keep the residuals of every iteration in the report.
+        on_failure: "warn", "raise" (a ``SolveError``, which has the solution and the report) or "ignore".
         progress: wraps the iterations in a progress bar.
 
     Returns:
-        x [k, d] and the report.
+        x, of B's shape, and the report. x is NaN in rows of which nothing is known: b or a product is not finite.
 
     Raises:
-        ValueError: a shape, a tolerance or ``maxiter`` that makes no sense.
+        TypeError, ValueError: an argument that makes no sense.
+        SolveError: with ``on_failure="raise"``, in place of the warnings.
 
     Warns:
         ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least half
             of the digits right.
+        NegativeCurvatureWarning: p'Ap < 0 beyond rounding, with the smallest Ritz value and the damping that cures it.
 
     Cost:
         iterations + 1 products (2 without an exact zero start); memory 5 k d. On a GPU an iteration never waits for the
         device, so a row's end is noticed one iteration late, and one product more is made.
+
+    Source:
+        Hestenes and Stiefel (1952); the residual's replacement and its limit as in van der Vorst and Ye (2000).
+
+    Example:
+        >>> x, report = cg(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
+        >>> x.tolist(), report.products
+        ([1.0, 0.5, 0.25], 4)
     """
+    check_on_failure(on_failure)
+    operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
-    precondition = None if M is None else _preconditioner(M, rows)
+    precondition = None if M is None else as_preconditioner(M, operator, rows)
     tolerance = torch.clamp(rtol * norms(rows), min=atol)
-    x, report = iterate(operator, rows, first_guess(x0, rows), tolerance, limit, precondition, callback, progress)
-    warn_of_failures(report, rtol, limit, rows.dtype)
-    return x, report
+    x, report = iterate(
+        operator,
+        rows,
+        first_guess(x0, rows),
+        tolerance,
+        limit,
+        precondition,
+        callback,
+        progress,
+        truncate=truncate,
+        history=history,
+    )
+    report = dataclasses.replace(report, rtol=rtol)
+    conclude(
+        x,
+        report,
+        limit=limit,
+        on_failure=on_failure,
+        cures=', and minres (solver="minres") takes indefinite matrices',
+        preconditioned=M is not None,
+    )
+    return x.reshape(torch.as_tensor(B).shape), report
 
 
 def iterate(
@@ -84,10 +131,13 @@ def iterate(
     precondition: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[np.ndarray], object] | None = None,
     progress: Progress | None = None,
+    *,
+    truncate: bool = False,
+    history: bool = False,
 ) -> tuple[Tensor, SolveReport]:
     """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of."""
     start = time.perf_counter()
-    state = _State(operator, rows, x, tolerance, precondition)
+    state = _State(operator, rows, x, tolerance, precondition, truncate, history)
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
@@ -116,9 +166,13 @@ class _State:
         x: Tensor | None,
         tolerance: Tensor,
         precondition: Callable[[Tensor], Tensor] | None,
+        truncate: bool,
+        history: bool,
     ) -> None:
         k = len(b)
         self.operator, self.b, self.precondition = operator, b, precondition
+        self.truncate, self.history = truncate, history
+        self.log = _Log(k, b.dtype, preconditioned=precondition is not None)
         self.products = 0
         self.all_x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x
         self.residual = norms(b)
@@ -134,6 +188,7 @@ class _State:
         self.p = torch.empty_like(self.r)
         self.late: tuple[Tensor, torch.cuda.Event] | None = None
         norm = norms(self.r)
+        self.first = norm
         self.converged = self.within(norm, self.at_work)
         self.residual[self.converged] = norm[self.converged]
         self.begin(~self.converged)
@@ -154,6 +209,7 @@ class _State:
         if self.precondition is None:
             self.p[which] = self.r[which]
             self.row.rho[which] = norms(self.r[which]).square()
+        self.log.start(self.at_work[which], self.row.rho[which])
 
     def step(self) -> None:
         preconditioned = self.precondition is not None
@@ -161,7 +217,18 @@ class _State:
             z = self.precondition(self.r).detach()
             cg_step(self.x, self.r, self.p, self.scalars, z=z, preconditioned=preconditioned)
         q = self.product(self.p)
+        if self.truncate:
+            self.stop_at_negative_curvature(q)
         cg_step(self.x, self.r, self.p, self.scalars, q=q, preconditioned=preconditioned)
+        if self.history or len(self.log) <= self.b.shape[1]:  # d steps exhaust the space: there is no more to be seen
+            self.log.step(self.at_work, self.scalars)
+
+    def stop_at_negative_curvature(self, q: Tensor) -> None:
+        """Takes rows off before the step that would follow a direction of negative curvature."""
+        stop = (self.row.active != 0) & ((self.p.double() * q.double()).sum(dim=1) <= 0)
+        self.row.active.masked_fill_(stop, 0.0)
+        self.row.negative.masked_fill_(stop, 1.0)
+        self.row.residual.masked_fill_(stop, torch.inf)  # not done: it is judged at the end
 
     def done(self) -> Tensor:
         """Of the rows at work those whose recurrence is within tolerance, by the step's own comparison."""
@@ -239,40 +306,111 @@ class _State:
         scalars = CGScalars(*self.all_scalars)
         limit = reachable(scalars.largest.sqrt(), self.all_x, size)
         relative = torch.where(size > 0, self.residual / size, self.residual)
+        negative = (scalars.negative != 0).cpu()
+        if negative.any() and not self.truncate:
+            negative &= self.log.indefinite()
         return SolveReport(
             method="conjugate gradients",
             iterations=scalars.iterations.long(),
             residual=relative,
             converged=self.converged,
             precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= limit),
-            negative_curvature=scalars.negative != 0,
+            negative_curvature=negative,
             products=self.products,
             seconds=seconds,
+            history=self.log.history(self.first, size) if self.history else None,
+            krylov=self.log,
         )
 
 
-def _preconditioner(M: Any, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    d = rows.shape[1]
-    if isinstance(M, LinearOperator):
-        return M.product
-    if isinstance(M, np.ndarray | Tensor):
-        matrix = torch.as_tensor(M).to(rows)
-        if matrix.shape != (d, d):
-            raise ValueError(f"M: expected shape [{d}, {d}], got {list(matrix.shape)}")
-        return lambda r: r @ matrix.mT
-    if hasattr(M, "shape") and tuple(M.shape) != (d, d):
-        raise ValueError(f"M: expected shape [{d}, {d}], got {list(M.shape)}")
-    if hasattr(M, "matvec"):
-        apply = M.matvec
-    elif hasattr(M, "dot"):
-        apply = M.dot
-    elif callable(M):
-        apply = M
-    else:
-        raise TypeError(f"M: expected an array, sparse matrix, linear operator or callable, got {type(M).__name__}")
+class _Log:
+    """The scalars of every step, on the device until they are asked for, since an iteration must not wait for them."""
 
-    def on_host(r: Tensor) -> Tensor:
-        answers = [np.asarray(apply(row)) for row in r.cpu().numpy()]
-        return torch.as_tensor(np.stack(answers)).to(r).reshape(r.shape)
+    def __init__(self, k: int, dtype: torch.dtype, preconditioned: bool) -> None:
+        self.k, self.dtype, self.preconditioned = k, dtype, preconditioned
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        self.starts: list[tuple[int, Tensor, Tensor]] = []
 
-    return on_host
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def start(self, which: Tensor, rho: Tensor) -> None:
+        self.starts.append((len(self.steps), which, rho))
+
+    def step(self, which: Tensor, scalars: Tensor) -> None:
+        self.steps.append((which, scalars.clone()))
+
+    def history(self, first: Tensor, size: Tensor) -> Tensor:
+        first, size = first.cpu(), size.cpu()
+        norms = first[None]
+        if self.steps:
+            stepped, values = self._unpack()
+            norms = torch.cat([norms, torch.where(stepped, values.residual.sqrt(), torch.nan)])
+        return torch.where(size > 0, norms / size, norms)
+
+    def extremes(self) -> tuple[float, float]:
+        seen = torch.cat([part.flatten() for part in self._of_each()])
+        seen = seen[~seen.isnan()]
+        if not len(seen):
+            return float("nan"), float("nan")
+        return float(seen.min()), float(seen.max())
+
+    def indefinite(self) -> Tensor:
+        """The rows that met p'Ap < 0, beyond rounding: [k]."""
+        quotients, _, _ = self._of_each()
+        if not quotients.numel():  # no step was taken
+            return torch.zeros(self.k, dtype=torch.bool)
+        return quotients.amin(dim=0) < -rounding(self.dtype) * quotients.abs().amax(dim=0)
+
+    def _of_each(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rayleigh quotients of the directions, [m, k]; the smallest and the largest value of each row's Lanczos matrix.
+
+        The matrix has 1/α and β/α of the steps (Golub and Van Loan, section 11.3.5); where a row started anew, another
+        block begins. Where A is indefinite or singular, p'Ap near zero may have cancelled all digits of an entry: the
+        matrix ends before that. Steps that a row did not take repeat its first entry.
+        """
+        none = torch.empty(0, 0, dtype=torch.float64)
+        if not self.steps:
+            return none, none, none
+        stepped, values = self._unpack()
+        m = len(stepped)
+        begins = torch.zeros(m + 1, self.k, dtype=torch.bool)
+        rho = values.rho if self.preconditioned else torch.cat([values.rho[:1], values.rho[:-1]])
+        for at, which, value in self.starts:
+            begins[min(at, m), which.cpu()] = True
+            if at < m and not self.preconditioned:
+                rho[at, which.cpu()] = value.cpu()
+        linked = stepped[:-1] & stepped[1:] & ~begins[1:m]
+        beta = torch.where(linked, rho[1:] / rho[:-1], 0.0)
+        alpha = torch.where(stepped, values.alpha, 1.0)
+
+        # r is orthogonal to the last p, so |p|² = |r|² + β² |last p|²; with M that is in the norm of its inverse.
+        square = rho.clone()
+        for j in range(1, m):
+            square[j] += beta[j - 1].square() * square[j - 1]
+        first = stepped.int().argmax(dim=0, keepdim=True)
+        quotients = rho / alpha / square
+        quotients = torch.where(stepped, quotients, quotients.gather(0, first))
+
+        pivots, carried = 1 / alpha, beta / alpha[:-1]
+        size = pivots.abs()
+        size[1:] += carried.abs()
+        norm, noise = quotients.abs().amax(dim=0), rounding(self.dtype)
+        lost = (noise * size > DIGITS_OF_RITZ * norm) | (noise * norm > DIGITS_OF_RITZ * quotients.abs())
+        sound = stepped & ~lost.cummax(dim=0).values
+        diagonal = pivots
+        diagonal[1:] += carried
+        diagonal = torch.where(sound, diagonal, quotients.gather(0, first))
+        squares = torch.where(sound[1:], (carried / alpha[:-1]).clamp(min=0), 0.0)
+        some = stepped.any(dim=0)
+        smallest, largest = Tridiagonals(diagonal[:, some], squares[:, some]).extremes_of_each()
+        return quotients, smallest, largest
+
+    def _unpack(self) -> tuple[Tensor, CGScalars]:
+        """Which rows took each step, [m, k], and the scalars after it, [m, k] each, of those that did."""
+        every = torch.zeros(len(self.steps), len(CGScalars._fields), self.k, dtype=torch.float64)
+        for entry, (which, scalars) in zip(every, self.steps, strict=True):
+            entry[:, which.cpu()] = scalars.cpu()
+        values = CGScalars(*every.unbind(1))
+        before = torch.cat([torch.zeros(1, self.k, dtype=torch.float64), values.iterations.cummax(dim=0).values])[:-1]
+        return values.iterations > before, values

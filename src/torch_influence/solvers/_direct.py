@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_influence.solvers._base import NegativeCurvatureWarning, SolveReport
+from torch_influence.solvers._base import conclude, norms, reachable, system
+from torch_influence.solvers._report import (
+    NegativeCurvatureWarning,
+    OnFailure,
+    SolveReport,
+    check_on_failure,
+    fail,
+)
+
+
+def direct(A: Any, B: Any, *, on_failure: OnFailure = "warn") -> tuple[Tensor, SolveReport]:
+    """Solves A x = b for each row b of ``B`` [k, d] by a factorisation of the dense matrix; see ``Factor``.
+
+    Args:
+        A: symmetric, nonsingular, given as in ``cg``; an operator is made dense by d products.
+        B: [k, d] or [d], on A's device.
+        on_failure: "warn", "raise" (a ``SolveError``) or "ignore".
+
+    Returns:
+        x, of B's shape, and the report.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense; A is not finite.
+        torch.linalg.LinAlgError: A is singular.
+
+    Warns:
+        NegativeCurvatureWarning: A is indefinite.
+        ConvergenceWarning: A is so ill-conditioned that half of the digits of a residual are lost, or b is not finite.
+
+    Cost:
+        d³/3 multiplications, d² more per right-hand side; memory 2 d².
+
+    Example:
+        >>> x, report = direct(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
+        >>> x.tolist(), report.method
+        ([1.0, 0.5, 0.25], 'Cholesky')
+    """
+    operator, rows = system(A, B)
+    x, report = Factor(operator.dense(), on_failure=on_failure).solve(rows)
+    return x.reshape(torch.as_tensor(B).shape), report
 
 
 class Factor:
@@ -16,6 +56,7 @@ class Factor:
 
     Args:
         matrix: [d, d], symmetric.
+        on_failure: "warn", "raise" (a ``SolveError``) or "ignore".
 
     Attributes:
         definite: whether it is positive definite.
@@ -32,8 +73,10 @@ class Factor:
         d³/3 multiplications once, d² per right-hand side; memory 2 d².
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        start = time.perf_counter()
+    def __init__(self, matrix: Tensor, *, on_failure: OnFailure = "warn") -> None:
+        check_on_failure(on_failure)
+        self.on_failure = on_failure
+        self.smallest = float("nan")
         self.matrix = matrix
         if not matrix.sum(dtype=torch.float64).isfinite():  # any NaN or infinity shows in it
             raise ValueError(
@@ -53,32 +96,40 @@ class Factor:
                     f"the curvature matrix is singular (smallest eigenvalue {smallest:.3g}): add damping, damp > 0"
                 )
             self._factor = (lu, pivots)
-            warnings.warn(
+            self.smallest = smallest
+            found = NegativeCurvatureWarning(
                 f"the damped curvature is not positive definite: smallest eigenvalue {smallest:.3g}. Scores are "
                 f"those of a saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} "
-                "makes it positive definite, gnh=True (in the iterative modules) does too",
-                NegativeCurvatureWarning,
-                stacklevel=4,
+                "makes it positive definite, gnh=True (in the iterative modules) does for convex losses"
             )
-        self.seconds = time.perf_counter() - start
+            fail([found], on_failure)
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveReport]:
-        """A⁻¹ b for each row b of [k, d], and the report; its residual is |b - Ax| / |b|."""
+        """A⁻¹ b for each row b of [k, d], and the report.
+
+        Warns:
+            ConvergenceWarning: a residual has lost half of the digits, or b is not finite.
+        """
         start = time.perf_counter()
         x = self._solve(rows)
-        size = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-        residual = torch.linalg.vector_norm(rows - x @ self.matrix, dim=-1, dtype=torch.float64)
-        none = torch.zeros(len(rows), dtype=torch.bool)
+        size = norms(rows)
+        residual = norms(rows - x @ self.matrix)
+        rtol = torch.finfo(rows.dtype).eps ** 0.5  # half of the digits
+        converged = residual <= rtol * size
+        limit = reachable(norms(self.matrix).max() if len(self.matrix) else size.new_zeros(()), x, size)
         report = SolveReport(
             method="Cholesky" if self.definite else "LU",
             iterations=torch.zeros(len(rows), dtype=torch.int64),
             residual=torch.where(size > 0, residual / size, residual),
-            converged=x.isfinite().all(dim=-1),
-            precision_limit=none,
-            negative_curvature=none if self.definite else ~none,
+            converged=converged,
+            precision_limit=~converged & residual.isfinite() & (residual <= limit),
+            negative_curvature=torch.full((len(rows),), not self.definite),
             products=0,
             seconds=time.perf_counter() - start,
+            rtol=rtol,
         )
+        known = dataclasses.replace(report, negative_curvature=torch.zeros(len(rows), dtype=torch.bool))
+        conclude(x, known, limit=1, on_failure=self.on_failure)  # the constructor has told of negative curvature
         return x, report
 
     def inverse(self) -> Tensor:

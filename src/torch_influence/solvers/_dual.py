@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_influence.linop import Damped, Dual
-from torch_influence.solvers._base import SolveReport, norms, reachable, warn_of_failures
+from torch_influence.solvers._base import conclude, norms, reachable
+from torch_influence.solvers._report import OnFailure, SolveReport
 
 
 class DualFactor:
@@ -64,7 +65,9 @@ class DualFactor:
                 "precision, or another solver"
             )
 
-    def solve(self, rows: Tensor, *, rtol: float = 1e-5, atol: float = 0.0) -> tuple[Tensor, SolveReport]:
+    def solve(
+        self, rows: Tensor, *, rtol: float = 1e-5, atol: float = 0.0, on_failure: OnFailure = "warn"
+    ) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], to |b - Ax| <= max(rtol·|b|, atol), and the report.
 
         Its iterations are rounds of refinement.
@@ -102,9 +105,9 @@ class DualFactor:
             negative_curvature=torch.zeros(len(rows), dtype=torch.bool),
             products=products,
             seconds=time.perf_counter() - start,
+            rtol=rtol,
         )
-        warn_of_failures(report, rtol, products, rows.dtype)
-        return x, report
+        return conclude(x, report, limit=products, on_failure=on_failure)
 
     def _solve(self, rows: Tensor) -> Tensor:
         """One round."""

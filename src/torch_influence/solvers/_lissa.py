@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from torch_influence.linop import Damped, LinearOperator, Sampled
 from torch_influence.ops import lissa_step
-from torch_influence.solvers._base import DivergenceWarning, Progress, SolveReport
+from torch_influence.solvers._base import Progress
+from torch_influence.solvers._report import DivergenceWarning, OnFailure, SolveReport, fail
 
 
 def lissa(
@@ -23,6 +23,7 @@ def lissa(
     scale: float,
     generator: torch.Generator | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
+    on_failure: OnFailure = "warn",
     progress: Progress | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Estimates A⁻¹ b for each row b of ``rows`` [k, d]; all rows see the same minibatches.
@@ -40,6 +41,7 @@ def lissa(
         scale: what the curvature is divided by; the largest eigenvalue of a minibatch's damped curvature is safe.
         generator: where minibatches are drawn from; torch's default generator if None.
         callback: called as callback(run, step, h) after each step, with a copy of h: [d] for one row, else [k, d].
+        on_failure: "warn", "raise" (a ``SolveError``) or "ignore".
         progress: wraps the steps in a progress bar.
 
     Returns:
@@ -90,11 +92,11 @@ def lissa(
         seconds=time.perf_counter() - start,
     )
     if not bool(finite.all()):
-        warnings.warn(
+        found = DivergenceWarning(
             f"LiSSA diverged for {int((~finite).sum())} of {k} right-hand sides: the result is not finite. "
             f"scale={scale:g} is below half the largest eigenvalue of a minibatch's curvature; raise scale (try 10 "
-            "times as much), or raise damp if the curvature has negative eigenvalues",
-            DivergenceWarning,
-            stacklevel=4,
+            "times as much), or raise damp if the curvature has negative eigenvalues"
         )
+        fail([found], on_failure, total.div_(repeat), report)
+        return total, report
     return total.div_(repeat), report

@@ -1,0 +1,272 @@
+"""What every solver tells of its work, and how it fails aloud: the report, the warnings, the error."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
+
+_PACKAGE = str(Path(__file__).parents[1])
+_ROWS_SHOWN = 8
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before it reached the tolerance it was asked for."""
+
+
+class DivergenceWarning(ConvergenceWarning):
+    """An iteration grew without bound; its result is not usable."""
+
+
+class NegativeCurvatureWarning(UserWarning):
+    """The matrix is not positive definite: influence is then not that of a minimum."""
+
+
+class SolveError(RuntimeError):
+    """A solve failed, and ``on_failure="raise"`` was asked for. Nothing is lost: it carries what was computed.
+
+    Attributes:
+        solution: [k, d], as it would have been returned; None where there is none.
+        report: the SolveReport.
+        warnings: the warnings that would have been given.
+    """
+
+    def __init__(self, found: Sequence[Warning], solution: Tensor | None, report: SolveReport | None) -> None:
+        super().__init__("; ".join(str(warning) for warning in found))
+        self.warnings, self.solution, self.report = list(found), solution, report
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.warnings, self.solution, self.report)
+
+
+class Extremes(Protocol):
+    """Knows eigenvalue estimates that take a moment to compute."""
+
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SolveReport:
+    """How a solve went, one entry per right-hand side; ``print`` it.
+
+    Tensors are on the CPU.
+
+    Attributes:
+        method: the solver's name.
+        iterations: [k], int64.
+        residual: [k], float64, |b - Ax| / |b| computed from its definition at the end (|b - Ax| where b = 0); LiSSA's
+            is an estimate. NaN where it is not known.
+        converged: [k], bool, residual within the tolerance.
+        precision_limit: [k], bool, stopped above the tolerance because the arithmetic reaches no further.
+        negative_curvature: [k], bool, p'Ap < 0 was met on the way, beyond rounding.
+        products: multiplications by the curvature, each for all rows still at work.
+        seconds: wall time.
+        rtol: the relative tolerance that was asked for; NaN if none was.
+        history: [steps + 1, k], float64, the recurrence's relative residuals, NaN where a row was not at work; None
+            unless asked for.
+        standard_error: [k], float64, of an estimate's mean over repeats, relative to the mean; None for exact solvers.
+        krylov: what ``eigenvalues`` are computed from when first asked for.
+    """
+
+    method: str
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+    precision_limit: Tensor
+    negative_curvature: Tensor
+    products: int
+    seconds: float
+    rtol: float = float("nan")
+    history: Tensor | None = None
+    standard_error: Tensor | None = None
+    krylov: Extremes | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                object.__setattr__(self, field.name, value.detach().cpu())
+
+    @functools.cached_property
+    def eigenvalues(self) -> tuple[float, float]:
+        """Estimates of A's smallest and largest eigenvalue, from what the iteration has seen; NaN if it saw none.
+
+        They are Ritz values: A has an eigenvalue at or below the first, and one at or above the second. With a
+        preconditioner M they are those of M A.
+        """
+        return (float("nan"), float("nan")) if self.krylov is None else self.krylov.extremes()
+
+    def __str__(self) -> str:
+        lines = [self._summary(), *self._table()]
+        smallest, largest = self.eigenvalues
+        if smallest == smallest:
+            lines.append(f"eigenvalues seen: {smallest:.3g} to {largest:.3g}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<SolveReport: {self._summary()}>"
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws how the solve went: residuals by iteration if ``history`` was asked for, else each row's last one.
+
+        Args:
+            ax: matplotlib axes to draw into; new ones by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed: ``pip install 'torch-influence[plot]'``.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError("SolveReport.plot needs matplotlib: pip install 'torch-influence[plot]'") from error
+        if ax is None:
+            ax = plt.subplots()[1]
+        if self.history is not None:
+            ax.semilogy(self.history.numpy(), color="tab:blue", linewidth=1, alpha=max(0.1, 1 / len(self.iterations)))
+            ax.set_xlabel("iteration")
+            ax.set_ylabel("|b - Ax| / |b|, by the recurrence")
+        limited = self.precision_limit
+        for which, marker, color, label in (
+            (self.converged, "o", "tab:green", "converged"),
+            (limited, "s", "tab:orange", "limit of the arithmetic"),
+            (~(self.converged | limited), "x", "tab:red", "not converged"),
+        ):
+            if which.any():
+                across = self.iterations if self.history is not None else torch.arange(len(which))
+                ax.semilogy(
+                    across[which], self.residual[which], marker, color=color, label=f"{label} ({int(which.sum())})"
+                )
+        if self.history is None:
+            ax.set_xlabel("right-hand side")
+            ax.set_ylabel("|b - Ax| / |b|")
+        if self.rtol == self.rtol:
+            ax.axhline(self.rtol, color="gray", linestyle="--", linewidth=1, label=f"rtol = {self.rtol:g}")
+        ax.set_title(self.method)
+        ax.legend()
+        return ax
+
+    @classmethod
+    def joined(cls, reports: Sequence[SolveReport]) -> SolveReport:
+        """One report of right-hand sides that were solved in parts."""
+        if len(reports) == 1:
+            return reports[0]
+
+        def cat(name: str) -> Tensor | None:
+            parts = [getattr(report, name) for report in reports]
+            return torch.cat(parts) if all(part is not None for part in parts) else None
+
+        histories = [report.history for report in reports if report.history is not None]
+        longest = max((len(history) for history in histories), default=0)
+        padded = [
+            torch.nn.functional.pad(history, (0, 0, 0, longest - len(history)), value=float("nan"))
+            for history in histories
+        ]
+        rows = {name: cat(name) for name in ("iterations", "residual", "converged", "precision_limit")}
+        return cls(
+            **rows,  # type: ignore[arg-type]  # these are never None
+            negative_curvature=torch.cat([report.negative_curvature for report in reports]),
+            method=" and ".join(dict.fromkeys(report.method for report in reports)),
+            products=sum(report.products for report in reports),
+            seconds=sum(report.seconds for report in reports),
+            rtol=max(report.rtol for report in reports),
+            history=torch.cat(padded, dim=1) if len(padded) == len(reports) else None,
+            standard_error=cat("standard_error"),
+            krylov=Seen([report.krylov for report in reports if report.krylov is not None]),
+        )
+
+    def _summary(self) -> str:
+        k = len(self.iterations)
+        if k == 0:
+            return f"{self.method}: no right-hand sides"
+        parts = [f"{self.method}: {int(self.converged.sum())} of {k} converged"]
+        if self.precision_limit.any():
+            parts.append(f"{int(self.precision_limit.sum())} at the limit of the arithmetic")
+        if self.products:
+            low, high = int(self.iterations.min()), int(self.iterations.max())
+            parts.append(f"{low if low == high else f'{low} to {high}'} iterations, {self.products} products")
+        known = self.residual[~self.residual.isnan()]
+        if len(known):
+            parts.append(f"largest relative residual {float(known.max()):.1e}")
+        if self.negative_curvature.any():
+            parts.append(f"negative curvature met in {int(self.negative_curvature.sum())}")
+        return ", ".join([*parts, f"{self.seconds:.2f} s"])
+
+    def _table(self) -> list[str]:
+        """The rows, the worst first where they are too many to show."""
+        k = len(self.iterations)
+        if k == 0:
+            return []
+        order = list(range(k))
+        if k > _ROWS_SHOWN:
+            badness = torch.where(self.residual.isnan(), torch.inf, self.residual)
+            order = (badness + self.converged.logical_not() * 1e3).argsort(descending=True, stable=True).tolist()
+        heads = ["row", "iterations", "residual"] + (["std. error"] if self.standard_error is not None else [])
+        lines = ["  ".join(f"{head:>10}" for head in heads) + "  state"]
+        for row in order[:_ROWS_SHOWN]:
+            cells = [f"{row:>10}", f"{int(self.iterations[row]):>10}", f"{float(self.residual[row]):>10.1e}"]
+            if self.standard_error is not None:
+                cells.append(f"{float(self.standard_error[row]):>10.1e}")
+            lines.append("  ".join([*cells, self._state(row)]))
+        if k > _ROWS_SHOWN:
+            lines.append(f"{'':>10}  these are the worst of {k}")
+        return lines
+
+    def _state(self, row: int) -> str:
+        if self.converged[row]:
+            state = "converged"
+        else:
+            state = "limit of the arithmetic" if self.precision_limit[row] else "NOT CONVERGED"
+        return state + (", negative curvature" if self.negative_curvature[row] else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The eigenvalues that several have seen."""
+
+    parts: Sequence[Extremes]
+
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest of them all."""
+        known = [pair for part in self.parts if (pair := part.extremes())[0] == pair[0]]
+        known = known or [(float("nan"), float("nan"))]
+        return min(pair[0] for pair in known), max(pair[1] for pair in known)
+
+
+def check_on_failure(on_failure: str) -> None:
+    """Refuses what is none of the three."""
+    if on_failure not in ("warn", "raise", "ignore"):
+        raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
+
+
+def fail(
+    found: Sequence[Warning], on_failure: OnFailure, solution: Tensor | None = None, report: SolveReport | None = None
+) -> None:
+    """Warns of what was found, pointing at the line outside this package that asked for it; or raises it."""
+    if not found or on_failure == "ignore":
+        return
+    if on_failure == "raise":
+        raise SolveError(found, solution, report)
+    for warning in found:
+        warnings.warn(warning, stacklevel=_level_of_the_user())
+
+
+def _level_of_the_user() -> int:
+    """Stack level, seen from ``fail``, of the first frame that is not this package's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
