@@ -4,7 +4,7 @@ PYTHON ?= python3
 # The CUDA kernels: AUTO (built when nvcc works), ON or OFF.
 CUDA ?= AUTO
 # Whom a test feeds our solvers from. Without its dependencies: one of them wants torchvision, which brings a torch of its own.
-CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einops einconv linear_operator jaxtyping wadler_lindig
+CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einops einconv linear_operator opt-einsum unfoldNd
 # Where `make gpu` leaves its log and results.
 OUT ?= build/gpu
 # Where `make bench` and `make bench-all` leave their tables; nothing is written if empty.

@@ -363,7 +363,7 @@ class _Log:
         return quotients.amin(dim=0) < -rounding(self.dtype) * quotients.abs().amax(dim=0)
 
     def _of_each(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rayleigh quotients of the directions, [m, k]; the smallest and the largest value of each row's Lanczos matrix.
+        """Rayleigh quotients of the directions, [m, k]; the smallest and the largest value of each Lanczos matrix.
 
         The matrix has 1/α and β/α of the steps (Golub and Van Loan, section 11.3.5); where a row started anew, another
         block begins. Where A is indefinite or singular, p'Ap near zero may have cancelled all digits of an entry: the
