@@ -60,6 +60,15 @@ def norms(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
 
 
+def smallest_residual(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    """The norm [k] of b - Ax below which an iteration's own residual means nothing, u (|A||x| + |b|) / 2.
+
+    ``largest`` is a lower bound of |A|. In the rows' own precision: it is but an estimate.
+    """
+    size = largest * torch.linalg.vector_norm(x, dim=1) + torch.linalg.vector_norm(b, dim=1)
+    return (0.25 * torch.finfo(x.dtype).eps * size).nan_to_num(0.0, 0.0)
+
+
 def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
     """The residual norm [k] below which all is rounding; ``largest`` is a lower bound of |A|, ``size`` is |b|."""
     limit = rounding(x.dtype) * (largest * norms(x) + size)

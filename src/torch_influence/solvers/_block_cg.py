@@ -19,9 +19,10 @@ from torch_influence.solvers._base import (
     norms,
     reachable,
     rounding,
+    smallest_residual,
     system,
 )
-from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
+from torch_influence.solvers._cg import DIGITS_OF_RITZ, LOOKS_EVERY, iterate
 from torch_influence.solvers._lanczos import lanczos
 from torch_influence.solvers._report import Extremes, OnFailure, Seen, SolveReport, check_on_failure
 
@@ -137,6 +138,7 @@ class _Block:
         scale = torch.ldexp(torch.ones_like(size), exponent)
         self.scale = scale.to(b.dtype)[:, None]
         self.size, self.tolerance = (size / scale).cpu(), (tolerance / scale).cpu()
+        self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
         self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.scale)
         self.x[size == 0] = 0.0  # whatever the first guess
 
@@ -176,6 +178,8 @@ class _Block:
         self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
 
         again = ~done & helped
+        if self.steps:
+            self.aim[which[again]] *= 0.5  # or what rounding took from it this time would be missing again
         self.at_work.zero_()[which[again]] = True
         self.going = self.at_work.clone()
         self.lowest, self.since_lowest = torch.inf, 0
@@ -266,7 +270,9 @@ class _Block:
         norm = torch.linalg.vector_norm(self.coefficients, dim=1)
         if self.history is not None and self.steps >= len(self.history):
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
-        self.going &= ~(norm <= self.tolerance)
+        if self.steps % LOOKS_EVERY == 0:
+            self.floor = smallest_residual(self.largest, self.x, self.b / self.scale).cpu()
+        self.going &= ~(norm <= torch.maximum(self.aim, self.floor))
         self.coefficients[~self.going] = 0.0
         if not self.going.any():
             return

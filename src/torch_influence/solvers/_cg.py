@@ -21,12 +21,14 @@ from torch_influence.solvers._base import (
     norms,
     reachable,
     rounding,
+    smallest_residual,
     system,
 )
 from torch_influence.solvers._lanczos import Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
 from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
 
+LOOKS_EVERY = 16  # iterations, at how far rounding reaches
 DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
 
@@ -86,7 +88,7 @@ def cg(
         device, so a row's end is noticed one iteration late, and one product more is made.
 
     Source:
-        Hestenes and Stiefel (1952); the residual's replacement and its limit as in van der Vorst and Ye (2000).
+        Hestenes and Stiefel (1952), section 3.
 
     Example:
         >>> x, report = cg(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
@@ -166,21 +168,22 @@ class _State:
         x: Tensor | None,
         tolerance: Tensor,
         precondition: Callable[[Tensor], Tensor] | None,
-        truncate: bool,
-        history: bool,
+        truncate: bool = False,
+        history: bool = False,
     ) -> None:
         k = len(b)
         self.operator, self.b, self.precondition = operator, b, precondition
         self.truncate, self.history = truncate, history
         self.log = _Log(k, b.dtype, preconditioned=precondition is not None)
-        self.products = 0
+        self.products = self.steps = 0
         self.all_x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x
         self.residual = norms(b)
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
         self.converged, self.limited = (torch.zeros_like(self.residual).bool() for _ in range(2))
         self.all_scalars = b.new_zeros(len(CGScalars._fields), k, dtype=torch.float64)
         self.row = CGScalars(*self.all_scalars)
-        self.tolerance = self.row.tolerance.copy_(tolerance)
+        self.tolerance = tolerance
+        self.aim = self.row.tolerance.copy_(tolerance).clone()  # of the recurrence
 
         self.at_work = torch.arange(k, device=b.device)
         self.x, self.scalars = self.all_x, self.all_scalars
@@ -220,8 +223,16 @@ class _State:
         if self.truncate:
             self.stop_at_negative_curvature(q)
         cg_step(self.x, self.r, self.p, self.scalars, q=q, preconditioned=preconditioned)
+        self.steps += 1
+        if self.steps % LOOKS_EVERY == 0:
+            self.aim_no_lower_than_rounding()
         if self.history or len(self.log) <= self.b.shape[1]:  # d steps exhaust the space: there is no more to be seen
             self.log.step(self.at_work, self.scalars)
+
+    def aim_no_lower_than_rounding(self) -> None:
+        """What the recurrence says below a rounding of b - Ax has no meaning: a row that gets there is judged."""
+        floor = smallest_residual(self.row.largest.sqrt(), self.x, self.b[self.at_work])
+        self.row.tolerance.copy_(torch.maximum(self.aim[self.at_work], floor))
 
     def stop_at_negative_curvature(self, q: Tensor) -> None:
         """Takes rows off before the step that would follow a direction of negative curvature."""
@@ -260,7 +271,9 @@ class _State:
         """Lets go of the rows that have stopped.
 
         Those done are judged by their true residual: what only seemed to be done starts again from there, unless that
-        has ceased to help. Those that broke down are judged at the end.
+        has ceased to help. (To replace the residual and keep the direction, earlier and by the criterion of van der
+        Vorst and Ye, takes 3 to 15 % more products near the limit of float32 and float64.) Those that broke down are
+        judged at the end.
         """
         self.late = None
         self.write_back()
@@ -275,6 +288,8 @@ class _State:
             self.best[which] = norm
             again = check.clone()
             again[check] = ~(done | self.limited[which])
+            self.aim[self.at_work[again]] *= 0.5  # or what rounding took from it this time would be missing again
+            self.row.tolerance[again] = self.aim[self.at_work[again]]
             self.begin(again)
         self.keep(self.row.active != 0)
 
