@@ -108,10 +108,10 @@ def conclude(
     if failed.any():
         if bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
-        elif int(report.iterations[failed].max()) >= limit:
-            cure = "raise maxiter, or raise damp"
+        elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
+            cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
-            cure = f"raise damp, loosen rtol, or use more precision than {x.dtype}"
+            cure = "raise maxiter, or raise damp"
         found.append(
             ConvergenceWarning(
                 f"{report.method} did not converge for {int(failed.sum())} of {k} right-hand sides: relative residual "

@@ -309,9 +309,12 @@ class _State:
         self.row = CGScalars(*self.scalars)
 
     def give_up(self) -> None:
-        """The true residual of rows that ran out of iterations or broke down."""
+        """The true residual of rows that ran out of iterations or broke down; none where a product was not finite."""
         self.write_back()
-        which = (~(self.converged | self.limited)).nonzero().flatten()
+        row = CGScalars(*self.all_scalars)
+        unknown = ~self.converged & ~(row.curvature.isfinite() & self.first.isfinite())
+        self.residual[unknown] = torch.nan
+        which = (~(self.converged | self.limited | unknown)).nonzero().flatten()
         if len(which):
             self.residual[which] = norms(self.true_residual(which))
             self.converged[which] = self.within(self.residual[which], which)

@@ -1,0 +1,295 @@
+"""How a solve fails: for each failure and solver the warning or error, its text, and that value and report agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import problems
+import pytest
+import torch
+from oracles import tolerance, with_spectrum
+from problems import Classification, loader, module, network
+from torch import Tensor, nn
+
+from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
+from torch_influence.linop import Dense
+from torch_influence.solvers import (
+    ConvergenceWarning,
+    NegativeCurvatureWarning,
+    SolveError,
+    SolveReport,
+    block_cg,
+    cg,
+    direct,
+)
+
+D, K = 40, 3
+NAN, INF = float("nan"), float("inf")
+SINGULAR = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+def spectrum(*negative: float, smallest: float = 0.1) -> Tensor:
+    positive = torch.logspace(0, torch.tensor(smallest).log10().item(), D - len(negative), dtype=torch.float64)
+    torch.manual_seed(0)
+    return with_spectrum(torch.cat([positive, torch.tensor(negative, dtype=torch.float64)]))
+
+
+def right_hand_sides(change: Callable[[Tensor], Any] = lambda rows: None) -> Tensor:
+    torch.manual_seed(1)
+    rows = torch.randn(K, D, dtype=torch.float64)
+    change(rows)
+    return rows
+
+
+def zero(rows: Tensor) -> None:
+    rows[1] = 0.0
+
+
+def nan(rows: Tensor) -> None:
+    rows[1, 3] = NAN
+
+
+def spoiled(matrix: Tensor, value: float) -> Tensor:
+    matrix[4, 4] = value
+    return matrix
+
+
+@dataclasses.dataclass
+class Case:
+    """A system, and what each solver says of it: the type of a warning or error and its text, or that it says nothing.
+
+    ``solved`` are the rows that have an answer within the tolerance, ``unknown`` those that are NaN.
+    """
+
+    name: str
+    matrix: Tensor
+    rows: Tensor
+    solver: Callable[..., Any]
+    says: list[tuple[type, str]]
+    solved: list[int]
+    unknown: list[int] = dataclasses.field(default_factory=list)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+
+
+SADDLE = r"met negative curvature in \d of 3.*smallest eigenvalue is -0\.(5|499) or less.*larger by at least 0\.5(5|49)"
+NOT_FINITE = r"failed for {} of 3 right-hand sides: the right-hand side or a product .* not finite .*NaN or infinity"
+NAMES = {cg: "conjugate gradients", block_cg: "block conjugate gradients", direct: "Cholesky"}
+EVERY = [0, 1, 2]
+
+
+def cases() -> list[Case]:
+    table = []
+    for solver, name in NAMES.items():
+        iterates = solver is not direct
+
+        def case(what: str, *details: Any, solver: Any = solver, name: str = name, **more: Any) -> None:
+            table.append(Case(f"{what}, {name}", *details[:2], solver, *details[2:], **more))
+
+        fine = right_hand_sides()
+        case("nothing wrong", spectrum(), fine, [], EVERY)
+        case("zero right-hand side", spectrum(), right_hand_sides(zero), [], EVERY)
+        case(
+            "NaN in a right-hand side",
+            spectrum(),
+            right_hand_sides(nan),
+            [(ConvergenceWarning, NOT_FINITE.format(1))],
+            [0, 2],
+            unknown=[1],
+        )
+        for value in (NAN, INF):
+            what = [(ConvergenceWarning, NOT_FINITE.format(3))]
+            if not iterates:
+                what = [(ValueError, "entries that are not finite: a second derivative of the training loss is NaN")]
+            case(f"{value} in the matrix", spoiled(spectrum(), value), fine, what, [], unknown=EVERY)
+        saddle = [(NegativeCurvatureWarning, SADDLE)]
+        if not iterates:
+            saddle = [(NegativeCurvatureWarning, "not positive definite: smallest eigenvalue -0.5.*larger by 0.55")]
+        case("indefinite", spectrum(-0.5), fine, saddle, EVERY)
+        if iterates:
+            few = r"did not converge for 3 of 3 .* residual \d.* where rtol=1e-05 was asked for, after 5 iter.*maxiter"
+            case("maxiter reached", spectrum(), fine, [(ConvergenceWarning, few)], [], options={"maxiter": 5})
+            once = r"did not converge for 3 of 3 right-hand sides: relative residual .* after 5 iterations; raise damp"
+            both = [*saddle, (ConvergenceWarning, once)]
+            if solver is cg:  # the block hands over before it has five
+                case("indefinite, few iterations", spectrum(-0.5), fine, both, [], options={"maxiter": 5})
+        hard = [
+            (
+                ConvergenceWarning,
+                r"not converge for 3 of 3 .* torch\.float32 reaches no further: raise damp, .*precision",
+            )
+        ]
+        long = {"maxiter": 100 * D} if iterates else {}
+        case("ill-conditioned", spectrum(smallest=1e-6), fine, hard, [], dtype=torch.float32, options=long)
+        if solver is block_cg:
+            case("huge in float32", 1e25 * spectrum(), 1e25 * fine, [], EVERY, dtype=torch.float32)
+        if solver is cg:
+            over = [(ConvergenceWarning, NOT_FINITE.format(3) + r".* an overflow of torch\.float32")]
+            case("float32 overflow", 1e25 * spectrum(), 1e25 * fine, over, [], unknown=EVERY, dtype=torch.float32)
+    return table
+
+
+def said_by(act: Callable[[], Any]) -> tuple[Any, list[Warning | Exception]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = act()
+        except Exception as error:
+            return None, [error]
+    callers = {__file__, problems.__file__}  # the latter builds modules
+    assert all(warning.filename in callers for warning in caught), "a warning points elsewhere than at the caller"
+    return result, [warning.message for warning in caught]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_what_is_said_and_that_value_and_report_agree(case: Case) -> None:
+    matrix, rows = case.matrix.to(case.dtype), case.rows.to(case.dtype)
+    result, said = said_by(lambda: case.solver(matrix, rows, **case.options))
+    assert [type(one) for one in said] == [kind for kind, _ in case.says], said
+    for one, (_, words) in zip(said, case.says, strict=True):
+        assert re.search(words, str(one)), str(one)
+    if result is None:
+        return
+    x, report = result
+    assert report.converged.nonzero().flatten().tolist() == case.solved
+    assert x.isnan().all(dim=1).nonzero().flatten().tolist() == case.unknown
+    assert x.isnan().any(dim=1).nonzero().flatten().tolist() == case.unknown
+    assert report.residual.isnan().nonzero().flatten().tolist() == case.unknown
+
+    size = rows.double().norm(dim=1)
+    left = (rows.double() - x.double() @ matrix.double()).norm(dim=1)
+    residual = torch.where(size > 0, left / size, left)
+    known = [row for row in range(K) if row not in case.unknown]
+    rounded = matrix.double().norm() * x.double().norm(dim=1) / size.clamp(min=1)  # |A||x|, in units of |b|
+    allowed = tolerance(case.dtype, operations=D) * (1 + rounded)
+    assert ((report.residual - residual).abs() <= allowed)[known].all()
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.says], ids=lambda case: case.name)
+def test_raise_loses_nothing_and_ignore_is_silent(case: Case) -> None:
+    matrix, rows = case.matrix.to(case.dtype), case.rows.to(case.dtype)
+    if issubclass(case.says[0][0], ValueError):
+        return  # it is one whatever was asked for
+    warned, _ = said_by(lambda: case.solver(matrix, rows, **case.options))
+    ignored, said = said_by(lambda: case.solver(matrix, rows, on_failure="ignore", **case.options))
+    assert not said
+    torch.testing.assert_close(ignored[0], warned[0], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(SolveError, match=case.says[0][1]) as caught:
+        case.solver(matrix, rows, on_failure="raise", **case.options)
+    assert [type(one) for one in caught.value.warnings] == [kind for kind, _ in case.says]
+    if case.solver is direct and case.says[0][0] is NegativeCurvatureWarning:
+        return  # told of before there is a solution
+    assert caught.value.solution is not None
+    torch.testing.assert_close(caught.value.solution, warned[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(caught.value.report.converged, warned[1].converged)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert torch.equal(again.report.iterations, warned[1].iterations)
+
+
+def test_the_damping_that_is_named_cures() -> None:
+    matrix, rows = spectrum(-0.5, -0.2), right_hand_sides()
+    for solver in (cg, block_cg):
+        with pytest.warns(NegativeCurvatureWarning) as caught:
+            solver(matrix, rows)
+        damp = float(re.search(r"larger by at least ([0-9.e+-]+)", str(caught[0].message)).group(1))  # type: ignore[union-attr]
+        x, said = said_by(lambda solver=solver, damp=damp: solver(Dense(matrix).damped(damp), rows))
+        assert not said
+        assert x[1].converged.all()
+
+
+def test_a_singular_matrix_is_an_error_of_direct() -> None:
+    with pytest.raises(SINGULAR, match=r"singular .*add damping"):
+        direct(torch.zeros(D, D, dtype=torch.float64), right_hand_sides())
+
+
+# -- modules: the same, of data and models ----------------------------------------------------------------------------
+
+
+class Concave(Classification):
+    l2 = -10.0
+
+
+class Huge(Classification):
+    """Gradients of 1e25, products of 1e50."""
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return 1e25 * super().train_loss_on_outputs(outputs, batch)
+
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        return 1e25 * super().test_loss(model, params, batch)
+
+
+def with_nan() -> dict[str, Any]:
+    train = loader()
+    train.dataset.tensors[0][4] = NAN
+    return {"train_loader": train}
+
+
+def in_float32() -> dict[str, Any]:
+    return {
+        "model": network(torch.float32),
+        "objective": Huge(),
+        "train_loader": loader(dtype=torch.float32),
+        "test_loader": loader(n=7, batch_size=3, seed=3, dtype=torch.float32),
+    }
+
+
+MODULES: list[tuple[str, Any, Callable[[], dict[str, Any]], type, str]] = [
+    ("indefinite", CGInfluenceModule, lambda: {"objective": Concave()}, NegativeCurvatureWarning, "smallest eigenvalue is -9"),
+    ("indefinite", AutogradInfluenceModule, lambda: {"objective": Concave()}, NegativeCurvatureWarning, "smallest eigenvalue -9"),
+    ("indefinite", InfluenceModule, lambda: {"objective": Concave(), "damp": 1.0, "solver": "block"}, NegativeCurvatureWarning, "smallest eigenvalue is -9"),
+    ("maxiter reached", CGInfluenceModule, lambda: {"maxiter": 2}, ConvergenceWarning, "rtol=1e-12 .* after 2 iterations; raise maxiter"),
+    ("NaN in the data", CGInfluenceModule, with_nan, ConvergenceWarning, "failed for 7 of 7 .*Look for NaN in the data"),
+    ("NaN in the data", AutogradInfluenceModule, with_nan, ValueError, "not finite: a second derivative"),
+    ("NaN in the data", InfluenceModule, lambda: with_nan() | {"damp": 1.0, "solver": "block"}, ConvergenceWarning, "Look for NaN in the data"),
+    ("float32 overflow", CGInfluenceModule, in_float32, ConvergenceWarning, "overflow of torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "changes", "category", "words"), MODULES)
+def test_modules_say_it_and_keep_the_report(
+    name: str, kind: Any, changes: Callable[[], dict[str, Any]], category: type, words: str
+) -> None:
+    def act(**more: Any) -> Any:
+        it = module(kind, **changes(), **more)
+        return it, it.stests()
+
+    result, said = said_by(act)
+    assert any(isinstance(one, category) and re.search(words, str(one)) for one in said), said
+    if not issubclass(category, Warning):
+        return
+    it, s = result
+    assert isinstance(it.last_report, SolveReport)
+    assert len(it.last_report.converged) == len(s)
+    assert s[it.last_report.converged].isfinite().all()
+    assert torch.equal(s.isnan().all(dim=1), it.last_report.residual.isnan())
+
+    _, said = said_by(lambda: act(on_failure="ignore"))
+    assert not said
+    with pytest.raises(SolveError, match=words) as caught:
+        act(on_failure="raise")
+    if kind is CGInfluenceModule:
+        it.on_failure = "raise"
+        with pytest.raises(SolveError) as caught:
+            it.stests()
+        assert it.last_report is caught.value.report
+
+
+def test_scores_of_a_failed_solve_are_not_finite_and_say_so() -> None:
+    it = module(CGInfluenceModule, **with_nan())
+    with pytest.warns(ConvergenceWarning), pytest.warns(RuntimeWarning, match="not finite"):
+        scores = it.influence_matrix()
+    assert scores.isnan().all()
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match='on_failure: expected "warn", "raise" or "ignore", got \'error\''):
+        module(LiSSAInfluenceModule, on_failure="error")
+    with pytest.raises(ValueError, match="on_failure"):
+        cg(spectrum(), right_hand_sides(), on_failure="error")  # type: ignore[arg-type]
