@@ -136,7 +136,9 @@ class SolveReport:
         if ax is None:
             ax = plt.subplots()[1]
         if self.history is not None:
-            ax.semilogy(self.history.numpy(), color="tab:blue", linewidth=1, alpha=max(0.1, 1 / len(self.iterations)))
+            ax.semilogy(
+                self.history.numpy(), color="tab:blue", linewidth=1, alpha=max(0.2, 1 / len(self.iterations) ** 0.5)
+            )
             ax.set_xlabel("iteration")
             ax.set_ylabel("|b - Ax| / |b|, by the recurrence")
         limited = self.precision_limit
@@ -228,6 +230,8 @@ class SolveReport:
     def _state(self, row: int) -> str:
         if self.converged[row]:
             state = "converged"
+        elif self.residual[row].isnan():
+            state = "NOT FINITE"
         else:
             state = "limit of the arithmetic" if self.precision_limit[row] else "NOT CONVERGED"
         return state + (", negative curvature" if self.negative_curvature[row] else "")
