@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -116,7 +117,7 @@ class Factor:
         residual = norms(rows - x @ self.matrix)
         rtol = torch.finfo(rows.dtype).eps ** 0.5  # half of the digits
         converged = residual <= rtol * size
-        limit = reachable(norms(self.matrix).max() if len(self.matrix) else size.new_zeros(()), x, size)
+        limit = reachable(self._largest, x, size)
         report = SolveReport(
             method="Cholesky" if self.definite else "LU",
             iterations=torch.zeros(len(rows), dtype=torch.int64),
@@ -131,6 +132,12 @@ class Factor:
         known = dataclasses.replace(report, negative_curvature=torch.zeros(len(rows), dtype=torch.bool))
         conclude(x, known, limit=1, on_failure=self.on_failure)  # the constructor has told of negative curvature
         return x, report
+
+    @functools.cached_property
+    def _largest(self) -> Tensor:
+        """A lower bound of |A|, in A's own precision: in float64 it would take 40 times as long."""
+        rows = torch.linalg.vector_norm(self.matrix, dim=-1)
+        return rows.max() if len(rows) else rows.sum()
 
     def inverse(self) -> Tensor:
         """The inverse itself, [d, d]."""
