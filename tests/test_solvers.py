@@ -20,6 +20,7 @@ from torch_influence.solvers import (
     DivergenceWarning,
     Factor,
     NegativeCurvatureWarning,
+    block_cg,
     cg,
     lissa,
 )
@@ -218,6 +219,16 @@ def test_the_callback_is_called_once_per_iteration_of_each_row() -> None:
     _, report = cg(Dense(positive_definite()), torch.randn(K, D, dtype=torch.float64), callback=calls.append)
     assert len(calls) == int(report.iterations.sum())
     assert all(isinstance(xk, np.ndarray) for xk in calls)
+
+
+@pytest.mark.parametrize("solver", [cg, block_cg])
+def test_a_zero_row_is_solved_by_zero_whatever_the_first_guess(solver: Callable[..., Any]) -> None:
+    rows = torch.randn(K, D, dtype=torch.float64)
+    rows[1] = 0.0
+    x, report = solver(positive_definite(), rows, x0=torch.ones(D))
+    assert torch.equal(x[1], rows[1])
+    assert report.converged.all()
+    assert int(report.iterations[1]) == 0
 
 
 def test_a_first_guess_that_solves_takes_no_iteration() -> None:

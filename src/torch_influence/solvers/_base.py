@@ -47,7 +47,9 @@ def first_guess(x0: Any, rows: Tensor) -> Tensor | None:
     guess = torch.as_tensor(x0).to(rows)
     if guess.shape not in (rows.shape, rows.shape[1:]):
         raise ValueError(f"x0: expected shape [{rows.shape[1]}] or {list(rows.shape)}, got {list(guess.shape)}")
-    return guess.expand_as(rows).clone()
+    guess = guess.expand_as(rows).clone()
+    guess[(rows == 0).all(dim=1)] = 0.0  # the solution, as in SciPy, whatever the guess
+    return guess
 
 
 def rounding(dtype: torch.dtype) -> float:

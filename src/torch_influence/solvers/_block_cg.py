@@ -140,7 +140,6 @@ class _Block:
         self.size, self.tolerance = (size / scale).cpu(), (tolerance / scale).cpu()
         self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
         self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.scale)
-        self.x[size == 0] = 0.0  # whatever the first guess
 
         k = len(b)
         self.residual = self.size.clone()
