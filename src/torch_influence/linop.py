@@ -77,6 +77,8 @@ class Multiplied(LinearOperator):
         self.size, self.dtype, self.device = like.shape[-1], like.dtype, like.device
 
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
+        if not len(rows):  # not everybody can multiply nothing
+            return torch.empty_like(rows)
         product = torch.as_tensor(self._multiply(rows))
         if product.shape != rows.shape:
             raise ValueError(f"A: expected a product of shape {list(rows.shape)}, got {list(product.shape)}")
@@ -87,13 +89,15 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
     """Whatever multiplies, as a LinearOperator for rows like ``like`` [k, d].
 
     Args:
-        A: symmetric; a LinearOperator of this package; a tensor or array [d, d]; an object that multiplies columns
-            with ``@``: torch's (curvlinops' operators, say) if it takes tensors, else NumPy's (SciPy's sparse matrices
-            and linear operators), on the host; or a callable from rows [k, d] to rows [k, d].
+        A: symmetric; a LinearOperator of this package; a tensor or array [d, d], sparse tensors among them, which is
+            taken to the rows' dtype and device; an object that multiplies columns [d, k] with ``@``: torch's
+            (curvlinops' operators, say) if it takes tensors, else NumPy's (SciPy's sparse matrices and linear
+            operators), on the host; or a callable from rows [k, d] to rows [k, d].
         like: of the rows' d, dtype and device.
 
     Raises:
-        TypeError: none of these. ValueError: a size, dtype or device other than the rows'.
+        TypeError: none of these; complex numbers.
+        ValueError: a size, dtype or device other than the rows'.
     """
     d = like.shape[-1]
     if isinstance(A, LinearOperator):
@@ -109,14 +113,34 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
             f"A: expected shape [{d}, {d}], since right-hand sides are rows of length {d}, got {list(shape)}"
         )
     if isinstance(A, Tensor | np.ndarray):
-        return Dense(torch.as_tensor(A).detach().to(like))
+        matrix = torch.as_tensor(A).detach()
+        if matrix.is_complex():
+            raise TypeError(f"A: expected real numbers, got {matrix.dtype}")
+        if matrix.layout is torch.strided:
+            return Dense(matrix.to(like))
+        A = matrix.to(like)
     if hasattr(A, "__matmul__"):
-        if type(A).__module__.partition(".")[0] == "scipy":
+        if any(base.__module__.partition(".")[0] == "scipy" for base in type(A).__mro__):
             return Multiplied(lambda rows: (A @ rows.cpu().numpy().T).T, like)
+        declared = _declared_dtype(A)
+        if declared not in (None, like.dtype):
+            raise ValueError(
+                f"A: expected {like.dtype}, as the right-hand sides are, got an operator of {declared}; "
+                "convert the right-hand sides, or what the operator is made of"
+            )
         return Multiplied(lambda rows: (A @ rows.mT).mT, like)
     if callable(A):
         return Multiplied(A, like)
     raise TypeError(f"A: expected a matrix, an operator with @ or a callable on rows [k, d], got {type(A).__name__}")
+
+
+def _declared_dtype(A: Any) -> torch.dtype | None:
+    """Of somebody else's operator, if it says so: curvlinops' own base class raises where a subclass does not."""
+    try:
+        dtype = A.dtype
+    except (AttributeError, NotImplementedError):
+        return None
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 class Dual(LinearOperator):
