@@ -98,6 +98,11 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
     Raises:
         TypeError: none of these; complex numbers.
         ValueError: a size, dtype or device other than the rows'.
+
+    Example:
+        >>> operator = aslinearoperator(lambda rows: 2.0 * rows, like=torch.ones(1, 3))
+        >>> operator.damped(0.5).product(torch.ones(1, 3)).tolist()
+        [[2.5, 2.5, 2.5]]
     """
     d = like.shape[-1]
     if isinstance(A, LinearOperator):
