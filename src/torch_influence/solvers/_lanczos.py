@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from torch_influence.linop import LinearOperator
-from torch_influence.solvers._base import Progress
+from torch_influence.solvers._base import Progress, norms, rounding
 
 _SHIFTS = 64  # points at which a pass of bisection counts eigenvalues
+_ROWS_OF_A_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +71,17 @@ class RitzValues:
     Attributes:
         values: [m], float64, ascending: the eigenvalues of A on the Krylov space.
         errors: [m], how far from each there is an eigenvalue of A at most, rounding aside.
-        vectors: [m, d], the Ritz vectors, in the operator's dtype on its device; None unless asked for.
+        vectors: the Ritz vectors of the k smallest and of the k largest values, all where m <= 2 k, in the operator's
+            dtype on its device; None unless asked for.
         products: multiplications by A.
+        converged: whether the k at either end are known as well as was asked for.
     """
 
     values: Tensor
     errors: Tensor
     vectors: Tensor | None
     products: int
+    converged: bool = True
 
 
 def lanczos(
@@ -84,6 +89,7 @@ def lanczos(
     k: int = 1,
     *,
     rtol: float = 1e-3,
+    relative_to: Literal["largest", "each"] = "largest",
     maxiter: int | None = None,
     generator: torch.Generator | None = None,
     vectors: bool = False,
@@ -92,12 +98,16 @@ def lanczos(
     """Extreme eigenvalues of A, k at either end, by the Lanczos process with full reorthogonalisation.
 
     A V = V T + β v eᵀ with orthonormal V: the eigenvalues of the tridiagonal T approach those of A from within, at the
-    ends first. An eigenvalue of A lies within β |s_m| of each, s_m the last entry of T's eigenvector.
+    ends first. An eigenvalue of A lies within β |s_m| of each, s_m the last entry of T's eigenvector. That none lies
+    beyond them is likely, not certain: a start may be short of an eigenvector, and then misses it (Kuczyński and
+    Woźniakowski 1992 say how unlikely that is). An eigenvalue that A has several times is found once.
 
     Args:
         operator: A, symmetric.
         k: at either end.
-        rtol: ends when each of these is known to within rtol times the largest in absolute value.
+        rtol: ends when each of these is known to within rtol times what ``relative_to`` says, or to rounding.
+        relative_to: "largest", the largest of all in absolute value; or "each", its own absolute value, which tells a
+            small eigenvalue from zero and takes as many steps as conjugate gradients do.
         maxiter: steps at the most; by default all that it takes, up to d.
         generator: of the starting vector, on the CPU; the same one each time if None.
         vectors: whether Ritz vectors are wanted.
@@ -107,10 +117,12 @@ def lanczos(
         ValueError: a product that is not finite; k or maxiter less than 1.
 
     Cost:
-        a product per step; memory steps x d. Multiple eigenvalues are found once.
+        a product per step, and 4 m d multiplications in step m to keep V orthonormal; memory steps x d. What of it an
+        invariant space leaves undecided (fewer than 2 k values), another start orthogonal to it goes on with.
 
     Source:
-        Lanczos (1950); Golub and Van Loan, Matrix Computations, sections 10.1 and 10.3.
+        Lanczos (1950); Golub and Van Loan, Matrix Computations, sections 10.1 and 10.3; when to orthogonalise a second
+        time: Daniel, Gragg, Kaufman and Stewart (1976).
     """
     d = operator.size
     limit = d if maxiter is None else min(maxiter, d)
@@ -118,35 +130,102 @@ def lanczos(
         raise ValueError(f"k, maxiter: expected at least 1, got {k} and {maxiter}")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1, d, dtype=torch.float64, generator=generator).to(operator.device, operator.dtype)
-    basis = start / start.norm()
+    noise = rounding(operator.dtype)
+    basis = _Basis(operator)
     diagonal: list[float] = []
     off: list[float] = []
     values = errors = torch.zeros(0, dtype=torch.float64)
     combination = torch.zeros(0, 0, dtype=torch.float64)
+    size, converged = 0.0, limit == 0
+    new = basis.start(generator) if limit else None
     steps: Iterable[int] = range(limit)
     for _ in steps if progress is None else progress(steps, "Lanczos", None):
-        new = operator.product(basis[-1:]).detach()
-        diagonal.append(float((new.double() * basis[-1:].double()).sum()))
-        size = float(new.norm())
-        for _ in range(2):  # twice is enough (Parlett 1998, section 6.9)
-            new = new - (new @ basis.mT) @ basis
-        beta = float(new.norm())
-        if not math.isfinite(beta + diagonal[-1]):
+        assert new is not None
+        basis.append(new)
+        product = operator.product(new).detach()
+        alpha, norm = torch.stack([(product.double() * new.double()).sum(), norms(product)[0]]).tolist()
+        new, beta = basis.rest(product, alpha, off[-1] if off else 0.0)
+        if not math.isfinite(beta + alpha):
             raise ValueError("a product with the curvature is not finite: its eigenvalues are not defined")
-        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if off:
-            between = torch.tensor(off, dtype=torch.float64)
-            matrix += torch.diag(between, 1) + torch.diag(between, -1)
+        diagonal.append(alpha)
+        size = max(size, norm)  # a lower bound of |A|
         m = len(diagonal)
-        exhausted = m == limit or beta <= d**0.5 * torch.finfo(operator.dtype).eps * size
-        if exhausted or m % max(1, m // 8) == 0:  # the more there are, the more an eigh takes
-            values, combination = torch.linalg.eigh(matrix)
+        invariant = beta <= noise * size
+        if m == limit or invariant or m % max(1, m // 8) == 0:  # the more there are, the more an eigh takes
+            values, combination = torch.linalg.eigh(_tridiagonal(diagonal, off))
             errors = (beta * combination[-1]).abs()
-            largest = float(values.abs().max())
-            if exhausted or (m >= 2 * k and bool((torch.cat([errors[:k], errors[-k:]]) <= rtol * largest).all())):
+            allowed = values.abs() if relative_to == "each" else values.abs().max()
+            enough = errors <= (rtol * allowed).clamp(min=noise * float(values.abs().max()))
+            converged = m == d or (m >= min(2 * k, d) and bool(enough[:k].all() and enough[-k:].all()))
+            if converged or m == limit:
                 break
+        if invariant:
+            new, beta = basis.start(generator), 0.0
         off.append(beta)
-        basis = torch.cat([basis, new / beta])
-    ritz = combination.mT.to(basis) @ basis[: len(values)] if vectors else None
-    return RitzValues(values, errors, ritz, len(diagonal))
+    return RitzValues(values, errors, basis.combined(combination, k) if vectors else None, len(diagonal), converged)
+
+
+def _tridiagonal(diagonal: Sequence[float], off: Sequence[float]) -> Tensor:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if off:
+        between = torch.tensor(off, dtype=torch.float64)
+        matrix += torch.diag(between, 1) + torch.diag(between, -1)
+    return matrix
+
+
+class _Basis:
+    """Orthonormal rows. They lie in blocks, so that a row more does not copy the others."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator = operator
+        self.blocks: list[Tensor] = []
+        self.count = 0
+
+    def append(self, row: Tensor) -> None:
+        at = self.count % _ROWS_OF_A_BLOCK
+        if at == 0:
+            self.blocks.append(row.new_empty(min(_ROWS_OF_A_BLOCK, self.operator.size - self.count), row.shape[1]))
+        self.blocks[-1][at] = row[0]
+        self.count += 1
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        for first, block in zip(range(0, self.count, _ROWS_OF_A_BLOCK), self.blocks, strict=True):
+            here = slice(first, min(first + _ROWS_OF_A_BLOCK, self.count))
+            yield here, block[: here.stop - first]
+
+    def last(self, back: int) -> Tensor:
+        row = self.count - back
+        return self.blocks[row // _ROWS_OF_A_BLOCK][row % _ROWS_OF_A_BLOCK]
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """A random unit row [1, d] that is orthogonal to all."""
+        operator = self.operator
+        row = torch.randn(1, operator.size, dtype=torch.float64, generator=generator)
+        return self._orthogonal(row.to(operator.device, operator.dtype))[0]
+
+    def rest(self, product: Tensor, alpha: float, beta: float) -> tuple[Tensor, float]:
+        """What is left of A v when the rows are taken out of it, as a unit row, and its norm; v is the last row."""
+        rest = product - alpha * self.last(1)
+        if beta:
+            rest -= beta * self.last(2)
+        return self._orthogonal(rest)
+
+    def _orthogonal(self, row: Tensor) -> tuple[Tensor, float]:
+        before = float(norms(row))
+        for _ in range(2):  # twice is enough (Parlett 1998, section 6.9), and once where little was taken out
+            for _, block in self.parts():
+                row = row - (row @ block.mT) @ block
+            after = float(norms(row))
+            if not after < 0.7 * before:
+                break
+            before = after
+        return row / (after if after else 1.0), after
+
+    def combined(self, combination: Tensor, k: int) -> Tensor:
+        """The Ritz vectors of the k first and the k last of the columns [m, m]."""
+        m = combination.shape[1]
+        chosen = combination if m <= 2 * k else torch.cat([combination[:, :k], combination[:, -k:]], dim=1)
+        total = torch.zeros(chosen.shape[1], self.operator.size, dtype=self.operator.dtype, device=self.operator.device)
+        for here, block in self.parts():
+            total.addmm_(chosen[here].mT.to(block), block)
+        return total
