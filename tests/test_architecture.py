@@ -44,6 +44,21 @@ MAY_IMPORT = {
     "scores": {"examples", "batches", "plan", "ops"},
     "ranking": {"scores"},
     "influences": {"batches", "evaluation", "examples", "parameters", "ranking", "resident", "scores"},
+    "diagnostics": {"linop", "solvers"},
+    "verification": {"linop", "solvers", "diagnostics"},
+    "checks": {
+        "batches",
+        "curvature",
+        "diagnostics",
+        "evaluation",
+        "gradients",
+        "linop",
+        "objective",
+        "parameters",
+        "resident",
+        "solvers",
+        "verification",
+    },
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 
 from torch_influence.objective import BaseObjective
 from torch_influence.ops import backend_info, self_test
+from torch_influence.gradients import NondeterminismWarning
 from torch_influence.solvers import (
     ConvergenceWarning,
     DivergenceWarning,
@@ -12,6 +13,8 @@ from torch_influence.solvers import (
     SolveError,
     SolveReport,
 )
+from torch_influence.diagnostics import Damping, Spectrum
+from torch_influence.verification import Check, Refits, Verification
 from torch_influence.ranking import Ranking, TopInfluences
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
@@ -24,15 +27,21 @@ __all__ = [
     "BaseInfluenceModule",
     "BaseObjective",
     "CGInfluenceModule",
+    "Check",
     "ConvergenceWarning",
+    "Damping",
     "DivergenceWarning",
     "InfluenceModule",
     "LiSSAInfluenceModule",
     "NegativeCurvatureWarning",
+    "NondeterminismWarning",
     "Ranking",
+    "Refits",
     "SolveError",
     "SolveReport",
+    "Spectrum",
     "TopInfluences",
+    "Verification",
     "backend_info",
     "self_test",
 ]

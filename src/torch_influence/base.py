@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence.batches import Batches
+from torch_influence.checks import CheckMethods
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
 from torch_influence.evaluation import Evaluation
 from torch_influence.examples import ExampleGradients
-from torch_influence.gradients import mean_gradient, regularizer_gradient, warn_if_summed
+from torch_influence.gradients import mean_gradient, regularizer_gradient
 from torch_influence.influences import InfluenceMethods
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
@@ -28,7 +29,7 @@ from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
 
-class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
+class BaseInfluenceModule(InfluenceMethods, CheckMethods, LegacyHelpers, abc.ABC):
     """Influence of training examples on the test loss; a subclass says how to multiply by the inverse curvature.
 
     With n training examples, training objective L(θ) = (1/n) Σᵢ ℓᵢ(θ) + reg(θ) and curvature A = ∇²L(θ) + damp·I,
@@ -118,6 +119,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
         self.params_shape = self._space.shapes
         self._train = self._batches_of(train_loader, "train_loader")
         self._means_checked: set[str] = set()
+        self._randomness_checked: set[str] = set()
         self._operator: Curvature | LinearHead | None = None
         self._why_no_head = ""
         self._valid_for: tuple[Any, ...] = ()
@@ -363,6 +365,7 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
     def _forget(self) -> None:
         """Drops the curvature, and in subclasses what they have made of it."""
         self._operator = None
+        self._randomness_checked.clear()
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:
@@ -392,9 +395,3 @@ class BaseInfluenceModule(InfluenceMethods, LegacyHelpers, abc.ABC):
 
     def _overridden(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(BaseInfluenceModule, method)
-
-    def _check_mean(self, loss: str, batches: Batches) -> None:
-        """Warns once about a sum-reduced loss, which nothing else would show."""
-        if loss not in self._means_checked:
-            self._means_checked.add(loss)
-            warn_if_summed(loss, self._evaluation, batches)

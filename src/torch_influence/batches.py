@@ -154,8 +154,8 @@ class Batches:
         """Takes the one int64 that a pass takes, instead of a pass over data of which all that is wanted is known."""
         _take_seed(None)
 
-    def quietly(self) -> contextlib.AbstractContextManager[Any]:
-        """A block that leaves the default random states as they were, whatever it reads."""
+    def quietly(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        """A block that leaves the default random states as they were; tells, if asked, whether any number was drawn."""
         return quiet()
 
     # -- what is kept -------------------------------------------------------------------------------------------------

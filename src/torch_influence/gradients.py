@@ -14,11 +14,14 @@ from torch import Tensor
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import leaves as leaves_of
+from torch_influence.leaves import map_leaves
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
 LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
+_ROUNDINGS = 32  # by which two evaluations may differ where the device adds in any order
+_DRAWS = 16  # evaluations of a loss that draws random numbers, to see a difference: a rare one hides in a few
 _ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
 
 
@@ -207,7 +210,8 @@ def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:
         outputs = evaluation.train_outputs(leaves, batch)
         return evaluation.train_loss_on_outputs(leaves, outputs, batch).item()
 
-    together, alone = value(some), [value([i]) for i in some]
+    with _undisturbed(batches, leaves[0].device):
+        together, alone = value(some), [value([i]) for i in some]
     close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
     if abs(together - sum(alone)) <= close < abs(together - sum(alone) / len(alone)):
         warnings.warn(
@@ -217,3 +221,48 @@ def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+class NondeterminismWarning(RuntimeWarning):
+    """The loss of a batch is another each time that it is evaluated: gradients, products and solves are then wrong."""
+
+
+def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
+    """Whether the loss of the first batch is another when it is evaluated again: what to say of it, "" if it is not.
+
+    Two evaluations, more only where random numbers are drawn. The default random states are left as they were.
+    """
+    batch = batches.peek(range(min(batches.batch_size or 1, batches.n)))
+    leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
+
+    def value() -> Tensor:
+        copied = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        return getattr(evaluation, loss)(leaves, copied).detach()  # the objective may edit its batch
+
+    with _undisturbed(batches, leaves[0].device) as drawn:
+        first = value()
+        draws = drawn()
+        for _ in range(_DRAWS if draws else 1):
+            again = value()
+            if (first.isfinite() | again.isfinite()) and not agree(again[None], first[None], dtype, _ROUNDINGS):
+                how = ", and random numbers are drawn for it" if draws else ""
+                return (
+                    f"{loss}: the loss of the same batch is {float(first):.6g} once and {float(again):.6g} another "
+                    f"time{how}. Something in the model or the objective is random, or keeps a state, in eval mode, so "
+                    "that each gradient and each product with the curvature is that of another model: solves and "
+                    "scores are wrong. Use nn.Dropout, or F.dropout(x, p, training=self.training), and add noise only "
+                    "where self.training is set"
+                )
+    return ""
+
+
+@contextlib.contextmanager
+def _undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Leaves the default random states as they were, the device's too; yields whether numbers were drawn so far."""
+    if device.type != "cuda":
+        with batches.quietly() as drawn:
+            yield drawn
+        return
+    with batches.quietly() as drawn, torch.random.fork_rng([device]):
+        start = torch.cuda.get_rng_state(device)
+        yield lambda: drawn() or not torch.equal(start, torch.cuda.get_rng_state(device))

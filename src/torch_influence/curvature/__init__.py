@@ -5,5 +5,16 @@ from torch_influence.curvature._dual import DualCost, dual, dual_cost
 from torch_influence.curvature._gauss_newton import GaussNewton
 from torch_influence.curvature._hessian import Hessian
 from torch_influence.curvature._linear_head import LinearHead, linear_head
+from torch_influence.curvature._plain import plain_product
 
-__all__ = ["Curvature", "DualCost", "GaussNewton", "Hessian", "LinearHead", "dual", "dual_cost", "linear_head"]
+__all__ = [
+    "Curvature",
+    "DualCost",
+    "GaussNewton",
+    "Hessian",
+    "LinearHead",
+    "dual",
+    "dual_cost",
+    "linear_head",
+    "plain_product",
+]

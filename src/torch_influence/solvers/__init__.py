@@ -1,5 +1,6 @@
 """Solvers of A x = b for many right-hand sides at once. They see a linear operator, never a model or data."""
 
+from torch_influence.solvers._base import Progress, rounding
 from torch_influence.solvers._block_cg import block_cg
 from torch_influence.solvers._cg import cg
 from torch_influence.solvers._direct import Factor, direct
@@ -15,6 +16,7 @@ from torch_influence.solvers._report import (
     SolveError,
     SolveReport,
     check_on_failure,
+    fail,
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "NegativeCurvatureWarning",
     "OnFailure",
     "Preconditioner",
+    "Progress",
     "RitzValues",
     "SolveError",
     "SolveReport",
@@ -32,6 +35,8 @@ __all__ = [
     "cg",
     "check_on_failure",
     "direct",
+    "fail",
     "lanczos",
     "lissa",
+    "rounding",
 ]

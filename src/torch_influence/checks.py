@@ -1,0 +1,374 @@
+"""What users ask about the numbers themselves: the spectrum, the damping it needs, whether everything is right."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_influence import verification
+from torch_influence.batches import Batches
+from torch_influence.curvature import plain_product
+from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
+from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness, warn_if_summed
+from torch_influence.parameters import ParameterSpace
+from torch_influence.resident import free_memory
+from torch_influence.solvers import SolveReport, fail, rounding
+from torch_influence.verification import Check, Refits, Verification
+
+if TYPE_CHECKING:
+    from torch_influence.linop import LinearOperator
+    from torch_influence.objective import BaseObjective
+
+_STEPS = 300  # of the Lanczos process, where memory allows
+_LARGEST_DENSE = 2000  # parameters up to which solutions are compared with a dense solve
+_EXAMPLES = 5  # whose scores are compared
+
+
+class CheckMethods:
+    """Mixed into BaseInfluenceModule."""
+
+    device: torch.device
+    objective: BaseObjective
+    train_loader: Any
+    test_loader: Any
+    damp: float
+    gnh: bool
+    samples: ClassVar[bool]
+    _space: ParameterSpace
+    _evaluation: Evaluation
+    _train: Batches
+    _reports: list[SolveReport]
+    _means_checked: set[str]
+    _randomness_checked: set[str]
+
+    if TYPE_CHECKING:  # what BaseInfluenceModule has
+
+        @property
+        def _test(self) -> Batches: ...
+        @property
+        def _row_bytes(self) -> int: ...
+        def hvp(self, vecs: Tensor) -> Tensor: ...  # noqa: D102
+        def influences(self, train_idxs: Any, test_idxs: Any, stest: Tensor | None = None) -> Tensor: ...  # noqa: D102
+        def influence_matrix(self, train_idxs: Any = None, test_idxs: Any = None) -> Tensor: ...  # noqa: D102
+        def train_loss_grad(self, train_idxs: Sequence[int]) -> Tensor: ...  # noqa: D102
+        def test_loss_grad(self, test_idxs: Sequence[int]) -> Tensor: ...  # noqa: D102
+        def _bar(self, iterable: Iterable[Any], describe: str, total: int | None) -> Iterable[Any]: ...
+        def _curvature(self) -> LinearOperator: ...
+        def _inverse_rows(self, rows: Tensor) -> Tensor: ...
+        def _transfer_to_device(self, batch: Any) -> Any: ...
+
+    def spectrum(self, k: int = 3, *, rtol: float = 0.01, maxiter: int | None = None) -> Spectrum:
+        """The k smallest and k largest eigenvalues of the curvature H, undamped, each with a bound of its error.
+
+        H = ∇²L(θ), or Gauss-Newton with ``gnh=True``; the module's solver is of no matter. The result tells whether
+        A = H + damp·I is positive definite and what its condition number is.
+
+        Args:
+            k: at either end.
+            rtol: ends when each of these eigenvalues of A is known to within rtol times itself, or to rounding.
+            maxiter: products with H at the most; by default 300, or as many vectors as a quarter of the free memory
+                holds. With d up to that, all eigenvalues are computed.
+
+        Raises:
+            ValueError: k or maxiter less than 1, rtol negative; a product that is not finite.
+
+        Cost:
+            up to ``maxiter`` passes over the training data, about as many as one solve by conjugate gradients takes,
+            and memory for as many vectors.
+
+        Source:
+            Lanczos (1950), with full reorthogonalisation. Ritz values lie within the spectrum: it reaches at least as
+            far as they do; see ``torch_influence.solvers.lanczos`` for what may be missed.
+
+        Example:
+            >>> found = module.spectrum()
+            >>> print(found)
+            >>> found.condition, found.definite
+        """
+        with self._evaluation.session():
+            return self._ends(self._curvature(), k, rtol, maxiter)
+
+    def suggest_damping(self, found: Spectrum | None = None) -> Damping:
+        """The least damping that makes the curvature safely positive definite, and solves keep half of their digits.
+
+            damp >= -1.1 λ_min                                where λ_min < 0, less its error
+            (λ_max + damp) / (λ_min + damp) <= 1 / √ε         ε of the parameters' dtype
+
+        Nothing is set: ``module.damp = float(module.suggest_damping())`` does. Where the present damping is enough it
+        is what is suggested. Damping is a bias: directions of curvature below damp count for less than half.
+
+        Args:
+            found: what ``spectrum`` has returned, if it was called; its ``damp`` is the present one.
+
+        Returns:
+            A ``Damping``: ``print`` it for the reasons with their numbers, ``float()`` it for the number.
+
+        Cost: ``spectrum(1)``, unless ``found`` is given.
+
+        Source: as argued in ``torch_influence.diagnostics.suggest_damping``.
+
+        Example:
+            >>> print(module.suggest_damping())
+        """
+        return suggest_damping(self.spectrum(1) if found is None else found)
+
+    def verify(
+        self,
+        test_idxs: Sequence[int] | None = None,
+        *,
+        train_idxs: Sequence[int] | None = None,
+        fit: Callable[[list[int]], nn.Module] | None = None,
+        queries: int = 3,
+        refits: int = 12,
+        print: bool = True,
+    ) -> Verification:
+        """Compares products, solutions, scores and, if wanted, refits with numbers made in another way, on your data.
+
+        - *repeatable*: the loss of a batch, and the product of a vector, are the same twice.
+        - *curvature*: H v is that of a plain double backward over data read anew; *symmetric*: u·Hv = v·Hu.
+        - *gradients*, *scores*: as made from gradients of batches of one, (1/n) ∇(ℓᵢ + reg)·s_q.
+        - *solver*: A⁻¹∇f_q is that of a dense solve in float64 where d <= 2000, else |b - Ax| is as small as the solver
+          says. What is allowed follows from the residual that the solver reports and the condition number, up to 10 %;
+          for estimates from minibatches it is 50 %, which is far from exact and far from nothing.
+        - with ``fit``, examples are left out: the most helpful, the most harmful and others at random, a third each.
+          *same refit*: two refits with all examples differ by at most 0.2 of the changes that are to be seen. *same
+          model*: their test loss is that of the model, within 10 % or the largest change. *correlation*: of predicted
+          and actual changes of the mean test loss, at least 0.9. *slope*: actual is predicted times 1/2 to 2.
+
+        A second derivative that autograd itself has wrong is seen by ``fit`` alone. The model is not touched.
+
+        Args:
+            test_idxs: the queries; by default ``queries`` of them, spread evenly. All count for ``fit``, whose f is
+                their mean; the other checks take up to ``queries``.
+            train_idxs: training examples whose scores are looked at, and from which those to leave out are chosen
+                (default: all; scores of five, spread evenly).
+            fit: fit(train_idxs) returns another model, trained anew to convergence on these training examples alone, as
+                the module's own was on all. It is moved to the module's device.
+            queries: see test_idxs.
+            refits: examples to leave out, at least 3; ``fit`` is called for two refits with all beside.
+            print: print each line as soon as it is known.
+
+        Returns:
+            A ``Verification``: ``.passed``, ``.checks``, ``.refits``, ``["solver"]``; ``print`` it.
+
+        Raises:
+            ValueError: queries less than 1, refits less than 3; ``fit`` returns the module's own model, or edits it.
+            TypeError: ``fit`` does not return a model; there are no test data.
+
+        Cost:
+            some passes over the training data, a solve, and where d <= 2000 the dense matrix, d³; beyond, a
+            ``spectrum(1)``. With ``fit``: another solve, scores of all examples and refits + 2 trainings.
+
+        Source: leave-one-out as in Koh and Liang (2017), section 4.1.
+
+        Example:
+            >>> module.verify().passed
+            >>> module.verify(fit=train_my_model, refits=6)
+        """
+        say = builtins.print if print else _silent
+        if queries < 1 or refits < 3:
+            raise ValueError(f"queries, refits: expected at least 1 and 3, got {queries} and {refits}")
+        chosen = self._test.indices(test_idxs, "test_idxs") if test_idxs is not None else _spread(self._test.n, queries)
+        pool = self._train.indices(train_idxs, "train_idxs")
+        if not chosen or not pool:
+            raise ValueError("test_idxs, train_idxs: expected at least one index, or None, got none")
+        checks: list[Check] = []
+        with self._evaluation.session():
+            few = [pool[i] for i in _spread(len(pool), max(_EXAMPLES, queries))]
+            for check in self._checks(chosen[:queries], few):
+                checks.append(check)
+                say(check)
+        found = None
+        if fit is not None:
+            found = self._refits(fit, chosen, pool, refits, say)
+            for check in verification.refitted(found, self._space.pass_dtype):
+                checks.append(check)
+                say(check)
+        result = Verification(checks, found)
+        say(result.summary())
+        return result
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _ends(self, operator: LinearOperator, k: int, rtol: float, maxiter: int | None = None) -> Spectrum:
+        if maxiter is None:
+            maxiter = max(2 * k, min(_STEPS, free_memory(self.device) // 4 // self._row_bytes))
+        dtype = self._space.pass_dtype
+        return spectrum(operator, k, damp=self.damp, rtol=rtol, maxiter=maxiter, dtype=dtype, progress=self._bar)
+
+    def _checks(self, queries: list[int], examples: list[int]) -> Iterator[Check]:
+        operator = self._curvature()
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(2, self._space.size, generator=generator, dtype=torch.float64)
+        rows = rows.to(self.device, self._space.dtype)
+        dense = self._dense(operator)
+        repeatable = self._repeatable(rows[1])
+        yield repeatable
+        yield from self._curvature_checks(rows, dense)
+
+        b, g = self._ones("test", queries), self._ones("train", examples)
+        ours = [self.test_loss_grad([q]) for q in queries] + [self.train_loss_grad([i]) for i in examples]
+        plain = torch.cat([b, g])
+        yield verification.check(
+            "gradients",
+            verification.deviation(torch.stack(ours), plain, plain.double().norm(dim=1)),
+            verification.half_of_the_digits(self._space.pass_dtype),
+            f"of {len(plain)} examples against a plain backward of each",
+            "gradients are wrong, or of data that have changed since they were kept (clear_cache())",
+        )
+        before = list(self._reports)
+        s = self._inverse_rows(b)
+        yield self._solver_check(operator, dense, b, s, before)
+        yield self._score_check(examples, queries, g, s, solve_again=repeatable.value == 0 and not self.samples)
+
+    def _repeatable(self, row: Tensor) -> Check:
+        first, second = self.hvp(row), self.hvp(row)
+        why = randomness("train_loss", self._evaluation, self._train)
+        return verification.check(
+            "repeatable",
+            torch.inf if why else verification.deviation(second, first, first.double().norm()),
+            rounding(self._space.pass_dtype),
+            "the loss of a batch and the product of a vector, twice",
+            why or "products of one vector differ: something in the model is random",
+        )
+
+    def _curvature_checks(self, rows: Tensor, dense: Tensor | None) -> Iterator[Check]:
+        """All ways to a product: one row, many, and the matrix."""
+        dtype, train = self._space.pass_dtype, self._anew("train")
+        both = self.hvp(rows)
+        products = [self.hvp(rows[1]), both[1]] + ([] if dense is None else [dense @ rows[1]])
+        with train.quietly():
+            plain, size = plain_product(self._evaluation, train, rows[1], self.gnh)
+        yield verification.check(
+            "curvature",
+            verification.deviation(torch.stack(products), plain, size),
+            verification.half_of_the_digits(dtype),
+            f"H v against a plain double backward, {'Gauss-Newton' if self.gnh else 'Hessian'}",
+            "the curvature is wrong, or of data that have changed since they were kept (clear_cache())",
+        )
+        yield verification.symmetric(rows[0], both[0], rows[1], both[1], dtype)
+
+    def _solver_check(
+        self, operator: LinearOperator, dense: Tensor | None, b: Tensor, s: Tensor, before: list[SolveReport]
+    ) -> Check:
+        new = [report for report in self._reports if all(report is not old for old in before)]
+        report = SolveReport.joined(new) if new else None
+        return verification.solutions(
+            operator.damped(self.damp),
+            b,
+            s,
+            report if report is not None and len(report.residual) == len(b) else None,
+            dtype=self._space.pass_dtype,
+            sampled=self.samples,
+            dense=dense,
+            ends=None if dense is not None else self._ends(operator, 1, rtol=0.1),
+        )
+
+    def _score_check(self, examples: list[int], queries: list[int], g: Tensor, s: Tensor, solve_again: bool) -> Check:
+        """Scores of stests that are given, and those of all pairs, where another solve gives the same stests."""
+        weights = s.double() / self._train.n
+        expected = (g.double() @ weights.mT).cpu()
+        scale = (g.double().norm(dim=1)[:, None] * weights.norm(dim=1)).cpu()
+        scores = [torch.stack([self.influences(examples, None, stest=row) for row in s], dim=1)]
+        if solve_again:
+            scores.append(self.influence_matrix(examples, queries))
+        apart = (torch.stack(scores).double() - expected).abs()
+        return verification.check(
+            "scores",
+            float(torch.where(apart == 0, 0.0, apart / scale).max()),
+            verification.half_of_the_digits(self._space.pass_dtype),
+            f"of {len(examples)} examples and {len(queries)} queries against (1/n) g·s, in units of |g||s|/n",
+            "scores are not those of the gradients and solutions",
+        )
+
+    def _dense(self, operator: LinearOperator) -> Tensor | None:
+        """The curvature as a matrix, where d is small."""
+        d = self._space.size
+        return operator.dense() if d <= _LARGEST_DENSE and 6 * 8 * d * d < free_memory(self.device) else None
+
+    def _anew(self, which: str) -> Batches:
+        """The data, read anew."""
+        name = f"{which}_loader"
+        return Batches(getattr(self, name), name, self._transfer_to_device, self._bar, cache=False)
+
+    def _ones(self, which: str, indices: list[int]) -> Tensor:
+        """Gradients of batches of one."""
+        batches, leaves, loss = self._anew(which), self._evaluation.leaves(), getattr(self._evaluation, f"{which}_loss")
+        return torch.stack([loss_gradient(loss, self._space, leaves, batches.peek([i])) for i in indices])
+
+    def _refits(
+        self,
+        fit: Callable[[list[int]], nn.Module],
+        queries: list[int],
+        pool: list[int],
+        count: int,
+        say: Callable[[Any], None],
+    ) -> Refits:
+        """``fit`` runs outside of sessions, whose settings are not for training."""
+        scores = self.influences(pool, queries).double()
+        if len(scores) < 3:
+            raise ValueError(f"train_idxs: expected at least 3 examples to choose from, got {len(scores)}")
+        chosen = verification.to_leave_out(scores, count)
+        everything = list(range(self._train.n))
+        total = len(chosen) + 2
+        base, again = (self._loss_of_refit(fit, everything, queries) for _ in range(2))
+        say(f"refits 1 and 2 of {total}: all examples, mean test loss {base:.6g} and {again:.6g}")
+        actual = []
+        for number, position in enumerate(chosen, start=3):
+            i = pool[position]
+            change = self._loss_of_refit(fit, [j for j in everything if j != i], queries) - base
+            say(
+                f"refit {number} of {total}: without example {i}, predicted {float(scores[position]):+.4g}, "
+                f"actual {change:+.4g}"
+            )
+            actual.append(change)
+        return Refits(
+            indices=tuple(pool[position] for position in chosen),
+            predicted=scores[chosen],
+            actual=torch.tensor(actual, dtype=torch.float64),
+            model_loss=self._mean_test_loss(self._evaluation, queries),
+            base=base,
+            again=again,
+        )
+
+    def _loss_of_refit(self, fit: Callable[[list[int]], nn.Module], indices: list[int], queries: list[int]) -> float:
+        before = self._evaluation.fingerprint()
+        model = fit(indices)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"fit: expected it to return a torch.nn.Module, got {type(model).__name__}")
+        if model is self._evaluation.model or self._evaluation.fingerprint() != before:
+            raise ValueError(
+                "fit: expected a new model, got the module's own, or one that shares its parameters, which have been "
+                "trained further; build a model in fit, or start from copy.deepcopy of one"
+            )
+        other = Evaluation(model.to(self.device), self.objective, ParameterSpace(model))
+        return self._mean_test_loss(other, queries)
+
+    def _mean_test_loss(self, evaluation: Evaluation, queries: list[int]) -> float:
+        with evaluation.session(), self._test.quietly():
+            leaves = evaluation.leaves()
+            return float(self._test.mean(lambda batch: evaluation.test_loss(leaves, batch).detach().double(), queries))
+
+    def _check_mean(self, loss: str, batches: Batches) -> None:
+        """Warns once of a loss that is a sum over the batch, or random: nothing else would show it."""
+        if loss not in self._means_checked:
+            self._means_checked.add(loss)
+            warn_if_summed(loss, self._evaluation, batches)
+        if loss not in self._randomness_checked:
+            self._randomness_checked.add(loss)
+            if why := randomness(loss, self._evaluation, batches):
+                fail([NondeterminismWarning(why)], "warn")
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """Up to so many of range(n), at equal distances, both ends among them."""
+    return sorted({round(i * (n - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _silent(line: Any) -> None:
+    pass

@@ -1,0 +1,65 @@
+"""A product with the curvature from its definition: what faster ways are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.batches import Batches
+from torch_influence.curvature._base import Tangents
+from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import differentiate
+
+
+def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bool) -> tuple[Tensor, float]:
+    """(1/n) Σ_b |b| C_b v for one row v [d], batch by batch of the loader, each differentiated anew; undamped.
+
+    Shares nothing with the curvatures: no graph that is kept, no batched backward, no closed form, no larger batch, and
+    the Hessian's regulariser is differentiated with the loss.
+
+    Returns:
+        the product [d], float64, and (1/n) Σ_b |b| |C_b v|, which is what its rounding grows from.
+    """
+    leaves = evaluation.leaves()
+    tangents = [t.to(leaf.dtype) for t, leaf in zip(evaluation.space.split(row), leaves, strict=True)]
+    total, size, count = torch.zeros_like(row, dtype=torch.float64), 0.0, 0
+    for batch, examples in batches.read():
+        if gnh:
+            product = _gauss_newton(evaluation, leaves, batch, tangents)
+            value = evaluation.train_regularization(leaves)
+            if isinstance(value, Tensor) and value.requires_grad:
+                product = [p + q for p, q in zip(product, _second(value, leaves, tangents), strict=True)]
+        else:
+            product = _second(evaluation.train_loss(leaves, batch), leaves, tangents)
+        term = evaluation.space.flatten(product).detach().double()
+        total += examples * term
+        size += examples * float(term.norm())
+        count += examples
+    return total / count, size / count
+
+
+def _second(value: Tensor, leaves: Tangents, tangents: Tangents) -> Tangents:
+    """∇²value · v, by differentiating ∇value · v."""
+    slopes = differentiate(value, leaves, create_graph=True)
+    return _derivative(slopes, tangents, leaves)
+
+
+def _gauss_newton(evaluation: Evaluation, leaves: Tangents, batch: Any, tangents: Tangents) -> Tangents:
+    """Jᵀ H_out J v, with J v as the derivative of u -> Jᵀu · v."""
+    outputs = evaluation.train_outputs(leaves, batch)
+    u = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+    (jv,) = _derivative(pulled, tangents, [u])
+    free = outputs.detach().requires_grad_()
+    (hjv,) = _second(evaluation.train_loss_on_outputs(leaves, free, batch), [free], [jv])
+    return torch.autograd.grad(outputs, leaves, hjv, allow_unused=True, materialize_grads=True)
+
+
+def _derivative(values: Tangents, weights: Tangents, inputs: Tangents) -> Tangents:
+    """∂(Σ values · weights)/∂inputs; zeros where the values are constant."""
+    total = sum(((value * weight).sum() for value, weight in zip(values, weights, strict=True)), torch.zeros(()))
+    if not total.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
