@@ -105,14 +105,10 @@ def test_solutions_are_the_modules(kind: str) -> None:
 
 @kinds
 def test_extreme_eigenvalues(kind: str) -> None:
-    found = lanczos(aslinearoperator(theirs(kind), queries()), k=2, rtol=1e-10)
+    found = lanczos(aslinearoperator(theirs(kind), queries()), rtol=1e-10)
     exact = torch.linalg.eigvalsh(dense(kind))
-    ends = torch.cat([exact[:2], exact[-2:]])
     size = float(exact.abs().max())
-    operations = N * len(exact)
-    assert_close(
-        torch.cat([found.values[:2], found.values[-2:]]), ends, operations=operations, scale=size, inherent=1e-10
-    )
+    assert_close(found.values[[0, -1]], exact[[0, -1]], operations=N * len(exact), scale=size, inherent=1e-10)
 
 
 @kinds

@@ -406,6 +406,7 @@ def test_it_is_looked_at_again_when_the_model_has_changed() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_dropout_on_the_device_is_told_and_its_state_left_alone() -> None:
     it = of_module(CGInfluenceModule, model=AlwaysDropout(), device="cuda")
     state = torch.cuda.get_rng_state()
