@@ -65,6 +65,29 @@ def test_dense_matrix_of_heads(name: str) -> None:
     assert torch.equal(module.hess, module.hess.mT)
 
 
+@heads
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scratch", [1, 64 * 2**20])
+def test_diagonal_of_heads(
+    name: str, gnh: bool, dtype: torch.dtype, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch_influence.curvature._linear_head._TILE_BYTES", scratch)  # 1: an example at a time
+    case = HEADS[name]
+    operator, matrix = case.module(dtype, gnh)._curvature(), case.reference(gnh)
+    diagonal = operator.diagonal()
+    if name == "regulariser that is not diagonal":
+        assert diagonal is None
+        return
+    assert diagonal is not None
+    assert diagonal.dtype == dtype
+    expected = matrix.diagonal()
+    assert_close(diagonal, expected, operations=SWEEPS * N, inherent=case.inherent)
+    damped = operator.damped(0.5).diagonal()
+    assert damped is not None
+    assert_close(damped, expected + 0.5, operations=SWEEPS * N, inherent=case.inherent)
+
+
 @pytest.mark.parametrize("name", ["softmax", "the weight alone", "Dogfish", "a loss that joins the outputs"])
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_dense_matrix_by_halves(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +158,7 @@ def test_heads_with_no_room_for_blocks(loss: Loss, gnh: bool, bias: bool) -> Non
     head = module._operator
     assert type(head) is LinearHead, module._why_no_head
     assert head.at_outputs.form == GRAPHS
+    assert head.diagonal() is None
     assert head.kept_bytes <= head.plain.budget
     direct = AutogradInfluenceModule(*case.arguments(), 1.0, cache=N * 8 * (4 + WIDE**2) - 1)
     assert_close(direct.hess, case.reference(), operations=SWEEPS * N * len(matrix))

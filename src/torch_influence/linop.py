@@ -35,6 +35,10 @@ class LinearOperator(abc.ABC):
         """A + shift·I. Damping is part of the operator, so that no solver can get it wrong."""
         return Damped(self, shift)
 
+    def diagonal(self) -> Tensor | None:
+        """The matrix's diagonal [d], where it is known without products; None where it is not."""
+        return None
+
     def dense(self) -> Tensor:
         """The matrix itself, [d, d], symmetrised against rounding."""
         matrix = self.product(torch.eye(self.size, dtype=self.dtype, device=self.device))
@@ -52,6 +56,10 @@ class Damped(LinearOperator):
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         return self.base.product(rows).add_(rows, alpha=self.shift)
 
+    def diagonal(self) -> Tensor | None:  # noqa: D102
+        known = self.base.diagonal()
+        return None if known is None else known + self.shift
+
 
 class Dense(LinearOperator):
     """A symmetric matrix that is held in memory."""
@@ -64,6 +72,9 @@ class Dense(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         return rows @ self.matrix
+
+    def diagonal(self) -> Tensor:  # noqa: D102
+        return self.matrix.diagonal()
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.matrix

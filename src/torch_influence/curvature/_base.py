@@ -57,10 +57,12 @@ class Regularizer:
     Attributes:
         add: takes sums and rows [k, d], adds ∇²reg times the rows to the sums and returns them.
         factor: r where ∇²reg = r·I.
+        diagonal: whether it is a diagonal matrix.
     """
 
     add: Callable[[Tensor, Tensor], Tensor]
     factor: float | None = None
+    diagonal: bool = False
 
     def __call__(self, sums: Tensor, rows: Tensor) -> Tensor:
         return self.add(sums, rows)
@@ -282,8 +284,8 @@ class Curvature(LinearOperator):
             return Regularizer(lambda sums, rows: sums.add_(product(rows)))
         if bool((diagonal == diagonal[0, 0]).all()):
             factor = float(diagonal[0, 0])
-            return Regularizer(lambda sums, rows: sums.add_(rows, alpha=factor), factor)
-        return Regularizer(lambda sums, rows: sums.addcmul_(rows, diagonal))
+            return Regularizer(lambda sums, rows: sums.add_(rows, alpha=factor), factor, diagonal=True)
+        return Regularizer(lambda sums, rows: sums.addcmul_(rows, diagonal), diagonal=True)
 
 
 class _OfBatch(LinearOperator):

@@ -138,6 +138,24 @@ class LinearHead(LinearOperator):
         some = self.at_outputs.of(which, len(self.x), size)
         return self._regularized(some.product(_rows(self.x, which), rows, self.bias), rows)
 
+    def diagonal(self) -> Tensor | None:
+        """Σᵢ (Bᵢ)ₐₐ x̃ᵢⱼ² for the weight of output a and input j, and the regulariser's."""
+        extra = self.plain.regularizer
+        if self.at_outputs.graphs or not (extra is None or extra.diagonal):
+            return None
+        self.plain.batches.pass_by()
+        n, f = self.x.shape
+        weights = torch.zeros(self.c, f, dtype=self.dtype, device=self.device)
+        biases = torch.zeros(self.c, dtype=self.dtype, device=self.device)
+        at_once = max(1, _TILE_BYTES // (8 * (f + self.c)))
+        for first in range(0, n, at_once):
+            squares = self.x[first : first + at_once].to(self.dtype).square()
+            entries = torch.stack([self.at_outputs.entry(a, a, first, first + at_once) for a in range(self.c)])
+            weights.addmm_(entries.to(self.dtype), squares)
+            biases += entries.sum(dim=1)
+        whole = torch.cat([weights.flatten(), biases])[None, : self.size]
+        return self._regularized(whole, torch.ones_like(whole))[0]
+
     def dense(self) -> Tensor:
         """From Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
         if self.at_outputs.graphs:
