@@ -7,7 +7,7 @@ from torch_influence.solvers._direct import Factor, direct
 from torch_influence.solvers._dual import DualFactor
 from torch_influence.solvers._lanczos import RitzValues, lanczos
 from torch_influence.solvers._lissa import lissa
-from torch_influence.solvers._preconditioners import Preconditioner
+from torch_influence.solvers._preconditioners import Jacobi, Kept, Nystrom, Preconditioner, is_recipe
 from torch_influence.solvers._report import (
     ConvergenceWarning,
     DivergenceWarning,
@@ -24,7 +24,10 @@ __all__ = [
     "DivergenceWarning",
     "DualFactor",
     "Factor",
+    "Jacobi",
+    "Kept",
     "NegativeCurvatureWarning",
+    "Nystrom",
     "OnFailure",
     "Preconditioner",
     "Progress",
@@ -36,6 +39,7 @@ __all__ = [
     "check_on_failure",
     "direct",
     "fail",
+    "is_recipe",
     "lanczos",
     "lissa",
     "rounding",

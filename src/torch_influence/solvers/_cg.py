@@ -64,7 +64,7 @@ def cg(
         maxiter: iterations at the most; 10 d by default.
         M: approximate inverse of A, symmetric positive definite: an array, a sparse matrix, anything with ``matvec``
             or a callable on ndarrays [d]; a ``LinearOperator`` of this package, which stays on the device; or
-            ``Jacobi()`` or ``Nystrom(rank)``, made of A on the spot.
+            ``Jacobi()`` or ``Nystrom(rank)``, made of A on the spot; the report counts the products for it, too.
         callback: called after each iteration with each unfinished row's iterate, an ndarray [d].
         truncate: at p'Ap <= 0 a row stops where it is, in place of going on (Steihaug 1983).
         history: keep the residuals of every iteration in the report.
@@ -98,7 +98,8 @@ def cg(
     check_on_failure(on_failure)
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
-    precondition = None if M is None else as_preconditioner(M, operator, rows)
+    start = time.perf_counter()
+    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
     tolerance = torch.clamp(rtol * norms(rows), min=atol)
     x, report = iterate(
         operator,
@@ -112,7 +113,8 @@ def cg(
         truncate=truncate,
         history=history,
     )
-    report = dataclasses.replace(report, rtol=rtol)
+    seconds = time.perf_counter() - start
+    report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products, seconds=seconds)
     conclude(
         x,
         report,
