@@ -12,12 +12,12 @@ from torch_influence.base import BaseInfluenceModule
 from torch_influence.choice import Cost, Problem, costs, reasons
 from torch_influence.curvature import dual, dual_cost
 from torch_influence.linop import Dual
-from torch_influence.modules import refuse_if_too_large
+from torch_influence.modules import preconditioned, refuse_if_too_large
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import DualFactor, Factor, OnFailure, block_cg, cg
+from torch_influence.solvers import DualFactor, Factor, Kept, OnFailure, block_cg, cg
 
 __all__ = ["InfluenceModule"]
 
@@ -51,9 +51,11 @@ class InfluenceModule(BaseInfluenceModule):
         solver: "auto", or one of the above.
         rtol, atol: a row is solved when |b - Ax| <= max(rtol |b|, atol), for the iterative solvers.
         maxiter: iterations at the most; 10 d by default.
+        M: a preconditioner, for ``solver="cg"`` alone: ``Nystrom(rank)``, ``Jacobi()`` or what ``solvers.cg`` takes.
+            What a recipe makes is kept for later solves, until the curvature or damp changes.
 
     Raises:
-        ValueError: an unknown solver; ``solver="dual"``, and there is no dual system.
+        ValueError: an unknown solver; ``solver="dual"``, and there is no dual system; M with another solver than "cg".
         MemoryError: ``solver="direct"``, and the matrices don't fit.
 
     Warns:
@@ -86,6 +88,7 @@ class InfluenceModule(BaseInfluenceModule):
         rtol: float = 1e-5,
         atol: float = 0.0,
         maxiter: int | None = None,
+        M: Any = None,
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
@@ -94,6 +97,10 @@ class InfluenceModule(BaseInfluenceModule):
         if solver != "auto" and solver not in _SOLVERS:
             known = ", ".join(repr(name) for name in ["auto", *_SOLVERS])
             raise ValueError(f"solver: expected one of {known}, got {solver!r}")
+        if M is not None and solver != "cg":
+            raise ValueError(
+                f'M: a preconditioner is for solver="cg", got solver={solver!r}; name that, or leave M out'
+            )
         super().__init__(
             model,
             objective,
@@ -111,6 +118,8 @@ class InfluenceModule(BaseInfluenceModule):
         self.rtol = rtol
         self.atol = atol
         self.maxiter = maxiter
+        self.M = M
+        self._kept = Kept()
         self._factor: Factor | None = None
         self._factored_with = damp
         self._dual: Dual | str | None = None  # or why there is none
@@ -138,10 +147,12 @@ class InfluenceModule(BaseInfluenceModule):
                 options = {"rtol": self.rtol, "atol": self.atol, "on_failure": self.on_failure}
                 x = self._solved(self._current_dual_factor().solve, rows, **options)
             else:
+                preconditioner = {"M": self._kept.instead_of(self.M, self.damp)} if solver == "cg" else {}
                 x = self._solved(
                     block_cg if solver == "block" else cg,
                     self._curvature().damped(self.damp),
                     rows,
+                    **preconditioner,
                     rtol=self.rtol,
                     atol=self.atol,
                     maxiter=self.maxiter,
@@ -155,10 +166,14 @@ class InfluenceModule(BaseInfluenceModule):
         solver = self._taken(ranked)
         taken = next(cost for cost in ranked if cost.solver == solver)
         path = f"{_SOLVERS[solver]}; about {taken.operations:.1e} operations ({taken.note})"
+        nbytes = taken.nbytes
+        if solver == "cg":
+            path += preconditioned(self.M)
+            nbytes += getattr(self.M, "rank", 0) * self._row_bytes
         why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else []
         if self.solver == "auto" and (no_dual := self._why_no_dual()):
             why_not = [*(pair for pair in why_not if pair[0] != "dual"), ("dual", no_dual)]
-        return Step("solver", path, taken.nbytes, why_not)
+        return Step("solver", path, nbytes, why_not)
 
     def _taken(self, ranked: list[Cost]) -> str:
         """The first of these, or the solver that was asked for; the dual system is looked at more closely."""
@@ -229,3 +244,4 @@ class InfluenceModule(BaseInfluenceModule):
     def _forget(self) -> None:
         super()._forget()
         self._factor = self._dual = self._dual_factor = None
+        self._kept.clear()

@@ -16,7 +16,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import Factor, OnFailure, cg, lissa
+from torch_influence.solvers import Factor, Kept, OnFailure, cg, is_recipe, lissa
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
 
@@ -152,7 +152,8 @@ class CGInfluenceModule(BaseInfluenceModule):
         damp: λ >= 0, added once to the curvature: A = ∇²L(θ) + λI.
         gnh: the Gauss-Newton matrix, positive semi-definite for convex losses, in place of the Hessian.
         **kwargs: those of ``scipy.sparse.linalg.cg``: rtol (or its older name tol), atol, maxiter, x0, M, callback,
-            with its meanings and defaults. See ``torch_influence.solvers.cg``.
+            with its meanings and defaults. See ``torch_influence.solvers.cg``. What M=Nystrom(rank) or M=Jacobi()
+            makes is kept for later solves, until the curvature or damp changes.
 
     Raises:
         TypeError: an unknown keyword.
@@ -161,7 +162,7 @@ class CGInfluenceModule(BaseInfluenceModule):
         ConvergenceWarning: a right-hand side did not converge.
 
     Cost:
-        one pass over the training data per iteration, however many right-hand sides; memory 4 k d.
+        one pass over the training data per iteration, however many right-hand sides; memory 4 k d, and that of M.
 
     Example:
         >>> module = CGInfluenceModule(model, objective, train_loader, test_loader, "cpu", damp=1e-3, rtol=1e-6)
@@ -209,6 +210,7 @@ class CGInfluenceModule(BaseInfluenceModule):
         self.damp = damp
         self.gnh = gnh
         self.cg_kwargs = kwargs
+        self._kept = Kept()
         self._warn_if_train_loss_is_overridden()
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -217,11 +219,24 @@ class CGInfluenceModule(BaseInfluenceModule):
         options = {"rtol" if name == "tol" else name: value for name, value in self.cg_kwargs.items()}
         with self._evaluation.session():
             operator = self._curvature().damped(self.damp)
+            options["M"] = self._kept.instead_of(options.get("M"), self.damp)
             x = self._solved(cg, operator, rows, **options, on_failure=self.on_failure, progress=self._bar)
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
-        return Step("solver", "conjugate gradients, all rows at once", 5 * queries * self._row_bytes)
+        path = "conjugate gradients, all rows at once" + preconditioned(M := self.cg_kwargs.get("M"))
+        return Step("solver", path, (5 * queries + getattr(M, "rank", 0)) * self._row_bytes)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._kept.clear()
+
+
+def preconditioned(M: Any) -> str:
+    """What M adds to the solver's name."""
+    if M is None:
+        return ""
+    return f", preconditioned by {M if is_recipe(M) else 'M'}"
 
 
 class LiSSAInfluenceModule(BaseInfluenceModule):
