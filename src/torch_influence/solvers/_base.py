@@ -18,6 +18,8 @@ Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 # residual is rounding, not lack of iterations.
 _ROUNDINGS = 32
 
+LOOKS_EVERY = 16  # iterations, at how far rounding reaches
+
 
 def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:
     """The operator and the right-hand sides as rows [k, d]; B may be one vector [d], and an array."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_influence.linop import LinearOperator, Multiplied
 from torch_influence.solvers._base import (
+    LOOKS_EVERY,
     Progress,
     conclude,
     first_guess,
@@ -22,7 +23,7 @@ from torch_influence.solvers._base import (
     smallest_residual,
     system,
 )
-from torch_influence.solvers._cg import DIGITS_OF_RITZ, LOOKS_EVERY, iterate
+from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
 from torch_influence.solvers._lanczos import lanczos
 from torch_influence.solvers._report import Extremes, OnFailure, Seen, SolveReport, check_on_failure
 

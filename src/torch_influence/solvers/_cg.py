@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,14 @@ from torch_influence.solvers._base import (
     first_guess,
     iteration_limit,
     norms,
-    reachable,
     rounding,
-    smallest_residual,
     system,
 )
 from torch_influence.solvers._lanczos import Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
 from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
+from torch_influence.solvers._rows import RowIteration, StepLog
 
-LOOKS_EVERY = 16  # iterations, at how far rounding reaches
 DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
 
@@ -142,26 +140,17 @@ def iterate(
     """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of."""
     start = time.perf_counter()
     state = _State(operator, rows, x, tolerance, precondition, truncate, history)
-    steps: Iterable[int] = range(limit)
-    if progress is not None:
-        steps = progress(steps, "conjugate gradients", None)  # no total: it stops long before the limit
-    for _ in steps:
-        if not len(state.at_work):
-            break
-        state.step()
-        if callback is not None:
-            for row in state.stepped():
-                callback(row.cpu().numpy())
-        if state.some_stopped(wait=callback is not None):
-            state.settle()
-    if len(state.at_work) and state.some_stopped(wait=True):
-        state.settle()
-    state.give_up()
-    return state.all_x, state.report(time.perf_counter() - start)
+    state.run(limit, progress, "conjugate gradients", callback)
+    negative = (CGScalars(*state.all_scalars).negative != 0).cpu()
+    if negative.any() and not truncate:
+        negative &= state.indefinite()
+    return state.all_x, state.report(time.perf_counter() - start, "conjugate gradients", negative, history)
 
 
-class _State:
-    """Of all rows: x and the report's entries. Of those still at work: x, r, p and scalars as ``cg_step`` has them."""
+class _State(RowIteration[CGScalars]):
+    """Of the rows at work: x, r, p and scalars as ``cg_step`` has them."""
+
+    vectors = ("r", "p")
 
     def __init__(
         self,
@@ -173,47 +162,23 @@ class _State:
         truncate: bool = False,
         history: bool = False,
     ) -> None:
-        k = len(b)
-        self.operator, self.b, self.precondition = operator, b, precondition
-        self.truncate, self.history = truncate, history
-        self.log = _Log(k, b.dtype, preconditioned=precondition is not None)
-        self.products = self.steps = 0
-        self.all_x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x
-        self.residual = norms(b)
-        self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
-        self.converged, self.limited = (torch.zeros_like(self.residual).bool() for _ in range(2))
-        self.all_scalars = b.new_zeros(len(CGScalars._fields), k, dtype=torch.float64)
-        self.row = CGScalars(*self.all_scalars)
-        self.tolerance = tolerance
-        self.aim = self.row.tolerance.copy_(tolerance).clone()  # of the recurrence
+        scalars = b.new_zeros(len(CGScalars._fields), len(b), dtype=torch.float64)
+        log = _Log(len(b), b.dtype, CGScalars, preconditioned=precondition is not None)
+        super().__init__(operator, b, x, tolerance, log, scalars)
+        self.indefinite = log.indefinite
+        self.precondition, self.truncate, self.history = precondition, truncate, history
+        self.r, self.p = torch.empty_like(self.all_x), torch.empty_like(self.all_x)
+        self.start()
 
-        self.at_work = torch.arange(k, device=b.device)
-        self.x, self.scalars = self.all_x, self.all_scalars
-        self.r = b.clone(memory_format=torch.contiguous_format) if x is None else self.true_residual(self.at_work)
-        self.p = torch.empty_like(self.r)
-        self.late: tuple[Tensor, torch.cuda.Event] | None = None
-        norm = norms(self.r)
-        self.first = norm
-        self.converged = self.within(norm, self.at_work)
-        self.residual[self.converged] = norm[self.converged]
-        self.begin(~self.converged)
-        self.keep(~self.converged)
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.products += 1
-        return self.operator.product(rows).detach()
-
-    def true_residual(self, which: Tensor) -> Tensor:
-        return self.b[which] - self.product(self.all_x[which])
-
-    def begin(self, which: Tensor) -> None:
-        """(Re)starts the iteration in these rows at work: the next direction is the (preconditioned) residual."""
+    def begin(self, which: Tensor, r: Tensor) -> None:
+        """The next direction is the (preconditioned) residual."""
+        self.r[which] = r
         self.row.active[which] = 1.0
         self.row.residual[which] = torch.inf  # unknown to the recurrence
         self.row.rho[which] = 0.0
         if self.precondition is None:
-            self.p[which] = self.r[which]
-            self.row.rho[which] = norms(self.r[which]).square()
+            self.p[which] = r
+            self.row.rho[which] = norms(r).square()
         self.log.start(self.at_work[which], self.row.rho[which])
 
     def step(self) -> None:
@@ -225,16 +190,7 @@ class _State:
         if self.truncate:
             self.stop_at_negative_curvature(q)
         cg_step(self.x, self.r, self.p, self.scalars, q=q, preconditioned=preconditioned)
-        self.steps += 1
-        if self.steps % LOOKS_EVERY == 0:
-            self.aim_no_lower_than_rounding()
-        if self.history or len(self.log) <= self.b.shape[1]:  # d steps exhaust the space: there is no more to be seen
-            self.log.step(self.at_work, self.scalars)
-
-    def aim_no_lower_than_rounding(self) -> None:
-        """What the recurrence says below a rounding of b - Ax has no meaning: a row that gets there is judged."""
-        floor = smallest_residual(self.row.largest.sqrt(), self.x, self.b[self.at_work])
-        self.row.tolerance.copy_(torch.maximum(self.aim[self.at_work], floor))
+        self.record(self.history)
 
     def stop_at_negative_curvature(self, q: Tensor) -> None:
         """Takes rows off before the step that would follow a direction of negative curvature."""
@@ -244,129 +200,18 @@ class _State:
         self.row.residual.masked_fill_(stop, torch.inf)  # not done: it is judged at the end
 
     def done(self) -> Tensor:
-        """Of the rows at work those whose recurrence is within tolerance, by the step's own comparison."""
         return self.row.residual.isfinite() & (self.row.residual <= self.row.tolerance.square())
 
-    def stepped(self) -> Tensor:
-        """The iterates of the last step, without the rows that broke down in it."""
-        return self.x[(self.row.active != 0) | self.done()]
+    def largest(self, row: CGScalars) -> Tensor:
+        return row.largest.sqrt()
 
-    def some_stopped(self, wait: bool) -> bool:
-        """Whether some row at work is done or has broken down.
-
-        To tell, the host must wait for the device. A GPU would run dry meanwhile, so unless asked to ``wait`` this
-        answers for the step before, whose answer is there, while the device is busy with the last one.
-        """
-        if wait or not self.x.is_cuda:
-            return not bool(self.row.active.all())
-        before = self.late
-        event = torch.cuda.Event()
-        answer = self.row.active.all().to("cpu", non_blocking=True)
-        event.record(torch.cuda.current_stream(self.x.device))
-        self.late = (answer, event)
-        if before is None:
-            return False
-        before[1].synchronize()
-        return not bool(before[0])
-
-    def settle(self) -> None:
-        """Lets go of the rows that have stopped.
-
-        Those done are judged by their true residual: what only seemed to be done starts again from there, unless that
-        has ceased to help. (To replace the residual and keep the direction, earlier and by the criterion of van der
-        Vorst and Ye, takes 3 to 15 % more products near the limit of float32 and float64.) Those that broke down are
-        judged at the end.
-        """
-        self.late = None
-        self.write_back()
-        check = (self.row.active == 0) & self.done()
-        if check.any():
-            which = self.at_work[check]
-            self.r[check] = self.true_residual(which)
-            norm = norms(self.r[check])
-            done = self.within(norm, which)
-            self.residual[which], self.converged[which] = norm, done
-            self.limited[which] = ~done & ~(norm < 0.5 * self.best[which])
-            self.best[which] = norm
-            again = check.clone()
-            again[check] = ~(done | self.limited[which])
-            self.aim[self.at_work[again]] *= 0.5  # or what rounding took from it this time would be missing again
-            self.row.tolerance[again] = self.aim[self.at_work[again]]
-            self.begin(again)
-        self.keep(self.row.active != 0)
-
-    def within(self, norm: Tensor, which: Tensor) -> Tensor:
-        return norm.isfinite() & (norm <= self.tolerance[which])  # an infinite b has an infinite tolerance
-
-    def write_back(self) -> None:
-        if self.x is not self.all_x:
-            self.all_x[self.at_work] = self.x
-            self.all_scalars[:, self.at_work] = self.scalars
-
-    def keep(self, which: Tensor) -> None:
-        if which.all():
-            return
-        self.at_work = self.at_work[which]
-        self.x, self.r, self.p, self.scalars = self.x[which], self.r[which], self.p[which], self.scalars[:, which]
-        self.row = CGScalars(*self.scalars)
-
-    def give_up(self) -> None:
-        """The true residual of rows that ran out of iterations or broke down; none where a product was not finite."""
-        self.write_back()
-        row = CGScalars(*self.all_scalars)
-        unknown = ~self.converged & ~(row.curvature.isfinite() & self.first.isfinite())
-        self.residual[unknown] = torch.nan
-        which = (~(self.converged | self.limited | unknown)).nonzero().flatten()
-        if len(which):
-            self.residual[which] = norms(self.true_residual(which))
-            self.converged[which] = self.within(self.residual[which], which)
-
-    def report(self, seconds: float) -> SolveReport:
-        size = norms(self.b)
-        scalars = CGScalars(*self.all_scalars)
-        limit = reachable(scalars.largest.sqrt(), self.all_x, size)
-        relative = torch.where(size > 0, self.residual / size, self.residual)
-        negative = (scalars.negative != 0).cpu()
-        if negative.any() and not self.truncate:
-            negative &= self.log.indefinite()
-        return SolveReport(
-            method="conjugate gradients",
-            iterations=scalars.iterations.long(),
-            residual=relative,
-            converged=self.converged,
-            precision_limit=~self.converged & self.residual.isfinite() & (self.residual <= limit),
-            negative_curvature=negative,
-            products=self.products,
-            seconds=seconds,
-            history=self.log.history(self.first, size) if self.history else None,
-            krylov=self.log,
-        )
+    def broken(self, row: CGScalars) -> Tensor:
+        return ~(row.curvature.isfinite() & self.first.isfinite())
 
 
-class _Log:
-    """The scalars of every step, on the device until they are asked for, since an iteration must not wait for them."""
-
-    def __init__(self, k: int, dtype: torch.dtype, preconditioned: bool) -> None:
-        self.k, self.dtype, self.preconditioned = k, dtype, preconditioned
-        self.steps: list[tuple[Tensor, Tensor]] = []
-        self.starts: list[tuple[int, Tensor, Tensor]] = []
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def start(self, which: Tensor, rho: Tensor) -> None:
-        self.starts.append((len(self.steps), which, rho))
-
-    def step(self, which: Tensor, scalars: Tensor) -> None:
-        self.steps.append((which, scalars.clone()))
-
-    def history(self, first: Tensor, size: Tensor) -> Tensor:
-        first, size = first.cpu(), size.cpu()
-        norms = first[None]
-        if self.steps:
-            stepped, values = self._unpack()
-            norms = torch.cat([norms, torch.where(stepped, values.residual.sqrt(), torch.nan)])
-        return torch.where(size > 0, norms / size, norms)
+class _Log(StepLog[CGScalars]):
+    def residuals(self, values: CGScalars) -> Tensor:
+        return values.residual.sqrt()
 
     def extremes(self) -> tuple[float, float]:
         seen = torch.cat([part.flatten() for part in self._of_each()])
@@ -392,12 +237,10 @@ class _Log:
         none = torch.empty(0, 0, dtype=torch.float64)
         if not self.steps:
             return none, none, none
-        stepped, values = self._unpack()
-        m = len(stepped)
-        begins = torch.zeros(m + 1, self.k, dtype=torch.bool)
+        stepped, values = self.unpack()
+        m, begins = len(stepped), self.begins()
         rho = values.rho if self.preconditioned else torch.cat([values.rho[:1], values.rho[:-1]])
         for at, which, value in self.starts:
-            begins[min(at, m), which.cpu()] = True
             if at < m and not self.preconditioned:
                 rho[at, which.cpu()] = value.cpu()
         linked = stepped[:-1] & stepped[1:] & ~begins[1:m]
@@ -425,12 +268,3 @@ class _Log:
         some = stepped.any(dim=0)
         smallest, largest = Tridiagonals(diagonal[:, some], squares[:, some]).extremes_of_each()
         return quotients, smallest, largest
-
-    def _unpack(self) -> tuple[Tensor, CGScalars]:
-        """Which rows took each step, [m, k], and the scalars after it, [m, k] each, of those that did."""
-        every = torch.zeros(len(self.steps), len(CGScalars._fields), self.k, dtype=torch.float64)
-        for entry, (which, scalars) in zip(every, self.steps, strict=True):
-            entry[:, which.cpu()] = scalars.cpu()
-        values = CGScalars(*every.unbind(1))
-        before = torch.cat([torch.zeros(1, self.k, dtype=torch.float64), values.iterations.cummax(dim=0).values])[:-1]
-        return values.iterations > before, values
