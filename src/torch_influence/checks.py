@@ -17,7 +17,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness, warn_if_summed
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
-from torch_influence.solvers import SolveReport, fail, rounding
+from torch_influence.solvers import OnFailure, SolveReport, fail, rounding
 from torch_influence.verification import Check, Refits, Verification
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class CheckMethods:
     test_loader: Any
     damp: float
     gnh: bool
+    on_failure: OnFailure
     samples: ClassVar[bool]
     _space: ParameterSpace
     _evaluation: Evaluation
@@ -362,7 +363,7 @@ class CheckMethods:
         if loss not in self._randomness_checked:
             self._randomness_checked.add(loss)
             if why := randomness(loss, self._evaluation, batches):
-                fail([NondeterminismWarning(why)], "warn")
+                fail([NondeterminismWarning(why)], self.on_failure)
 
 
 def _spread(n: int, count: int) -> list[int]:
