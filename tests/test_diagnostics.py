@@ -150,7 +150,7 @@ def test_what_a_spectrum_says() -> None:
     assert "damping larger by at least 0.44 makes it definite" in str(saddle)
     assert "singular as far as can be told: smallest eigenvalue 1e-07 ± 1e-06" in str(open_)
     assert "-0.5 ± 1e-06" in str(saddle)
-    assert "d = 2: all eigenvalues, 2 products in float32" in str(saddle)
+    assert "d = 2: all eigenvalues; 2 products in float32" in str(saddle)
     assert repr(saddle) == "<Spectrum: -0.5 to 10, damp = 0.1>"
 
 

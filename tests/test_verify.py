@@ -14,7 +14,7 @@ from oracles import IdentityModule, Supervised, logistic_loss, refit_logistic
 from problems import SOLVER_OPTIONS, Classification, loader, module, network
 from scipy import stats
 from test_diagnostics import AlwaysDropout
-from test_side_effects import Snapshot, awkward
+from test_side_effects import FailsAt, Snapshot, awkward
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -260,6 +260,20 @@ def test_a_singular_matrix_fails() -> None:
     assert failed(found) == ["solver"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (CGInfluenceModule, {"damp": 0.0}),
+        (InfluenceModule, {"damp": 0.0, "solver": "direct"}),
+        (LiSSAInfluenceModule, {"scale": 0.01, "depth": 1000}),
+    ],
+)
+def test_solves_that_raise_fail(kind: type, changes: dict[str, Any]) -> None:
+    found = good(kind, on_failure="raise", **changes).verify(print=False)
+    assert failed(found) == ["solver"]
+    assert "inverse_hvp failed: " in found["solver"].text
+
+
 def test_a_random_forward_fails() -> None:
     with pytest.warns(NondeterminismWarning):
         found = good(CGInfluenceModule, model=AlwaysDropout(), on_failure="ignore").verify(print=False)
@@ -464,6 +478,21 @@ def test_fit_runs_in_the_users_own_surroundings() -> None:
     with torch.no_grad():
         assert it.verify(fit=looks, refits=3, print=False).passed
     assert set(seen) == {(True, False, False)}
+
+
+@pytest.mark.parametrize("countdown", [3, 10, 20, 40])
+@pytest.mark.parametrize("method", ["train_outputs", "test_loss"])
+def test_an_interrupt_during_the_checks_leaves_everything_intact(method: str, countdown: int) -> None:
+    model = awkward()
+    before = Snapshot(model)
+    objective = FailsAt(method, countdown, KeyboardInterrupt())
+    it = good(CGInfluenceModule, model=model, objective=objective)
+    with pytest.raises(KeyboardInterrupt):
+        [it.verify(print=False) for _ in range(40)]  # a test loss is evaluated a few times in each
+    before.check()
+    assert not it._evaluation.is_open
+    objective.countdown = 10**6
+    assert failed(it.verify(print=False)) == []
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])

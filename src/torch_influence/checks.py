@@ -17,7 +17,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness, warn_if_summed
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
-from torch_influence.solvers import OnFailure, SolveReport, fail, rounding
+from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, rounding
 from torch_influence.verification import Check, Refits, Verification
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ class CheckMethods:
         - *repeatable*: the loss of a batch, and the product of a vector, are the same twice.
         - *curvature*: H v is that of a plain double backward over data read anew; *symmetric*: u·Hv = v·Hu.
         - *gradients*, *scores*: as made from gradients of batches of one, (1/n) ∇(ℓᵢ + reg)·s_q.
-        - *solver*: A⁻¹∇f_q is that of a dense solve in float64 where d <= 2000, else |b - Ax| is as small as the solver
-          says. What is allowed follows from the residual that the solver reports and the condition number, up to 10 %;
-          for estimates from minibatches it is 50 %, which is far from exact and far from nothing.
+        - *solver*: A⁻¹∇f_q, of ``inverse_hvp``, is that of a dense solve in float64 where d <= 2000, else |b - Ax| is
+          as small as the solver says. What is allowed follows from the residual that the solver reports and the
+          condition number, up to 10 %; for estimates from minibatches it is 50 %, far from exact and from nothing.
         - with ``fit``, examples are left out: the most helpful, the most harmful and others at random, a third each.
           *same refit*: two refits with all examples differ by at most 0.2 of the changes that are to be seen. *same
           model*: their test loss is that of the model, within 10 % or the largest change. *correlation*: of predicted
@@ -223,7 +223,11 @@ class CheckMethods:
             "gradients are wrong, or of data that have changed since they were kept (clear_cache())",
         )
         before = list(self._reports)
-        s = self._inverse_rows(b)
+        try:
+            s = self._inverse_rows(b)
+        except (SolveError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            yield Check("solver", False, torch.inf, verification.WORST, f"inverse_hvp failed: {error}")
+            return
         yield self._solver_check(operator, dense, b, s, before)
         yield self._score_check(examples, queries, g, s, solve_again=repeatable.value == 0 and not self.samples)
 
@@ -358,11 +362,12 @@ class CheckMethods:
     def _check_mean(self, loss: str, batches: Batches) -> None:
         """Warns once of a loss that is a sum over the batch, or random: nothing else would show it."""
         if loss not in self._means_checked:
-            self._means_checked.add(loss)
             warn_if_summed(loss, self._evaluation, batches)
+            self._means_checked.add(loss)  # now, and not when an exception has ended it
         if loss not in self._randomness_checked:
+            why = randomness(loss, self._evaluation, batches)
             self._randomness_checked.add(loss)
-            if why := randomness(loss, self._evaluation, batches):
+            if why:
                 fail([NondeterminismWarning(why)], self.on_failure)
 
 

@@ -61,10 +61,9 @@ class Spectrum:
         return (float(self.largest[-1]) + self.damp) / (float(self.smallest[0]) + self.damp)
 
     def __str__(self) -> str:
-        how = "all eigenvalues" if self.complete else "Lanczos"
-        lines = [
-            f"Spectrum of the curvature, d = {self.size:,}: {how}, {self.products} products in {_name(self.dtype)}"
-        ]
+        how = "all eigenvalues" if self.complete else "Lanczos, multiple eigenvalues show once"
+        made = f"{self.products} products in {_name(self.dtype)}"
+        lines = [f"Spectrum of the curvature, d = {self.size:,}: {how}; {made}"]
         for what, values, errors in (
             ("smallest", self.smallest, self.smallest_errors),
             ("largest", self.largest, self.largest_errors),
