@@ -69,7 +69,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 4 * TILE * vectors)
         matrix: list[torch.Tensor] = []
         most = peak(lambda: matrix.append(it.influence_matrix(train_idxs)))
-        assert len(it.last_report.converged) == (TILE if train_idxs is None else len(train_idxs))
+        solved = [len(report.converged) for report in it._reports]
+        assert solved == ([TILE] * (queries // TILE) if train_idxs is None else [len(train_idxs)])
         assert matrix[0].shape == (n if train_idxs is None else len(train_idxs), queries)
         return most - matrix[0].nbytes - it._train.kept_bytes - it._test.kept_bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -275,8 +276,10 @@ def test_solves_that_raise_fail(kind: type, changes: dict[str, Any]) -> None:
 
 
 def test_a_random_forward_fails() -> None:
-    with pytest.warns(NondeterminismWarning):
-        found = good(CGInfluenceModule, model=AlwaysDropout(), on_failure="ignore").verify(print=False)
+    with warnings.catch_warnings(record=True) as caught:  # solves of what is no matrix fail in many ways
+        warnings.simplefilter("always")
+        found = good(CGInfluenceModule, model=AlwaysDropout()).verify(print=False)
+    assert NondeterminismWarning in {one.category for one in caught}
     assert {"repeatable", "curvature", "gradients"} <= set(failed(found))
     assert "training=self.training" in found["repeatable"].text
 
