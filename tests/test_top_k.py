@@ -139,14 +139,15 @@ def test_scores_that_are_not_finite_come_last_and_with_the_warning(train_idxs: A
     message = f"^1 of {len(named)} training examples have scores that are not finite.*example 4:"
     # Solved for training examples, the right-hand side of example 4 is not finite: that is told of, too.
     expected = [RuntimeWarning] if train_idxs is None else [ConvergenceWarning, RuntimeWarning]
+    found: list[Any] = []
     for top_k in (None, 23):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = it.influence_matrix(train_idxs, top_k=top_k)
+            found.append(it.influence_matrix(train_idxs, top_k=top_k))
         assert [w.category for w in caught] == expected
         assert {w.filename for w in caught} == {__file__}
         assert re.search(message, str(caught[-1].message))
-        matrix, result = (found, None) if top_k is None else (matrix, found)
+    matrix, result = found
     assert matrix.isnan().any(dim=1).sum() == 1
     for ranking, sign in ((result.helpful, 1), (result.harmful, -1)):
         assert ranking.indices.shape == (7, len(named))

@@ -297,6 +297,8 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, LegacyHelpers, abc.ABC
         """The solution, after its report has been put beside those of the same public call. Inside a session."""
         if self._call_of_reports != self._calls:
             self._reports, self._call_of_reports = [], self._calls
+        if self._reports:
+            self._reports[-1] = self._reports[-1].condensed()
         try:
             x, report = solve(*args, **options)
         except SolveError as error:

@@ -27,6 +27,7 @@ from torch_influence.solvers._preconditioners import as_preconditioner
 from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
 from torch_influence.solvers._rows import RowIteration, StepLog
 
+_ROWS_LOOKED_AT = 8
 DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
 
@@ -214,57 +215,62 @@ class _Log(StepLog[CGScalars]):
         return values.residual.sqrt()
 
     def extremes(self) -> tuple[float, float]:
-        seen = torch.cat([part.flatten() for part in self._of_each()])
-        seen = seen[~seen.isnan()]
-        if not len(seen):
+        if not self.steps:
             return float("nan"), float("nan")
+        stepped, alpha, beta, quotients = self._quotients()
+        known = ~quotients.isnan().any(dim=0)
+        if not known.any():
+            return float("nan"), float("nan")
+        # All rows see one matrix: of a few its Lanczos matrix is looked at, of those that got furthest.
+        furthest = torch.where(known, quotients.amax(dim=0) - quotients.amin(dim=0), -1.0)
+        few = furthest.argsort(descending=True)[: min(_ROWS_LOOKED_AT, int(known.sum()))]
+        smallest, largest = self._matrices(stepped[:, few], alpha[:, few], beta[:, few], quotients[:, few])
+        seen = torch.cat([quotients[:, known].flatten(), smallest, largest])
         return float(seen.min()), float(seen.max())
 
     def indefinite(self) -> Tensor:
         """The rows that met p'Ap < 0, beyond rounding: [k]."""
-        quotients, _, _ = self._of_each()
-        if not quotients.numel():  # no step was taken
+        if not self.steps:
             return torch.zeros(self.k, dtype=torch.bool)
+        quotients = self._quotients()[-1]
         return quotients.amin(dim=0) < -rounding(self.dtype) * quotients.abs().amax(dim=0)
 
-    def _of_each(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rayleigh quotients of the directions, [m, k]; the smallest and the largest value of each Lanczos matrix.
+    def _quotients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which steps were taken, α, β and the Rayleigh quotients of the directions: [m, k], β [m - 1, k].
 
-        The matrix has 1/α and β/α of the steps (Golub and Van Loan, section 11.3.5); where a row started anew, another
-        block begins. Where A is indefinite or singular, p'Ap near zero may have cancelled all digits of an entry: the
-        matrix ends before that. Steps that a row did not take repeat its first entry.
+        β is 0 where a row started anew. Steps that a row did not take repeat its first quotient.
         """
-        none = torch.empty(0, 0, dtype=torch.float64)
-        if not self.steps:
-            return none, none, none
         stepped, values = self.unpack()
-        m, begins = len(stepped), self.begins()
+        m = len(stepped)
         rho = values.rho if self.preconditioned else torch.cat([values.rho[:1], values.rho[:-1]])
         for at, which, value in self.starts:
             if at < m and not self.preconditioned:
                 rho[at, which.cpu()] = value.cpu()
-        linked = stepped[:-1] & stepped[1:] & ~begins[1:m]
+        linked = stepped[:-1] & stepped[1:] & ~self.begins()[1:m]
         beta = torch.where(linked, rho[1:] / rho[:-1], 0.0)
         alpha = torch.where(stepped, values.alpha, 1.0)
-
         # r is orthogonal to the last p, so |p|² = |r|² + β² |last p|²; with M that is in the norm of its inverse.
         square = rho.clone()
         for j in range(1, m):
             square[j] += beta[j - 1].square() * square[j - 1]
-        first = stepped.int().argmax(dim=0, keepdim=True)
         quotients = rho / alpha / square
-        quotients = torch.where(stepped, quotients, quotients.gather(0, first))
+        first = quotients.gather(0, stepped.int().argmax(dim=0, keepdim=True))
+        return stepped, alpha, beta, torch.where(stepped, quotients, first)
 
+    def _matrices(self, stepped: Tensor, alpha: Tensor, beta: Tensor, quotients: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest eigenvalue of each Lanczos matrix, [k].
+
+        It has 1/α and β/α of the steps (Golub and Van Loan, section 11.3.5). Where A is indefinite or singular, p'Ap
+        near zero may have cancelled all digits of an entry: the matrix ends before that.
+        """
         pivots, carried = 1 / alpha, beta / alpha[:-1]
         size = pivots.abs()
         size[1:] += carried.abs()
         norm, noise = quotients.abs().amax(dim=0), rounding(self.dtype)
         lost = (noise * size > DIGITS_OF_RITZ * norm) | (noise * norm > DIGITS_OF_RITZ * quotients.abs())
         sound = stepped & ~lost.cummax(dim=0).values
-        diagonal = pivots
-        diagonal[1:] += carried
-        diagonal = torch.where(sound, diagonal, quotients.gather(0, first))
+        pivots[1:] += carried
+        first = quotients.gather(0, stepped.int().argmax(dim=0, keepdim=True))
+        diagonal = torch.where(sound, pivots, first)
         squares = torch.where(sound[1:], (carried / alpha[:-1]).clamp(min=0), 0.0)
-        some = stepped.any(dim=0)
-        smallest, largest = Tridiagonals(diagonal[:, some], squares[:, some]).extremes_of_each()
-        return quotients, smallest, largest
+        return Tridiagonals(diagonal, squares).extremes_of_each()

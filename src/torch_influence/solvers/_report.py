@@ -161,6 +161,10 @@ class SolveReport:
         ax.legend()
         return ax
 
+    def condensed(self) -> SolveReport:
+        """The same, with the eigenvalues in place of what they are computed from."""
+        return self if self.krylov is None else dataclasses.replace(self, krylov=Seen([], self.eigenvalues))
+
     @classmethod
     def joined(cls, reports: Sequence[SolveReport]) -> SolveReport:
         """One report of right-hand sides that were solved in parts."""
@@ -242,11 +246,12 @@ class Seen:
     """The eigenvalues that several have seen."""
 
     parts: Sequence[Extremes]
+    besides: tuple[float, float] = (float("nan"), float("nan"))
 
     def extremes(self) -> tuple[float, float]:
         """The smallest and the largest of them all."""
-        known = [pair for part in self.parts if (pair := part.extremes())[0] == pair[0]]
-        known = known or [(float("nan"), float("nan"))]
+        seen = [self.besides, *(part.extremes() for part in self.parts)]
+        known = [pair for pair in seen if pair[0] == pair[0]] or [self.besides]
         return min(pair[0] for pair in known), max(pair[1] for pair in known)
 
 
