@@ -261,6 +261,15 @@ def test_the_approximation_is_nystroms(rank: int, dtype: torch.dtype) -> None:
 
 
 @dtypes
+def test_of_an_indefinite_matrix_positive_eigenvalues_remain(dtype: torch.dtype) -> None:
+    """Exactly, at full rank; the shift is taken off again."""
+    eigenvalues = torch.linspace(-1, 2, D, dtype=torch.float64)
+    matrix = with_spectrum(eigenvalues).to(dtype)
+    values, _ = low_rank(Matrix(matrix), D, None)
+    assert_close(values.to(dtype), eigenvalues.flip(0).clamp(min=0), operations=16 * D, condition=(2 + 2) / (2 - 1))
+
+
+@dtypes
 @pytest.mark.parametrize("shift", [None, 0.0, MU])
 def test_m_is_the_papers(shift: float | None, dtype: torch.dtype) -> None:
     """(λ_ℓ + μ) U (Λ + μI)⁻¹ Uᵀ + I - U Uᵀ, equation (5.3)."""
