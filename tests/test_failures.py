@@ -289,6 +289,7 @@ def test_modules_say_it_and_keep_the_report(
     assert len(it.last_report.converged) == len(s)
     assert s[it.last_report.converged].isfinite().all()
     if kind is not LiSSAInfluenceModule:
+        if kind is not LiSSAInfluenceModule:
         assert torch.equal(s.isnan().all(dim=1), it.last_report.residual.isnan())
 
     _, said = said_by(lambda: act(on_failure="ignore"))

@@ -7,6 +7,7 @@ from torch_influence.solvers._direct import Factor, direct
 from torch_influence.solvers._dual import DualFactor
 from torch_influence.solvers._lanczos import RitzValues, lanczos
 from torch_influence.solvers._lissa import lissa
+from torch_influence.solvers._minibatches import AutoScale
 from torch_influence.solvers._preconditioners import Jacobi, Kept, Nystrom, Preconditioner, is_recipe
 from torch_influence.solvers._report import (
     ConvergenceWarning,
@@ -20,6 +21,7 @@ from torch_influence.solvers._report import (
 )
 
 __all__ = [
+    "AutoScale",
     "ConvergenceWarning",
     "DivergenceWarning",
     "DualFactor",

@@ -23,13 +23,18 @@ LOOKS_EVERY = 16  # iterations, at how far rounding reaches
 
 def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:
     """The operator and the right-hand sides as rows [k, d]; B may be one vector [d], and an array."""
+    rows = right_hand_sides(B)
+    return aslinearoperator(A, rows), rows
+
+
+def right_hand_sides(B: Any) -> Tensor:
+    """B as rows [k, d]."""
     rows = torch.as_tensor(B).detach()
     if rows.dim() not in (1, 2):
         raise ValueError(f"B: expected right-hand sides as rows [k, d], or one [d], got shape {list(rows.shape)}")
     if not rows.is_floating_point():
         raise TypeError(f"B: expected floating point numbers, got {rows.dtype}")
-    rows = rows.reshape(-1, rows.shape[-1])
-    return aslinearoperator(A, rows), rows
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> int:

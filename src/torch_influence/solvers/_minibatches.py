@@ -1,0 +1,167 @@
+"""What LiSSA draws its minibatches from, and the scale that they need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.linop import Damped, LinearOperator, Sampled, aslinearoperator
+from torch_influence.solvers._base import Progress, right_hand_sides, rounding
+from torch_influence.solvers._lanczos import lanczos
+
+SAMPLED = 16  # minibatches whose extreme eigenvalues are looked at
+_STEPS, _DIGITS = 10, 0.1  # of Lanczos on each: their largest eigenvalue is wanted to a tenth
+_STEPS_TO_EXPLAIN, _DIGITS_TO_EXPLAIN = 30, 0.02
+
+
+def system_of_minibatches(A: Any, B: Any) -> tuple[Sampled, float, Tensor]:
+    """Where minibatches come from, the damping that is common to them, and the right-hand sides as rows [k, d]."""
+    rows = right_hand_sides(B)
+    if isinstance(A, list | tuple):
+        if not A:
+            raise ValueError("A: expected at least one minibatch to draw from, got an empty list")
+        return _Drawn([aslinearoperator(minibatch, rows) for minibatch in A]), 0.0, rows
+    operator = aslinearoperator(A, rows)
+    shift = 0.0
+    while isinstance(operator, Damped):
+        shift += operator.shift
+        operator = operator.base
+    return (operator if isinstance(operator, Sampled) else _Itself(operator)), shift, rows
+
+
+class _Drawn:
+    """Minibatches to draw from, uniformly with replacement."""
+
+    def __init__(self, minibatches: list[LinearOperator]) -> None:
+        self._minibatches = minibatches
+
+    def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
+        for i in torch.randint(len(self._minibatches), (steps,), generator=generator).tolist():
+            yield self._minibatches[i]
+
+
+class _Itself:
+    """An operator that is its own and only minibatch."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+
+    def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
+        for _ in range(steps):
+            yield self._operator
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """Of some minibatches, undamped.
+
+    Attributes:
+        smallest: a Ritz value: some minibatch has an eigenvalue at or below it.
+        below: what the smallest eigenvalues may reach down to, by Lanczos' own error.
+        largest: the largest eigenvalue, with that error added.
+        products: that it took.
+    """
+
+    smallest: float
+    below: float
+    largest: float
+    products: int
+
+    @property
+    def known(self) -> bool:
+        """Not if a product was not finite."""
+        return math.isfinite(self.largest)
+
+    def scale(self, shift: float) -> float:
+        """The norm of the damped minibatches: twice the least scale that makes no step expand."""
+        return max(abs(self.smallest + shift), abs(self.largest + shift)) or 1.0
+
+    def joined(self, other: Spectrum) -> Spectrum:
+        """Of both."""
+        return Spectrum(
+            min(self.smallest, other.smallest),
+            min(self.below, other.below),
+            max(self.largest, other.largest),
+            self.products + other.products,
+        )
+
+
+def spectrum_of(minibatches: Iterable[LinearOperator], *, explain: bool = False) -> Spectrum:
+    """Extreme eigenvalues of these; more exactly if they are to ``explain`` what went wrong.
+
+    The largest is a Ritz value plus the bound of its error (Zhou and Li 2011, Bounding the spectrum of large Hermitian
+    matrices): in so few steps it may still be too small, as it is where the start has next to nothing of its vector.
+    """
+    found = Spectrum(math.inf, math.inf, -math.inf, 0)
+    steps, digits = (_STEPS_TO_EXPLAIN, _DIGITS_TO_EXPLAIN) if explain else (_STEPS, _DIGITS)
+    for number, minibatch in enumerate(minibatches):
+        start = torch.Generator().manual_seed(number)
+        try:
+            ritz = lanczos(minibatch, rtol=digits, maxiter=steps, generator=start)
+        except ValueError:  # it is not finite
+            return Spectrum(math.nan, math.nan, math.nan, found.products + 1)
+        values, errors = ritz.values.tolist(), ritz.errors.tolist()
+        low, high = values[0], values[-1]
+        if low > -rounding(minibatch.dtype) * max(abs(low), abs(high)):  # none that is negative beyond rounding
+            low = max(low, 0.0)
+        below = low - errors[0] if low < 0 else low
+        found = found.joined(Spectrum(low, below, high + errors[-1], ritz.products))
+    return found
+
+
+class AutoScale:
+    """The scale that a curvature's minibatches need: found in the first solve that asks, and kept for the next.
+
+    Attributes:
+        spectrum: of the minibatches looked at, None before that.
+        products: that looking at them took.
+    """
+
+    def __init__(self) -> None:
+        self.spectrum: Spectrum | None = None
+        self.products = 0
+
+    def find(self, source: Sampled, progress: Progress | None = None) -> bool:
+        """Looks at a sample of minibatches, unless that has been done; false if a product is not finite.
+
+        They are drawn by a generator of their own: the runs draw what they would with a scale that was given.
+        """
+        if self.spectrum is None:
+            sample = sample_of(source)
+            found = spectrum_of(sample if progress is None else progress(sample, "LiSSA's scale", SAMPLED))
+            self.products += found.products
+            if not found.known:
+                return False
+            self.spectrum = found
+        return True
+
+    def scale(self, shift: float) -> float | None:
+        """For minibatches damped by ``shift``; None if it is not known yet."""
+        return None if self.spectrum is None else self.spectrum.scale(shift)
+
+    def raised(self, minibatches: Iterable[LinearOperator], scale: float, shift: float) -> bool:
+        """After divergence at this scale in one of these minibatches: whether there is a larger one to try.
+
+        It is what they need, and twice the last at the least; there is none if their negative eigenvalues explain it.
+        """
+        found = spectrum_of(minibatches)
+        self.products += found.products
+        if self.spectrum is None or not found.known:
+            return False
+        seen = self.spectrum.joined(found)
+        if seen.largest + shift <= 2 * scale:
+            if seen.smallest + shift < 0:
+                return False
+            seen = dataclasses.replace(seen, largest=2 * scale - shift)
+        self.spectrum = seen
+        return True
+
+
+def sample_of(source: Sampled) -> Iterator[LinearOperator]:
+    """The minibatches that are looked at: the same ones each time."""
+    return source.sampled(SAMPLED, torch.Generator().manual_seed(0))
