@@ -20,7 +20,7 @@ from torch_influence import (
 SOLVER_OPTIONS: dict[type[BaseInfluenceModule], dict[str, Any]] = {
     AutogradInfluenceModule: {},
     CGInfluenceModule: {"rtol": 1e-12},
-    LiSSAInfluenceModule: {"repeat": 1, "depth": 3, "scale": 20.0},
+    LiSSAInfluenceModule: {"repeat": 1, "depth": 3, "scale": 20.0, "on_failure": "ignore"},  # so few steps as these
 }
 
 

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
 
 # Left: a file or folder. Right: what of the package it may import.
 MAY_IMPORT = {
+    "caller": set(),
     "parameters": set(),
     "leaves": set(),
     "source": set(),
@@ -39,9 +40,9 @@ MAY_IMPORT = {
         "gradients",
         "convolutions",
     },
-    "solvers": {"linop", "ops"},
+    "solvers": {"caller", "linop", "ops"},
     "examples": {"batches", "contraction", "evaluation", "gradients", "leaves", "plan"},
-    "scores": {"examples", "batches", "plan", "ops"},
+    "scores": {"caller", "examples", "batches", "plan", "ops"},
     "ranking": {"scores"},
     "influences": {"batches", "evaluation", "examples", "parameters", "ranking", "resident", "scores"},
     "diagnostics": {"linop", "solvers"},
@@ -59,6 +60,7 @@ MAY_IMPORT = {
         "solvers",
         "verification",
     },
+    "estimates": {"influences", "ranking"},
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them

@@ -24,7 +24,7 @@ def solve(monkeypatch: pytest.MonkeyPatch, native: bool, rows: Tensor, kind: Any
     it = module(kind, model=network(dtype), **data, **options)
     with monkeypatch.context() as patch:
         if not native:
-            for solver, op in (("_cg", "cg_step"), ("_lissa", "lissa_step")):
+            for solver, op in (("_cg", "cg_step"), ("_series", "lissa_step")):
                 reference = importlib.import_module(f"torch_influence.ops._{op}").reference
                 patch.setattr(f"torch_influence.solvers.{solver}.{op}", reference)
         torch.manual_seed(0)

@@ -306,6 +306,7 @@ def test_lissa_is_the_neumann_sum_where_all_examples_have_one_curvature(
 ) -> None:
     scale = 5.0
     module, matrix, _ = shared_design(dtype, batch_size, repeat=repeat, depth=depth, scale=scale, gnh=gnh)
+    module.on_failure = "ignore"  # so few steps as these
     rows = torch.randn(3, 4).to(dtype)
     expected = neumann_sum(matrix, rows.double(), depth, scale)
     operations = 4 * 6 * batch_size * (depth + 1)
@@ -341,7 +342,7 @@ def test_lissa_is_an_unbiased_estimate_of_the_neumann_sum(kind: str, gnh: bool) 
 
     module = LiSSAInfluenceModule(
         p.model, p.objective, DataLoader(p.train, batch_size=2), None, "cpu", DAMP, runs, depth, scale, gnh,
-        keep_last, generator=torch.Generator().manual_seed(0),
+        keep_last, generator=torch.Generator().manual_seed(0), on_failure="ignore",
     )  # fmt: skip
     v = torch.randn(len(p.damped), dtype=torch.float64)
     estimate = module.inverse_hvp(v)

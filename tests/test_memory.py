@@ -38,6 +38,7 @@ def peak(function: Callable[[], Any]) -> int:
 def test_memory_of_lissa_does_not_grow_with_depth(layers: int, cache: bool) -> None:
     objective = Supervised(F.cross_entropy, 0.05)
     it = LiSSAInfluenceModule(network(layers), objective, tensors(), tensors(7), "cpu", 0.5, 1, 1, 40.0, cache=cache)
+    it.on_failure = "ignore"  # so few steps as these
     rows = torch.randn(64, it._space.size, dtype=torch.float64)
     it.inverse_hvp(rows)  # what is kept is kept now
     peaks = []

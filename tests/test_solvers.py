@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,10 @@ from torch import Tensor
 from torch_influence.linop import Damped, Dense, LinearOperator
 from torch_influence.solvers import (
     ConvergenceWarning,
-    DivergenceWarning,
     Factor,
     NegativeCurvatureWarning,
     block_cg,
     cg,
-    lissa,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -496,114 +494,3 @@ def test_a_matrix_that_is_not_finite_is_never_silent(value: float) -> None:
     matrix[3, 3] = value
     with pytest.raises(ValueError, match="not finite"):
         Factor(matrix)
-
-
-# -- LiSSA ------------------------------------------------------------------------------------------------------------
-
-
-class Minibatches:
-    """A Sampled operator over given matrices: sample t of every run is matrix t modulo their number."""
-
-    def __init__(self, matrices: Tensor) -> None:
-        self.matrices = matrices
-        self.generators: list[torch.Generator | None] = []
-
-    def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
-        self.generators.append(generator)
-        for t in range(steps):
-            yield Dense(self.matrices[t % len(self.matrices)])
-
-    def damped(self, shift: float) -> Damped:
-        mean = Dense(self.matrices.mean(0))
-        mean.sampled = self.sampled  # type: ignore[attr-defined]
-        return Damped(mean, shift)
-
-
-def minibatches(dtype: torch.dtype = torch.float64) -> Minibatches:
-    return Minibatches(torch.stack([positive_definite(4, 5.0) for _ in range(3)]).to(dtype))
-
-
-def recursion(matrices: Tensor, v: Tensor, depth: int, scale: float, damp: float) -> Tensor:
-    h = v.clone()
-    eye = torch.eye(len(v), dtype=v.dtype)
-    for t in range(depth):
-        h = v + h - (matrices[t % len(matrices)] + damp * eye) @ h / scale
-    return h / scale
-
-
-@dtypes
-@pytest.mark.parametrize("damp", [0.0, 0.3])
-@pytest.mark.parametrize("repeat", [1, 3])
-def test_lissa_is_its_recursion(dtype: torch.dtype, damp: float, repeat: int) -> None:
-    depth, scale = 7, 2.0
-    sampled = minibatches(dtype)
-    rows = torch.randn(K, 4).to(dtype)
-    x, report = lissa(sampled.damped(damp), rows, repeat=repeat, depth=depth, scale=scale)
-    expected = torch.stack([recursion(sampled.matrices.double(), row.double(), depth, scale, damp) for row in rows])
-    assert_close(x, expected, operations=4 * depth * repeat)
-    assert x.dtype == dtype
-    assert report.products == repeat * depth
-    assert report.converged.all()
-
-
-def test_lissa_takes_an_operator_without_damping() -> None:
-    sampled = minibatches()
-    rows = torch.randn(K, 4, dtype=torch.float64)
-    x, _ = lissa(sampled.damped(0.0).base, rows, repeat=1, depth=3, scale=2.0)
-    expected = torch.stack([recursion(sampled.matrices, row, 3, 2.0, 0.0) for row in rows])
-    assert_close(x, expected, operations=4 * 3)
-
-
-def test_lissa_leaves_its_input_alone_and_is_linear() -> None:
-    operator = minibatches().damped(0.1)
-    rows = torch.randn(2, 4, dtype=torch.float64)
-    before = rows.clone()
-    options = {"repeat": 2, "depth": 6, "scale": 2.0}
-    x, _ = lissa(operator, rows, **options)
-    assert torch.equal(rows, before)
-    combined, _ = lissa(operator, 3.0 * rows[:1] - rows[1:], **options)
-    assert_close(combined[0], 3.0 * x[0] - x[1], operations=4 * 6 * 2, scale=float(4.0 * x.abs().max()))
-
-
-@pytest.mark.parametrize(("k", "shape"), [(1, (4,)), (3, (3, 4))])
-def test_the_callback_of_lissa_gets_run_step_and_a_copy_of_h(k: int, shape: tuple[int, ...]) -> None:
-    calls: list[tuple[int, int, Tensor]] = []
-    x, _ = lissa(
-        minibatches().damped(0.1),
-        torch.randn(k, 4, dtype=torch.float64),
-        repeat=2,
-        depth=3,
-        scale=2.0,
-        callback=lambda run, step, h: calls.append((run, step, h)),
-    )
-    assert [(run, step) for run, step, _ in calls] == [(run, step) for run in range(2) for step in range(3)]
-    assert all(h.shape == shape for *_, h in calls)
-    mean = (calls[2][2] + calls[5][2]).reshape(k, 4) / 2 / 2.0
-    assert_close(x, mean, operations=4)
-
-
-def test_the_generator_is_handed_to_the_sampler() -> None:
-    sampled, generator = minibatches(), torch.Generator()
-    lissa(sampled.damped(0.1), torch.ones(1, 4, dtype=torch.float64), repeat=2, depth=1, scale=2.0, generator=generator)
-    assert sampled.generators == [generator, generator]
-
-
-def test_divergence_warns_and_is_in_the_report() -> None:
-    matrix = 1e3 * torch.eye(4, dtype=torch.float32).unsqueeze(0)
-    rows = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    with pytest.warns(DivergenceWarning, match=r"diverged for 1 of 2 .* raise scale"):
-        _, report = lissa(Minibatches(matrix).damped(0.0), rows, repeat=1, depth=200, scale=1.0)
-    assert report.converged.tolist() == [False, True]
-
-
-def test_an_operator_that_cannot_be_sampled() -> None:
-    with pytest.raises(TypeError, match="expected one that can be sampled by minibatch, got Dense"):
-        lissa(Dense(positive_definite()), torch.ones(1, D, dtype=torch.float64), repeat=1, depth=1, scale=1.0)
-
-
-@pytest.mark.parametrize("option", ["repeat", "depth", "scale"])
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
-def test_options_of_lissa_that_make_no_sense(option: str, value: float) -> None:
-    options: dict[str, Any] = {"repeat": 1, "depth": 1, "scale": 1.0} | {option: value}
-    with pytest.raises(ValueError, match=f"^{option}: expected"):
-        lissa(minibatches().damped(0.0), torch.ones(1, 4, dtype=torch.float64), **options)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence.base import BaseInfluenceModule
+from torch_influence.estimates import EstimateMethods
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import Factor, Kept, OnFailure, cg, is_recipe, lissa
+from torch_influence.solvers import AutoScale, Factor, Kept, OnFailure, cg, is_recipe, lissa
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
 
@@ -239,7 +240,7 @@ def preconditioned(M: Any) -> str:
     return f", preconditioned by {M if is_recipe(M) else 'M'}"
 
 
-class LiSSAInfluenceModule(BaseInfluenceModule):
+class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
     """Estimates by LiSSA: a Neumann series with one minibatch, of the train loader's batch size, per term.
 
         h₀ = v,   h_t = v + h_{t-1} - (H_t + damp·I) h_{t-1} / scale,   A⁻¹v ≈ mean over repeats of h_depth / scale
@@ -248,24 +249,32 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
         params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature; it is not multiplied by ``scale``.
-        repeat: independent runs that are averaged.
-        depth: steps of each.
-        scale: larger than half the largest eigenvalue of any minibatch's curvature, or it diverges.
+        repeat: independent runs that are averaged. Two or more tell how far they are from one another:
+            ``last_report.standard_error``, and ``influences(..., standard_error=True)`` for that of each score.
+        depth: steps of each. In the eigenvectors of least curvature it takes scale/damp of them to get within a third.
+        scale: larger than half the largest eigenvalue of any minibatch's curvature, or it diverges. "auto" takes that
+            of sampled minibatches, and more where that turns out to be too little; ``torch_influence.solvers.lissa``
+            says what this guarantees. It is kept until the curvature changes; ``last_report.method`` tells it.
         gnh: the Gauss-Newton matrix in place of the Hessian.
         debug_callback: called as debug_callback(run, step, h), h of shape [d] ([k, d] when k rows are solved at once).
         generator: where minibatches are drawn from. By default torch's default generator, in the way DataLoader draws.
+        rtol: stop after the repeat, the second or a later one, when all stests' standard errors, relative to their
+            size, are within it.
 
     Warns:
-        DivergenceWarning: the result is not finite.
+        DivergenceWarning: the steps expand: what is lost is NaN. The scale or the damping that cures it is named.
+        ConvergenceWarning: NaN in data or parameters, an overflow; a depth that is far too small; ``rtol`` not reached.
 
     Cost:
-        repeat x depth minibatch products, however many right-hand sides; memory 4 k d, whatever the depth.
+        repeat x depth minibatch products, however many right-hand sides, and up to 160 once for the scale; memory
+        6 k d, whatever the depth, and 10 d for the scale.
 
     Example:
         >>> module = LiSSAInfluenceModule(
-        ...     model, objective, train_loader, test_loader, "cpu", damp=1e-2, repeat=4, depth=200, scale=20.0
+        ...     model, objective, train_loader, test_loader, "cpu", damp=1e-2, repeat=4, depth=1000
         ... )
-        >>> scores = module.influences([0, 1, 2], [0])
+        >>> scores, error = module.influences([0, 1, 2], [0], standard_error=True)
+        >>> print(module.last_report)
     """
 
     batched: ClassVar[bool] = True
@@ -281,7 +290,7 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         damp: float,
         repeat: int,
         depth: int,
-        scale: float,
+        scale: float | Literal["auto"] = "auto",
         gnh: bool = False,
         debug_callback: Callable[[int, int, Tensor], None] | None = None,
         *,
@@ -290,6 +299,7 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         cache: Cache = "auto",
         on_failure: OnFailure = "warn",
         generator: torch.Generator | None = None,
+        rtol: float | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -309,6 +319,8 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
         self.scale = scale
         self.debug_callback = debug_callback
         self.generator = generator
+        self.rtol = rtol
+        self._auto_scale = AutoScale()
         self._warn_if_train_loss_is_overridden()
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -321,13 +333,24 @@ class LiSSAInfluenceModule(BaseInfluenceModule):
                 rows,
                 repeat=self.repeat,
                 depth=self.depth,
-                scale=self.scale,
+                scale=self._auto_scale if self.scale == "auto" else self.scale,
+                rtol=self.rtol,
                 generator=self.generator,
                 callback=self.debug_callback,
+                after_repeat=self._after_repeat(len(rows)),
                 on_failure=self.on_failure,
                 progress=self._bar,
             )
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
-        return Step("solver", f"LiSSA, {self.repeat} x {self.depth} minibatches", 4 * queries * self._row_bytes)
+        scale = f"scale {self.scale}"
+        if self.scale == "auto":
+            found = self._auto_scale.scale(self.damp)
+            scale = "scale still to be found" if found is None else f"scale {found:.3g} (auto)"
+        path = f"LiSSA, {self.repeat} x {self.depth} minibatches, {scale}"
+        return Step("solver", path, 6 * queries * self._row_bytes)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._auto_scale = AutoScale()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_influence.caller import level_of_the_user
 from torch_influence.examples import ExampleGradients
 
 
@@ -69,5 +70,5 @@ def checked(tiles: Iterable[Tile], indices: Sequence[int]) -> Iterator[Tile]:
             f"{len(rows)} of {len(indices)} training examples have scores that are not finite, the first of them "
             f"example {indices[rows[0]]}: its loss or gradient, or the solve, is NaN or infinite there",
             RuntimeWarning,
-            stacklevel=4,  # this, what takes the tiles, the public method, its caller
+            stacklevel=level_of_the_user(),
         )

@@ -35,6 +35,7 @@ from torch_influence.solvers._series import Series
 # to 7850, depths of 0.02 to 60 scale/damp) a change of 30 % went with 30 to 40 % of the solution still missing, one of
 # 15 % with 5 %; runs of enough depth, noise of any size, showed 0 to 5 %.
 _STILL_CHANGING = 0.3
+_MOSTLY_NOISE = 0.5  # a standard error of so much of the estimate, where no rtol was asked for
 _STARTS = 10  # of a series with scale="auto", each with at least twice the scale
 
 
@@ -94,7 +95,7 @@ def lissa(
           nothing: h_t - h_{t-1} = b - A_t h_{t-1} / scale, whose mean over these steps is (h_D - h_{D/2}) / (D/2). It
           tells of bias: the residual of x itself is mostly noise. Its own noise is in it, so that it tends to be too
           large. The error in x may be larger by the condition number.
-        - ``converged``: neither failed nor far too little depth nor beyond ``rtol``.
+        - ``converged``: neither failed nor far too little depth nor too large a standard error.
         - ``products``: of minibatches, those that ``scale`` took included.
 
     Raises:
@@ -104,7 +105,7 @@ def lissa(
     Warns:
         DivergenceWarning: steps expand, with the scale or the damping that cures it.
         ConvergenceWarning: NaN or an overflow; a depth that is far too small: over the second half of the steps the
-            estimate changed by 30 % or more, beyond noise; standard errors that exceed ``rtol``.
+            estimate changed by 30 % or more, beyond noise; standard errors that exceed ``rtol``, or half the estimate.
 
     Cost:
         repeat x depth products with one minibatch, and up to 160 more to find the scale; memory 6 k d, whatever the
@@ -143,25 +144,24 @@ def lissa(
         products += series.products
         if not series.again:
             break
-    method = "LiSSA" if auto is None else f"LiSSA, scale {taken:.3g} (auto)"
+    method = f"LiSSA, scale {taken:.3g} (auto)" if auto is not None and finite else "LiSSA"
     found, looked_at_failure = _failures(series, source, method)
     products += looked_at_failure + (0 if auto is None else auto.products - looked_at)
     changing = series.still_changing() > _STILL_CHANGING
-    error = series.standard_error()
-    within = torch.ones_like(changing) if rtol is None else error <= rtol
+    noisy = series.noise() > (_MOSTLY_NOISE if rtol is None else rtol)
     report = SolveReport(
         method=method,
         iterations=torch.where(series.failed, series.iterations, series.products),
         residual=series.residual(),
-        converged=~(series.failed | changing) & within,
+        converged=~(series.failed | changing | noisy),
         precision_limit=torch.zeros_like(changing),
         negative_curvature=torch.zeros_like(changing),
         products=products,
         seconds=time.perf_counter() - start,
         rtol=math.nan if rtol is None else rtol,
-        standard_error=error if repeat > 1 else None,
+        standard_error=series.standard_error() if repeat > 1 else None,
     )
-    found += _shortcomings(series, report, changing & ~series.failed, ~within & ~series.failed)
+    found += _shortcomings(series, report, changing & ~series.failed, noisy & ~series.failed)
     x = series.solution()
     fail(found, on_failure, x, report)
     return x.reshape(torch.as_tensor(B).shape), report
@@ -196,10 +196,7 @@ def _failures(series: Series, source: Sampled, method: str) -> tuple[list[Warnin
         rest = "The solution is NaN there"
         why = _why_steps_expand(spectrum, series.scale, series.shift)
         if why or series.norm[grown].isfinite().any():
-            why = why or (
-                f"scale={series.scale:g} is enough for {SAMPLED} sampled minibatches, but not for a rare one; "
-                f"raise scale, to {2 * series.scale:.3g} or more"
-            )
+            why = why or f"scale={series.scale:g} is too small for a minibatch, or its curvature negative; raise scale"
             found.append(DivergenceWarning(f"{method} diverged {at}: {why}. {rest}"))
         else:
             found.append(
@@ -238,7 +235,7 @@ def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
     return ""
 
 
-def _shortcomings(series: Series, report: SolveReport, changing: Tensor, wide: Tensor) -> list[Warning]:
+def _shortcomings(series: Series, report: SolveReport, changing: Tensor, noisy: Tensor) -> list[Warning]:
     """Of rows that have come to an end: too little depth, too few repeats."""
     found: list[Warning] = []
     k = len(changing)
@@ -256,14 +253,16 @@ def _shortcomings(series: Series, report: SolveReport, changing: Tensor, wide: T
                 f"about {float(report.residual[changing].max()):.1e}); raise depth{enough}, raise damp, or lower scale"
             )
         )
-    if wide.any():
-        worst = float(series.standard_error()[wide].max())
-        needed = math.ceil(series.runs * (worst / report.rtol) ** 2) if report.rtol else math.inf
+    if noisy.any():
+        worst = float(series.noise()[noisy].max())
+        wanted = 0.1 if report.rtol != report.rtol else report.rtol
+        asked = "" if report.rtol != report.rtol else f" where rtol={report.rtol:.3g} was asked for"
+        needed = f", to about {math.ceil(series.runs * (worst / wanted) ** 2)} for {wanted:.3g}" if wanted else ""
         found.append(
             ConvergenceWarning(
-                f"{report.method} did not converge for {int(wide.sum())} of {k} right-hand sides: a standard error of "
-                f"{worst:.1e} of the estimate where rtol={report.rtol:.3g} was asked for, after {series.runs} repeats; "
-                f"raise repeat, to about {needed}, or the batch size"
+                f"{report.method} did not converge for {int(noisy.sum())} of {k} right-hand sides: after {series.runs} "
+                f"repeats the estimate has a standard error of {'' if series.runs > 1 else 'about '}{worst:.1e} of its "
+                f"size{asked}; raise repeat{needed}, scale or the batch size"
             )
         )
     return found

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_influence.caller import level_of_the_user
+
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
-_PACKAGE = str(Path(__file__).parents[1])
 _ROWS_SHOWN = 8
 
 
@@ -270,12 +269,4 @@ def fail(
     if on_failure == "raise":
         raise SolveError(found, solution, report)
     for warning in found:
-        warnings.warn(warning, stacklevel=_level_of_the_user())
-
-
-def _level_of_the_user() -> int:
-    """Stack level, seen from ``fail``, of the first frame that is not this package's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    return level
+        warnings.warn(warning, stacklevel=level_of_the_user())

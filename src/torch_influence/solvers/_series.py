@@ -40,7 +40,7 @@ class Series:
         self.rows, self.depth, self.scale, self.shift, self.auto = rows, depth, scale, shift, auto
         self.size = norms(rows).cpu()
         self.failed = ~self.size.isfinite()
-        self.norm = torch.where(self.failed, torch.nan, 0.0)
+        self.norm = torch.zeros_like(self.size).masked_fill(self.failed, torch.nan)
         self.where: tuple[int, int] | None = None
         self.iterations = torch.zeros(k, dtype=torch.int64)
         self.recent: collections.deque[LinearOperator] = collections.deque(maxlen=2)  # a GPU's answer is a step late
@@ -175,6 +175,15 @@ class Series:
         relative = torch.where(error == 0, 0.0, error * self.runs / norms(self.total)).cpu()
         return torch.where(self.failed, torch.nan, relative)
 
+    def noise(self) -> Tensor:
+        """The standard error; of a single run a guess, [k].
+
+        Two h of one run that are far apart differ by √2 times their standard deviation, and by what it has still to go.
+        """
+        if self.runs > 1:
+            return self.standard_error()
+        return self._relative(norms(self.change)) / 2**0.5
+
     def within(self, rtol: float) -> bool:
         """Whether the standard errors of all rows at work are."""
         return self.runs > 1 and bool((self.failed | (self.standard_error() <= rtol)).all())
@@ -187,15 +196,19 @@ class Series:
         return torch.where(self.failed, torch.nan, relative)
 
     def still_changing(self) -> Tensor:
-        """By how much of its size the estimate changes over the segments, beyond noise: [k].
+        """By how much of its size the estimate changes over the second half of the steps, beyond noise: [k].
 
-        If δ are the m changes over single segments, of all runs, |Σδ|² - Σ|δ|² is the sum of products of two different
-        ones: noise has no part in its mean, except that a run that noise has driven away comes back, which lowers it.
+        A half is the most, where the steps have led nowhere near an end: h_t is (t + 1) b then. If δ are the m changes
+        over single segments, of all runs, |Σδ|² - Σ|δ|² is the sum of products of two different ones: noise has no part
+        in its mean, except that a run that noise has driven away comes back, which lowers it.
         """
         m = max(1, self.runs) * self.segments
         square = norms(self.change).square()
         if m > 1:
             square = (square - self.changes) / (m * (m - 1))
-        change = self.segments * square.clamp(min=0).sqrt()
-        relative = torch.where(change == 0, 0.0, change * max(1, self.runs) / (self.scale * norms(self.total)))
-        return relative.cpu()
+        half = (self.depth + 1) / (2 * self.segments * self.length)  # in as few segments as fit
+        return half * self._relative(m * square.clamp(min=0).sqrt())
+
+    def _relative(self, change: Tensor) -> Tensor:
+        """A sum over runs, |Σ Δh|, by the size of the sum of their estimates."""
+        return torch.where(change == 0, 0.0, change / (self.scale * norms(self.total))).cpu()
