@@ -164,7 +164,9 @@ def test_explain_names_the_solver_and_the_others() -> None:
 
 
 def test_an_unknown_solver_is_named() -> None:
-    with pytest.raises(ValueError, match="solver: expected one of 'auto', 'direct', 'dual', 'cg', 'block', got 'lu'"):
+    with pytest.raises(
+        ValueError, match="solver: expected one of 'auto', 'direct', 'dual', 'cg', 'block', 'minres', got 'lu'"
+    ):
         module("lu")
 
 

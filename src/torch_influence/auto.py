@@ -17,7 +17,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import DualFactor, Factor, Kept, OnFailure, block_cg, cg
+from torch_influence.solvers import DualFactor, Factor, Kept, OnFailure, block_cg, cg, minres
 
 __all__ = ["InfluenceModule"]
 
@@ -26,6 +26,7 @@ _SOLVERS = {
     "dual": "dual system of the outputs of all examples, factored once",
     "cg": "conjugate gradients, row by row, one product for all",
     "block": "block conjugate gradients",
+    "minres": "MINRES, row by row, one product for all",
 }
 
 
@@ -42,6 +43,8 @@ class InfluenceModule(BaseInfluenceModule):
       fewer outputs of all examples than parameters, and a ridge or damping.
     - ``"block"``: block conjugate gradients. For many queries at once.
     - ``"cg"``: conjugate gradients on all rows at once, each on its own. For one or few queries.
+    - ``"minres"``: minimal residuals, for a Hessian that is indefinite or singular, as away from a minimum. Only taken
+      when named, since what the Hessian is isn't known before; the scores are then those of a saddle point.
 
     Args:
         model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
@@ -60,7 +63,7 @@ class InfluenceModule(BaseInfluenceModule):
 
     Warns:
         ConvergenceWarning: a right-hand side did not converge.
-        NegativeCurvatureWarning: the matrix that was factored is indefinite.
+        NegativeCurvatureWarning: the matrix is indefinite, as far as the solver has seen.
 
     Cost:
         that of the solver: ``explain()``.
@@ -149,7 +152,7 @@ class InfluenceModule(BaseInfluenceModule):
             else:
                 preconditioner = {"M": self._kept.instead_of(self.M, self.damp)} if solver == "cg" else {}
                 x = self._solved(
-                    block_cg if solver == "block" else cg,
+                    {"block": block_cg, "cg": cg, "minres": minres}[solver],
                     self._curvature().damped(self.damp),
                     rows,
                     **preconditioner,

@@ -13,6 +13,8 @@ _BLOCK_EXPONENT = 0.4
 _BLOCK_VECTOR_WORK = 12  # operations per k² d in an iteration of a block
 # Weighting, mirroring and the narrow parts of Cholesky run at about half the rate of products with many rows.
 _SLOWNESS_OF_DENSE = 2
+# These solve what no other does, at a price that would be paid for nothing elsewhere; which it is isn't known before.
+_WHEN_NAMED = frozenset({"minres"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Cost:
 
 
 def costs(problem: Problem) -> list[Cost]:
-    """Of every solver, cheapest first; the cheapest that fits the memory comes first, those that don't fit last."""
+    """Of every solver: the cheapest that fits the memory comes first, those that don't fit then, "minres" last."""
     d, k = problem.d, problem.k
     digits = -math.log10(min(max(problem.rtol, 1e-16), 0.1))
     single = min(_ITERATIONS_PER_DIGIT * digits, float(d)) + 1
@@ -73,6 +75,7 @@ def costs(problem: Problem) -> list[Cost]:
             "factored before" if problem.factored else "matrix and Cholesky factor",
         ),
         Cost("cg", single * k * (problem.product + 12 * d), 5 * k * vector, f"{single:.0f} products, a guess"),
+        Cost("minres", single * k * (problem.product + 18 * d), 6 * k * vector, f"{single:.0f} products, a guess"),
         Cost(
             "block",
             block * k * (problem.product + _BLOCK_VECTOR_WORK * k * d),
@@ -83,7 +86,7 @@ def costs(problem: Problem) -> list[Cost]:
     if problem.dual is not None:
         once, per_row, nbytes = problem.dual
         found.append(Cost("dual", _SLOWNESS_OF_DENSE * once + per_row * k, nbytes, "kernel and Cholesky factor"))
-    return sorted(found, key=lambda cost: (cost.nbytes > problem.free, cost.operations))
+    return sorted(found, key=lambda cost: (cost.solver in _WHEN_NAMED, cost.nbytes > problem.free, cost.operations))
 
 
 def reasons(ranked: Sequence[Cost], free: float, chosen: str) -> list[tuple[str, str]]:
@@ -91,7 +94,7 @@ def reasons(ranked: Sequence[Cost], free: float, chosen: str) -> list[tuple[str,
     taken = next(cost for cost in ranked if cost.solver == chosen)
     found = []
     for cost in ranked:
-        if cost.solver == chosen:
+        if cost.solver in {chosen, *_WHEN_NAMED}:
             continue
         ratio = cost.operations / taken.operations
         why = f"{ratio:,.{1 if ratio < 10 else 0}f}x the operations ({cost.note})"

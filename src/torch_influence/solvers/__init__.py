@@ -8,6 +8,7 @@ from torch_influence.solvers._dual import DualFactor
 from torch_influence.solvers._lanczos import RitzValues, lanczos
 from torch_influence.solvers._lissa import lissa
 from torch_influence.solvers._minibatches import AutoScale
+from torch_influence.solvers._minres import minres
 from torch_influence.solvers._preconditioners import Jacobi, Kept, Nystrom, Preconditioner, is_recipe
 from torch_influence.solvers._report import (
     ConvergenceWarning,
@@ -44,5 +45,6 @@ __all__ = [
     "is_recipe",
     "lanczos",
     "lissa",
+    "minres",
     "rounding",
 ]

@@ -85,7 +85,15 @@ def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
 
 
 def conclude(
-    x: Tensor, report: SolveReport, *, limit: int, on_failure: OnFailure, cures: str = "", preconditioned: bool = False
+    x: Tensor,
+    report: SolveReport,
+    *,
+    limit: int,
+    on_failure: OnFailure,
+    cures: str = "",
+    preconditioned: bool = False,
+    takes_indefinite: bool = False,
+    inconsistent: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """What an iterative solver returns: x, NaN where nothing is known of it, and the report, after all is told.
 
@@ -96,6 +104,8 @@ def conclude(
         on_failure: "warn", "raise" or "ignore".
         cures: what else than damping helps where the matrix is indefinite.
         preconditioned: whether the report's eigenvalues are of M A.
+        takes_indefinite: negative curvature is told, but no failure.
+        inconsistent: [k], bool, on the CPU: no x solves, and this one leaves least.
     """
     found: list[Warning] = []
     k = len(report.residual)
@@ -114,8 +124,18 @@ def conclude(
     if report.negative_curvature.any():
         found.append(_negative_curvature(report, k, cures, preconditioned))
     failed &= ~unknown
+    if inconsistent is not None and (hopeless := failed & inconsistent).any():
+        failed &= ~hopeless
+        found.append(
+            ConvergenceWarning(
+                f"{report.method}: the system is singular, to the rounding of {x.dtype}, and inconsistent for "
+                f"{int(hopeless.sum())} of {k} right-hand sides: the relative residual "
+                f"{float(report.residual[hopeless].max()):.1e} of this least-squares solution is the least"
+                f"{' in the norm of M' if preconditioned else ''}; damping (damp > 0) makes it solvable"
+            )
+        )
     if failed.any():
-        if bool(report.negative_curvature[failed].any()):
+        if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
@@ -128,6 +148,8 @@ def conclude(
                 f"{f', after {steps} iterations' if (steps := int(report.iterations[failed].max())) else ''}; {cure}"
             )
         )
+    if takes_indefinite and on_failure == "raise" and all(isinstance(w, NegativeCurvatureWarning) for w in found):
+        on_failure = "warn"
     fail(found, on_failure, x, report)
     return x, report
 

@@ -42,6 +42,17 @@ class Tridiagonals:
         k = self.diagonal.shape[1]
         return smallest[:k], -smallest[k:]
 
+    def some_below(self, shifts: Tensor) -> Tensor:
+        """Whether there are eigenvalues below each of ``shifts`` [k, s], by Sturm's count."""
+        below = torch.zeros_like(shifts, dtype=torch.bool)
+        pivot = torch.ones_like(shifts)
+        tiny = torch.finfo(torch.float64).tiny
+        for i in range(len(self.diagonal)):
+            pivot = self.diagonal[i][:, None] - shifts - (self.squares[i - 1][:, None] / pivot if i else 0.0)
+            pivot = torch.where(pivot == 0, -tiny, pivot)
+            below |= pivot < 0
+        return below
+
 
 def _smallest(diagonal: Tensor, squares: Tensor) -> Tensor:
     off = squares.sqrt()
@@ -50,15 +61,10 @@ def _smallest(diagonal: Tensor, squares: Tensor) -> Tensor:
     reach[1:] += off
     low, high = (diagonal - reach).amin(dim=0), diagonal.amin(dim=0)  # Gershgorin; a diagonal entry is above it
     steps = torch.linspace(0, 1, _SHIFTS, dtype=torch.float64)
-    tiny = torch.finfo(torch.float64).tiny
+    matrices = Tridiagonals(diagonal, squares)
     for _ in range(10):  # each narrows the interval by 63: 10 of them leave less than a unit of rounding
         shifts = low[:, None] + (high - low)[:, None] * steps
-        below = torch.zeros_like(shifts, dtype=torch.bool)
-        pivot = torch.ones_like(shifts)
-        for i in range(len(diagonal)):
-            pivot = diagonal[i][:, None] - shifts - (squares[i - 1][:, None] / pivot if i else 0.0)
-            pivot = torch.where(pivot == 0, -tiny, pivot)
-            below |= pivot < 0
+        below = matrices.some_below(shifts)
         first = torch.where(below.any(dim=1), below.to(torch.int8).argmax(dim=1), _SHIFTS - 1).clamp(min=1)
         low, high = (shifts.gather(1, at[:, None]).squeeze(1) for at in (first - 1, first))
     return 0.5 * (low + high)

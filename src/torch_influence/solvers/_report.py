@@ -68,7 +68,7 @@ class SolveReport:
             is an estimate. NaN where it is not known.
         converged: [k], bool, residual within the tolerance.
         precision_limit: [k], bool, stopped above the tolerance because the arithmetic reaches no further.
-        negative_curvature: [k], bool, p'Ap < 0 was met on the way, beyond rounding.
+        negative_curvature: [k], bool, p'Ap < 0 (MINRES: a Ritz value < 0) was met on the way, beyond rounding.
         products: multiplications by the curvature, each for all rows still at work.
         seconds: wall time.
         rtol: the relative tolerance that was asked for; NaN if none was.

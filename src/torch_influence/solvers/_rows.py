@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class RowIteration(abc.ABC, Generic[S]):
     had fooled starts again from there, until that no longer helps.
     """
 
-    vectors: ClassVar[tuple[str, ...]]  # names of the attributes [k, d] that the rows at work have
+    vectors: tuple[str, ...]  # names of the attributes [k, d] that the rows at work have
 
     def __init__(
         self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, log: StepLog[S], scalars: Tensor
@@ -139,9 +139,12 @@ class RowIteration(abc.ABC, Generic[S]):
     def broken(self, row: S) -> Tensor:
         """The rows that have met a product, or a right-hand side, that is not finite."""
 
-    def irreducible(self, which: Tensor, r: Tensor) -> Tensor:
-        """Of the rows in the mask ``which``, with true residuals r, those that no x could leave less of."""
-        return torch.zeros(len(r), dtype=torch.bool, device=r.device)
+    def judged(self, which: Tensor, r: Tensor) -> None:
+        """Told of those of the rows at work (a mask) that were judged, by their true residuals r."""
+
+    def resume(self) -> bool:
+        """Called when no row is left at work: whether some of them begin again."""
+        return False
 
     def start(self) -> None:
         """Lets go of the rows that the first guess solves and begins with the others."""
@@ -166,7 +169,7 @@ class RowIteration(abc.ABC, Generic[S]):
         if progress is not None:
             steps = progress(steps, describe, None)  # no total: it stops long before the limit
         for _ in steps:
-            if not len(self.at_work):
+            if not len(self.at_work) and not self.resume():
                 break
             self.step()
             if callback is not None:
@@ -233,7 +236,8 @@ class RowIteration(abc.ABC, Generic[S]):
             norm = norms(r)
             done = self.within(norm, which)
             self.residual[which], self.converged[which] = norm, done
-            self.limited[which] = ~done & (~(norm < 0.5 * self.best[which]) | self.irreducible(check, r))
+            self.limited[which] = ~done & ~(norm < 0.5 * self.best[which])
+            self.judged(check, r)
             self.best[which] = norm
             goes_on = ~(done | self.limited[which])
             if goes_on.any():
@@ -259,6 +263,15 @@ class RowIteration(abc.ABC, Generic[S]):
         self.x, self.scalars = self.x[which], self.scalars[:, which]
         for name in self.vectors:
             setattr(self, name, getattr(self, name)[which])
+        self.row = self.log.names(*self.scalars)
+
+    def take(self, which: Tensor) -> None:
+        """Only these rows (by number) are at work, and are to begin."""
+        self.write_back()
+        self.at_work = which
+        self.x, self.scalars = self.all_x[which], self.all_scalars[:, which]
+        for name in self.vectors:
+            setattr(self, name, torch.empty_like(self.x))
         self.row = self.log.names(*self.scalars)
 
     def give_up(self) -> None:
