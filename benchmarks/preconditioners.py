@@ -1,16 +1,17 @@
-"""What preconditioners save conjugate gradients, and what they cost: problems A to D at little damping.
+"""What preconditioners save conjugate gradients, and what they cost: hard problems at little damping.
 
-    python benchmarks/preconditioners.py [--problems A,B,C,D] [--json PATH] [--markdown PATH]
+    python benchmarks/preconditioners.py [--problems A,B,C,D,U] [--json PATH] [--markdown PATH]
 
 All solve the same right-hand sides, test gradients, on a module that has read its data, and take turns. Products are
 multiplications by the curvature, each for all the rows still at work; one that makes M has many rows, so rows are
-counted, too. B, C and D are smaller than elsewhere, so that two minutes on two cores do.
+counted, too. B, C and D are smaller than elsewhere, so that two minutes on two cores do. U has features in many units.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from functools import partial
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Classification, Workload, rotated_features, teacher_labels, trained
 
 from torch_influence import CGInfluenceModule
 from torch_influence.linop import LinearOperator
@@ -36,9 +39,10 @@ SIZES: dict[str, dict[str, int]] = {
     "B": {"n": 2000},
     "C": {"n": 500, "features": 200, "hidden": 64},
     "D": {"n": 64},
+    "U": {"n": 2000, "features": 200},
 }
-ROWS = {"A": 8, "B": 8, "C": 8, "D": 2}
-ROUNDS = {"A": 3, "B": 3, "C": 3, "D": 1}
+ROWS = {"A": 8, "B": 8, "C": 8, "D": 2, "U": 8}
+ROUNDS = {"A": 3, "B": 3, "C": 3, "D": 1, "U": 3}
 
 
 class Counted(LinearOperator):
@@ -61,9 +65,26 @@ def recipes() -> dict[str, Any]:
     return {"none": None, "Jacobi": Jacobi(), **{f"Nyström, rank {rank}": Nystrom(rank) for rank in RANKS}}
 
 
+def in_other_units(n: int, queries: int, features: int, classes: int = 10) -> Workload:
+    """U: as B, but the features' spectrum decays little, and each is in a unit of its own, from 1 to 1/30."""
+    generator = torch.Generator().manual_seed(4)
+    x = rotated_features(n + queries, features, decay=0.2, norm=10.0, generator=generator)
+    y = teacher_labels(x, classes, generator)
+    torch.manual_seed(4)
+    model = torch.nn.Linear(features, classes)
+    title = f"softmax regression, {n} x {features} in units of 1 to 1/30, {classes} classes"
+    objective = Classification(F.cross_entropy, l2=1e-3)
+    work = trained("U", title, model, objective, x, y, n, damp=DAMP, gnh=True, rtol=RTOL)
+    units = torch.logspace(0, math.log10(30), features)
+    with torch.no_grad():
+        model.weight /= units  # the same outputs
+    train, test = (TensorDataset(data.tensors[0] * units, data.tensors[1]) for data in (work.train, work.test))
+    return dataclasses.replace(work, train=train, test=test)
+
+
 def measure(name: str) -> list[dict[str, Any]]:
     """The lines of one problem: each recipe made and used once a round, and what is made used again."""
-    work: Workload = WORKLOADS[name](queries=ROWS[name], **SIZES[name])
+    work: Workload = (WORKLOADS | {"U": in_other_units})[name](queries=ROWS[name], **SIZES[name])
     loaders = work.train_loader(), work.test_loader()
     module = CGInfluenceModule(work.model, work.objective, *loaders, "cpu", DAMP, work.gnh)
     rows = torch.stack([module.test_loss_grad([i]) for i in range(ROWS[name])])
@@ -148,9 +169,10 @@ def report(record: dict[str, Any]) -> str:
         "",
         harness.where(record),
         "",
-        f"Conjugate gradients to a relative residual of {record['rtol']:g}, at most {record['maxiter']} iterations, at damp = {record['damp']:g}, besides the",
-        "models' own weight decay of 1e-3. Rows: all that were multiplied by the curvature. Seconds: medians of runs",
-        "that took turns, M made anew in each; a module keeps it, so later solves take that much less. Residual: true.",
+        f"Conjugate gradients to a relative residual of {record['rtol']:g} in at most {record['maxiter']} iterations,",
+        f"damp = {record['damp']:g} besides the models' own weight decay of 1e-3. Rows: all that were multiplied by",
+        "the curvature. Seconds: medians of runs that took turns, M made anew in each; a module keeps it, so that",
+        "later solves take that much less. Residual: true.",
         "",
         *(
             f"- {name}: {row['title']}, {row['curvature']}, d = {row['parameters']:,}, k = {row['k']}, "
@@ -165,7 +187,7 @@ def report(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(SIZES), help="which of A,B,C,D (default: all)")
+    parser.add_argument("--problems", default=",".join(SIZES), help="which of A,B,C,D,U (default: all)")
     harness.output_options(parser)
     options = parser.parse_args()
     problems = options.problems.split(",")
