@@ -46,8 +46,8 @@ bench: dev ## benchmarks of the native ops and, end to end, against the old algo
 	  $(PY) $$bench $(if $(RESULTS),--json "$(RESULTS)/$$(basename $$bench .py)_cpu.json"); done
 	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
 
-bench-all: bench ## those, then all queries at once, what solver="auto" takes, scaling, the top 10 of a million: a quarter of an hour
-	set -e; for bench in all_queries choice scaling; do \
+bench-all: bench ## those, then all queries at once, what solver="auto" takes, preconditioners, scaling, the top 10 of a million: a quarter of an hour
+	set -e; for bench in all_queries choice preconditioners scaling; do \
 	  $(PY) benchmarks/$$bench.py $(if $(RESULTS),--json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"); done
 	$(PY) benchmarks/top_k.py $(if $(RESULTS),--json "$(RESULTS)/top_k.json")
 

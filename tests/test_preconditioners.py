@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,9 @@ from torch_influence.linop import Dense, LinearOperator
 from torch_influence.solvers import Jacobi, Nystrom, Preconditioner, SolveReport, _preconditioners, cg
 from torch_influence.solvers._base import rounding
 from torch_influence.solvers._preconditioners import estimated_diagonal, low_rank
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import preconditioners as benchmark
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -530,6 +536,25 @@ def test_examples_in_docstrings() -> None:
     failed, attempted = doctest.testmod(_preconditioners)
     assert attempted > 0
     assert failed == 0
+
+
+def test_the_benchmark_counts_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SIZES", {"U": {"n": 60, "features": 20}})
+    lines = benchmark.measure("U")
+    record = {"rtol": benchmark.RTOL, "damp": benchmark.DAMP, "maxiter": benchmark.MAXITER, "rows": lines}
+    record = json.loads(json.dumps({"provenance": benchmark.harness.provenance(), **record}))
+    rank = {which: getattr(M, "rank", 0) for which, M in benchmark.recipes().items()}
+    d = lines[0]["parameters"]
+    for line in lines:
+        assert line["converged"] + line["precision_limit"] <= line["k"]
+        if line["converged"] == line["k"]:
+            assert line["residual"] <= 1.01 * benchmark.RTOL  # rounded otherwise than the solver's
+        assert line["products"] > line["iterations"]
+        assert line["rows"] <= min(rank[line["recipe"]], d) + line["products"] * line["k"]
+        assert line["rows"] >= min(rank[line["recipe"]], d) + line["iterations"]
+    table = [cells for cells in benchmark.report(record).splitlines() if cells.startswith("| U ")]
+    assert len(table) == len(rank)
+    assert {cells.count("|") for cells in table} == {len(benchmark.HEADER) + 1}
 
 
 @devices

@@ -30,7 +30,9 @@ class Preconditioner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Jacobi:
-    """The inverse of the diagonal: M = diag(A)⁻¹. Cures coordinates of badly different scale, and nothing else.
+    """The inverse of the diagonal: M = diag(A)⁻¹, for coordinates of badly different scale, such as features' units.
+
+    It cures nothing else: where scales are alike it may well take more iterations than no M.
 
     The diagonal is exact where the operator knows it (a matrix in memory, a linear head in closed form) and where
     d <= probes. Else it is estimated from rows z of random signs,
