@@ -28,6 +28,7 @@ _SOLVERS = {
     "block": "block conjugate gradients",
     "minres": "MINRES, row by row, one product for all",
 }
+_TAKE_M = ("cg", "minres")
 
 
 class InfluenceModule(BaseInfluenceModule):
@@ -54,11 +55,11 @@ class InfluenceModule(BaseInfluenceModule):
         solver: "auto", or one of the above.
         rtol, atol: a row is solved when |b - Ax| <= max(rtol |b|, atol), for the iterative solvers.
         maxiter: iterations at the most; 10 d by default.
-        M: a preconditioner, for ``solver="cg"`` alone: ``Nystrom(rank)``, ``Jacobi()`` or what ``solvers.cg`` takes.
+        M: a preconditioner, for ``solver="cg"`` or ``"minres"``: ``Nystrom(rank)``, ``Jacobi()`` or what they take.
             What a recipe makes is kept for later solves, until the curvature or damp changes.
 
     Raises:
-        ValueError: an unknown solver; ``solver="dual"``, and there is no dual system; M with another solver than "cg".
+        ValueError: an unknown solver; ``solver="dual"``, and there is no dual system; M with another solver.
         MemoryError: ``solver="direct"``, and the matrices don't fit.
 
     Warns:
@@ -100,9 +101,9 @@ class InfluenceModule(BaseInfluenceModule):
         if solver != "auto" and solver not in _SOLVERS:
             known = ", ".join(repr(name) for name in ["auto", *_SOLVERS])
             raise ValueError(f"solver: expected one of {known}, got {solver!r}")
-        if M is not None and solver != "cg":
+        if M is not None and solver not in _TAKE_M:
             raise ValueError(
-                f'M: a preconditioner is for solver="cg", got solver={solver!r}; name that, or leave M out'
+                f'M: a preconditioner is for solver="cg" or "minres", got solver={solver!r}; name one, or leave M out'
             )
         super().__init__(
             model,
@@ -150,7 +151,7 @@ class InfluenceModule(BaseInfluenceModule):
                 options = {"rtol": self.rtol, "atol": self.atol, "on_failure": self.on_failure}
                 x = self._solved(self._current_dual_factor().solve, rows, **options)
             else:
-                preconditioner = {"M": self._kept.instead_of(self.M, self.damp)} if solver == "cg" else {}
+                preconditioner = {"M": self._kept.instead_of(self.M, self.damp)} if solver in _TAKE_M else {}
                 x = self._solved(
                     {"block": block_cg, "cg": cg, "minres": minres}[solver],
                     self._curvature().damped(self.damp),
@@ -170,7 +171,7 @@ class InfluenceModule(BaseInfluenceModule):
         taken = next(cost for cost in ranked if cost.solver == solver)
         path = f"{_SOLVERS[solver]}; about {taken.operations:.1e} operations ({taken.note})"
         nbytes = taken.nbytes
-        if solver == "cg":
+        if solver in _TAKE_M:
             path += preconditioned(self.M)
             nbytes += getattr(self.M, "rank", 0) * self._row_bytes
         why_not = reasons(ranked, self._may_use(), solver) if self.solver == "auto" else []

@@ -22,12 +22,11 @@ from torch_influence.solvers._base import (
     rounding,
     system,
 )
-from torch_influence.solvers._lanczos import Tridiagonals
+from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
 from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
 from torch_influence.solvers._rows import RowIteration, StepLog
 
-_ROWS_LOOKED_AT = 8
 DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
 
@@ -221,9 +220,8 @@ class _Log(StepLog[CGScalars]):
         known = ~quotients.isnan().any(dim=0)
         if not known.any():
             return float("nan"), float("nan")
-        # All rows see one matrix: of a few its Lanczos matrix is looked at, of those that got furthest.
         furthest = torch.where(known, quotients.amax(dim=0) - quotients.amin(dim=0), -1.0)
-        few = furthest.argsort(descending=True)[: min(_ROWS_LOOKED_AT, int(known.sum()))]
+        few = furthest.argsort(descending=True)[: min(ROWS_LOOKED_AT, int(known.sum()))]
         smallest, largest = self._matrices(stepped[:, few], alpha[:, few], beta[:, few], quotients[:, few])
         seen = torch.cat([quotients[:, known].flatten(), smallest, largest])
         return float(seen.min()), float(seen.max())

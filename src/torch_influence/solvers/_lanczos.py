@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_influence.linop import LinearOperator
 from torch_influence.solvers._base import Progress, norms, rounding
 
+ROWS_LOOKED_AT = 8  # All rows see one matrix: of a few its Lanczos matrix is looked at, of those that got furthest.
 _SHIFTS = 64  # points at which a pass of bisection counts eigenvalues
 _ROWS_OF_A_BLOCK = 32
 

@@ -20,7 +20,7 @@ from torch_influence.solvers._base import (
     rounding,
     system,
 )
-from torch_influence.solvers._lanczos import Tridiagonals
+from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
 from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
 from torch_influence.solvers._rotations import Rotations, rotate
@@ -104,15 +104,15 @@ def minres(
     check_on_failure(on_failure)
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
-    precondition = None if M is None else as_preconditioner(M, operator, rows)
-    tolerance = torch.clamp(rtol * norms(rows), min=atol)
     start = time.perf_counter()
+    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
+    tolerance = torch.clamp(rtol * norms(rows), min=atol)
     state = _State(operator, rows, first_guess(x0, rows), tolerance, precondition, history)
     state.run(limit, progress, "MINRES")
     report = state.report(time.perf_counter() - start, "MINRES", state.indefinite(), history)
     x, report = conclude(
         state.all_x,
-        dataclasses.replace(report, rtol=rtol),
+        dataclasses.replace(report, rtol=rtol, products=made_of + report.products),
         limit=limit,
         on_failure=on_failure,
         preconditioned=M is not None,
@@ -153,27 +153,25 @@ class _State(RowIteration[Rotations]):
         self.precondition, self.history = precondition, history
         self.row.asks.fill_(float(asks))
         self.waiting, self.inconsistent = torch.zeros_like(self.converged), torch.zeros_like(self.converged)
-        self.kept = None if x is None else x.clone()  # that with the least true residual at a start; zero if None
+        self.kept: Tensor | None = None  # of the starts the one with the least residual; None: zero
+        self.least, self.kept_residual = (torch.full_like(self.first, torch.inf) for _ in range(2))
         self.vectors = ("p", "p_before", "w", "w_before") + (() if precondition is None else ("z", "r"))
         for name in self.vectors:
             setattr(self, name, torch.empty_like(self.all_x))
         self.start()
-        self.kept_norm = self.first.clone()
 
     def begin(self, which: Tensor, r: Tensor) -> None:
-        size = phi = norms(r)
+        size, (phi, z) = norms(r), self.measured(r)
         if self.precondition is not None:
-            z = self.precondition(r).detach()
-            square = (r.double() * z.double()).sum(dim=1)
-            if bool(((square <= 0) & (size > 0)).any()):
+            if bool(((phi <= 0) & (size > 0)).any()):
                 raise ValueError(_M_EXPECTED)
-            phi = square.sqrt()
             self.z[which] = z / _column(phi, z)
             self.r[which] = r / _column(size, r)
         self.p[which] = r / _column(phi, r)
         for vector in (self.p_before, self.w, self.w_before):
             vector[which] = 0.0
         self.row.begin(which, size, phi)
+        self.keep_best(self.at_work[which], size, phi)
         self.log.start(self.at_work[which], phi)
 
     def step(self) -> None:
@@ -218,15 +216,39 @@ class _State(RowIteration[Rotations]):
             raise ValueError(_M_EXPECTED)
         super().settle()
 
+    def measured(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """What is least, (r'Mr)^½, 0 where that is negative; and z = M r."""
+        if self.precondition is None:
+            return norms(r), r
+        z = self.precondition(r).detach()
+        return (r.double() * z.double()).sum(dim=1).clamp(min=0.0).sqrt(), z
+
     def judged(self, which: Tensor, r: Tensor) -> None:
-        at = self.at_work[which]
-        failed, norm = ~self.converged[at], self.residual[at]
+        at, phi = self.at_work[which], self.measured(r)[0]
+        failed = ~self.converged[at]
         self.waiting[at] = failed & (self.row.stationary[which] != 0) & (self.row.asks[which] != 0)
-        self.limited[at] |= self.waiting[at] | failed & (
-            norm > 2 * self.kept_norm[at]
-        )  # it can't grow, but by rounding
-        self.keep_best(at[failed & ~self.limited[at]])
-        self.put_back(at[self.limited[at]])
+        self.limited[at] |= self.waiting[at] | failed & (phi > 2 * self.least[at])  # it can't grow, but by rounding
+        self.put_back(at[self.limited[at]], phi[self.limited[at]])
+
+    def given_up(self, which: Tensor, r: Tensor) -> None:
+        failed = ~self.converged[which]
+        self.put_back(which[failed], self.measured(r[failed])[0])
+
+    def keep_best(self, which: Tensor, size: Tensor, phi: Tensor) -> None:
+        better = phi < self.least[which]
+        which = which[better]
+        self.least[which], self.kept_residual[which] = phi[better], size[better]
+        if self.guessed or self.steps:
+            if self.kept is None:
+                self.kept = torch.zeros_like(self.all_x)
+            self.kept[which] = self.all_x[which]
+
+    def put_back(self, which: Tensor, phi: Tensor) -> None:
+        """The best start's x, in rows whose residual is no less now."""
+        which = which[phi > self.least[which]]
+        if len(which):
+            self.all_x[which] = 0.0 if self.kept is None else self.kept[which]
+            self.residual[which] = self.kept_residual[which]
 
     def resume(self) -> bool:
         """Where Ar is small: is the system unsolvable? All rows that wait for that are asked together."""
@@ -238,7 +260,6 @@ class _State(RowIteration[Rotations]):
         self.waiting[which] = False
         again = which[~unsolvable]
         self.limited[again] = False
-        self.keep_best(again)
         self.take(again)
         self.row.asks.zero_()
         if len(again):
@@ -253,7 +274,7 @@ class _State(RowIteration[Rotations]):
         """
         row = self.log.names(*self.all_scalars)
         largest, small = row.largest[which], rounding(r.dtype)
-        z = r if self.precondition is None else self.precondition(r).detach()
+        z = self.measured(r)[1]
         tolerance = 0.5 * small * largest * norms(z)
         inner = _State(self.operator, self.product(z), None, tolerance, self.precondition, asks=False)
         inner.run(2 * int(row.iterations[which].max()), None, "")
@@ -263,23 +284,9 @@ class _State(RowIteration[Rotations]):
         null = norms(self.product(z)) <= small * largest * size
         return null & ((b.double() * z.double()).sum(dim=1).abs() > small * norms(b) * size)
 
-    def keep_best(self, which: Tensor) -> None:
-        which = which[self.residual[which] < self.kept_norm[which]]
-        if len(which):
-            if self.kept is None:
-                self.kept = torch.zeros_like(self.all_x)
-            self.kept[which], self.kept_norm[which] = self.all_x[which], self.residual[which]
-
-    def put_back(self, which: Tensor) -> None:
-        which = which[self.residual[which] > self.kept_norm[which]]
-        if len(which):
-            self.all_x[which] = 0.0 if self.kept is None else self.kept[which]
-            self.residual[which] = self.kept_norm[which]
-
     def give_up(self) -> None:
         self.resume()
         super().give_up()
-        self.put_back((~self.converged).nonzero().flatten())
 
     def done(self) -> Tensor:
         return (self.row.residual <= self.row.tolerance) | (self.row.stationary != 0)
@@ -298,9 +305,12 @@ class _Log(StepLog[Rotations]):
     def extremes(self) -> tuple[float, float]:
         if not self.steps:
             return float("nan"), float("nan")
-        matrices, _ = self.matrices()
-        smallest, largest = matrices.extremes_of_each()
-        return (float(smallest.min()), float(largest.max())) if len(smallest) else (float("nan"), float("nan"))
+        matrices, some = self.matrices()
+        reach = matrices.diagonal.amax(dim=0) - matrices.diagonal.amin(dim=0)
+        reach[self.indefinite()[some]] += matrices.diagonal.abs().max() + reach.max()  # these first
+        few = reach.argsort(descending=True)[:ROWS_LOOKED_AT]
+        smallest, largest = Tridiagonals(matrices.diagonal[:, few], matrices.squares[:, few]).extremes_of_each()
+        return float(smallest.min()), float(largest.max())
 
     def indefinite(self) -> Tensor:
         """The rows that have met a Ritz value below zero, beyond rounding: [k]."""

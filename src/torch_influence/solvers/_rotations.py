@@ -82,15 +82,15 @@ class Lengths(NamedTuple):
 def rotate(row: Rotations, alpha: Tensor, square: Tensor, eps: float, flat: float) -> tuple[Rotations, Lengths]:
     """Takes a new column of T into the factorisation.
 
-    Before it is used for a step, |Ar| = phi |(gamma_bar, delta)| of the x at hand is known: where that is a rounding,
-    the step would be one too, and is not taken.
+    Before it is used for a step, |Ar| = phi |(gamma_bar, delta)| of the x at hand is known. Where that is small no step
+    is taken: it would be rounding, or soon led by it.
 
     Args:
         row: of the step before.
         alpha: the diagonal entry of the new column.
         square: of the entry below it; negative where M is not positive definite.
         eps: below which |Ar| / |A||r| is rounding.
-        flat: below which it need not be looked at further, where ``row.asks``.
+        flat: below which it is small, where ``row.asks``; elsewhere that is ``eps``.
 
     Returns:
         ``row`` after the step, residual and active aside, where the step is sound; and the vectors' coefficients.
@@ -104,7 +104,7 @@ def rotate(row: Rotations, alpha: Tensor, square: Tensor, eps: float, flat: floa
     above = row.cosine * row.delta + row.sine * alpha
     gamma_bar, delta = row.sine * row.delta - row.cosine * alpha, -row.cosine * beta
     slope = torch.hypot(gamma_bar, delta) / norm  # NaN where A is zero
-    moved = sound & (slope > eps)
+    moved = sound & (slope > torch.where(row.asks != 0, flat, eps))
     gamma = torch.hypot(gamma_bar, beta)
     cosine, sine = gamma_bar / gamma, beta / gamma
     lengths = Lengths(
@@ -117,7 +117,7 @@ def rotate(row: Rotations, alpha: Tensor, square: Tensor, eps: float, flat: floa
     )
     after = row._replace(
         iterations=row.iterations + 1,  # a step that is not taken, too: its product was made
-        stationary=(~moved | (row.asks != 0) & (slope <= flat)).double(),
+        stationary=(~moved).double(),
         misled=(square < -eps * norm.square()).double(),
         alpha=alpha,
         beta=beta,

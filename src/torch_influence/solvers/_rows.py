@@ -142,6 +142,9 @@ class RowIteration(abc.ABC, Generic[S]):
     def judged(self, which: Tensor, r: Tensor) -> None:
         """Told of those of the rows at work (a mask) that were judged, by their true residuals r."""
 
+    def given_up(self, which: Tensor, r: Tensor) -> None:
+        """Told of those rows (by number) that ran out of iterations or broke down, and of their true residuals r."""
+
     def resume(self) -> bool:
         """Called when no row is left at work: whether some of them begin again."""
         return False
@@ -281,8 +284,10 @@ class RowIteration(abc.ABC, Generic[S]):
         self.residual[unknown] = torch.nan
         which = (~(self.converged | self.limited | unknown)).nonzero().flatten()
         if len(which):
-            self.residual[which] = norms(self.true_residual(which))
+            r = self.true_residual(which)
+            self.residual[which] = norms(r)
             self.converged[which] = self.within(self.residual[which], which)
+            self.given_up(which, r)
 
     def report(self, seconds: float, method: str, negative_curvature: Tensor, history: bool) -> SolveReport:
         size = norms(self.b)
