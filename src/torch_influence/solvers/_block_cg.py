@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator, Multiplied
+from torch_influence.linop import LinearOperator
 from torch_influence.solvers._base import (
     LOOKS_EVERY,
     Progress,
@@ -23,11 +23,10 @@ from torch_influence.solvers._base import (
     smallest_residual,
     system,
 )
+from torch_influence.solvers._block_tridiagonal import BlockTridiagonal
 from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
-from torch_influence.solvers._lanczos import lanczos
 from torch_influence.solvers._report import Extremes, OnFailure, Seen, SolveReport, check_on_failure
 
-_LARGEST_EIGH = 500
 _TILE = 1 << 20  # entries of the float64 copy of a part of the rows: 8 MB
 
 
@@ -131,7 +130,7 @@ class _Block:
     def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, history: bool) -> None:
         self.operator, self.b = operator, b
         self.products = self.steps = 0
-        self.krylov = _BlockTridiagonal()
+        self.krylov = BlockTridiagonal()
         self.history: list[Tensor] | None = [] if history else None
         self.single: Extremes | None = None
         size = norms(b)
@@ -340,60 +339,6 @@ class _Block:
             history=None if self.history is None else torch.stack(self.history),
             krylov=Seen([part for part in (self.krylov, self.single) if part is not None]),
         )
-
-
-class _BlockTridiagonal:
-    """T = Q A Qᵀ of all bases Q that a run has had: what the block has seen of A's spectrum.
-
-    With P_j = Q_j + L_jᵀ P_{j-1} and conjugate directions, D_j = P_j A P_jᵀ: Q_j A Q_jᵀ = D_j + L_jᵀ D_{j-1} L_j and
-    Q_j A Q_{j-1}ᵀ = -L_jᵀ D_{j-1}. That is T = U D Uᵀ with a unit lower triangular U, so D's signs are those of T.
-    """
-
-    def __init__(self) -> None:
-        self.runs: list[list[tuple[Tensor, Tensor | None]]] = []
-        self.quotients = torch.empty(0, dtype=torch.float64)  # of directions that led nowhere
-        self._factor: Tensor | None = None
-        self._open = True
-
-    def start(self) -> None:
-        self.runs.append([])
-        self._factor, self._open = None, True
-
-    def turn(self, factor: Tensor) -> None:
-        self._factor = factor if self.runs[-1] else None
-
-    def step(self, curvature: Tensor, sound: bool) -> None:
-        """A run ends, as far as this is concerned, where rounding may have changed the directions' curvature."""
-        self._open &= sound
-        if self._open:
-            self.runs[-1].append((curvature, self._factor))
-
-    def extremes(self) -> tuple[float, float]:
-        values = torch.cat([self.quotients, *(self._values(run) for run in self.runs if run)])
-        return (float(values.min()), float(values.max())) if len(values) else (float("nan"), float("nan"))
-
-    def _values(self, run: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-        starts = [0]
-        for curvature, _ in run:
-            starts.append(starts[-1] + len(curvature))
-        if starts[-1] > _LARGEST_EIGH:  # its ends alone, at a fraction of the cost
-            whole = Multiplied(
-                lambda rows: self._times(run, starts, rows), torch.empty(starts[-1], dtype=torch.float64)
-            )
-            return lanczos(whole).values
-        return torch.linalg.eigvalsh(self._times(run, starts, torch.eye(starts[-1], dtype=torch.float64)))
-
-    @staticmethod
-    def _times(run: list[tuple[Tensor, Tensor | None]], starts: list[int], rows: Tensor) -> Tensor:
-        product = torch.zeros_like(rows)
-        for j, (curvature, factor) in enumerate(run):
-            here = slice(starts[j], starts[j + 1])
-            product[:, here] += rows[:, here] @ curvature
-            if factor is not None:
-                before, between = slice(starts[j - 1], starts[j]), run[j - 1][0] @ factor  # D L
-                product[:, here] += rows[:, here] @ (factor.mT @ between) - rows[:, before] @ between
-                product[:, before] -= rows[:, here] @ between.mT
-        return product
 
 
 class _Split(NamedTuple):
