@@ -11,7 +11,7 @@ from oracles import assert_close, tolerance, with_spectrum
 from test_lissa import K, LeastSquares, dtypes, few_steps, generator, light, neumann_sum, number_in, sparse
 from torch import Tensor
 
-from torch_influence.solvers import AutoScale, ConvergenceWarning, lissa
+from torch_influence.solvers import AutoScale, ConvergenceWarning, NegativeCurvatureWarning, lissa
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -193,6 +193,20 @@ def test_far_too_little_depth_is_told_and_the_depth_named_is_enough(decay: str, 
     assert not report.converged.any()
     enough = number_in("3 scale/damp = ", caught[0].message)
     assert missing(matrix, rows, int(enough), scale).max() < 0.06
+
+
+@pytest.mark.parametrize("repeat", [1, 4])
+@pytest.mark.parametrize("smallest", [-0.02, -0.1])
+def test_slow_growth_is_negative_curvature_and_not_too_little_depth(smallest: float, repeat: int) -> None:
+    """Long before it would be called divergence: exp(-depth λ / scale) is e²."""
+    mean, apart = with_spectrum(torch.linspace(smallest, 1.0, 6)), with_spectrum(torch.linspace(-0.01, 0.01, 6))
+    rows, depth = torch.randn(K, 6, dtype=torch.float64), int(2 * 2.0 / -smallest)
+    options: dict[str, Any] = {"repeat": repeat, "depth": depth, "scale": 2.0}
+    with pytest.warns(NegativeCurvatureWarning, match=r"grew for 5 of 5 right-hand sides.*raise damp") as caught:
+        _, report = lissa([mean + apart, mean - apart], rows, generator=generator(), **options)
+    assert len(caught) == 1
+    assert report.negative_curvature.all()
+    assert not report.converged.any()
 
 
 def test_an_estimate_that_is_mostly_noise_is_told() -> None:

@@ -24,6 +24,7 @@ from torch_influence.solvers._minibatches import (
 from torch_influence.solvers._report import (
     ConvergenceWarning,
     DivergenceWarning,
+    NegativeCurvatureWarning,
     OnFailure,
     SolveReport,
     check_on_failure,
@@ -35,6 +36,9 @@ from torch_influence.solvers._series import Series
 # to 7850, depths of 0.02 to 60 scale/damp) a change of 30 % went with 30 to 40 % of the solution still missing, one of
 # 15 % with 5 %; runs of enough depth, noise of any size, showed 0 to 5 %.
 _STILL_CHANGING = 0.3
+# No series whose terms shrink changes by more than half. Negative eigenvalues make them grow: by (eˣ - eˣᐟ²) / (eˣ - 1)
+# in depth = x scale/|λ| steps, 0.62 for x = 1.
+_GROWING = 0.6
 _MOSTLY_NOISE = 0.5  # a standard error of so much of the estimate, where no rtol was asked for
 _STARTS = 10  # of a series with scale="auto", each with at least twice the scale
 
@@ -96,6 +100,7 @@ def lissa(
           tells of bias: the residual of x itself is mostly noise. Its own noise is in it, so that it tends to be too
           large. The error in x may be larger by the condition number.
         - ``converged``: neither failed nor far too little depth nor too large a standard error.
+        - ``negative_curvature``: not seen in a product, but in an estimate that grows as none does without it.
         - ``products``: of minibatches, those that ``scale`` took included.
 
     Raises:
@@ -106,6 +111,7 @@ def lissa(
         DivergenceWarning: steps expand, with the scale or the damping that cures it.
         ConvergenceWarning: NaN or an overflow; a depth that is far too small: over the second half of the steps the
             estimate changed by 30 % or more, beyond noise; standard errors that exceed ``rtol``, or half the estimate.
+        NegativeCurvatureWarning: it changed by more than 60 %: the mean curvature has negative eigenvalues.
 
     Cost:
         repeat x depth products with one minibatch, and up to 160 more to find the scale; memory 6 k d, whatever the
@@ -147,21 +153,23 @@ def lissa(
     method = f"LiSSA, scale {taken:.3g} (auto)" if auto is not None and finite else "LiSSA"
     found, looked_at_failure = _failures(series, source, method)
     products += looked_at_failure + (0 if auto is None else auto.products - looked_at)
-    changing = series.still_changing() > _STILL_CHANGING
-    noisy = series.noise() > (_MOSTLY_NOISE if rtol is None else rtol)
+    change = series.still_changing()
+    changing = ~series.failed & (change > _STILL_CHANGING)
+    growing = changing & (change > _GROWING)
+    noisy = ~series.failed & (series.noise() > (_MOSTLY_NOISE if rtol is None else rtol))
     report = SolveReport(
         method=method,
         iterations=torch.where(series.failed, series.iterations, series.products),
         residual=series.residual(),
         converged=~(series.failed | changing | noisy),
         precision_limit=torch.zeros_like(changing),
-        negative_curvature=torch.zeros_like(changing),
+        negative_curvature=growing,
         products=products,
         seconds=time.perf_counter() - start,
         rtol=math.nan if rtol is None else rtol,
         standard_error=series.standard_error() if repeat > 1 else None,
     )
-    found += _shortcomings(series, report, changing & ~series.failed, noisy & ~series.failed)
+    found += _shortcomings(series, report, changing & ~growing, noisy)
     x = series.solution()
     fail(found, on_failure, x, report)
     return x.reshape(torch.as_tensor(B).shape), report
@@ -236,9 +244,18 @@ def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
 
 
 def _shortcomings(series: Series, report: SolveReport, changing: Tensor, noisy: Tensor) -> list[Warning]:
-    """Of rows that have come to an end: too little depth, too few repeats."""
+    """Of rows that have come to an end: negative curvature, too little depth, too few repeats."""
     found: list[Warning] = []
-    k = len(changing)
+    k, growing = len(changing), report.negative_curvature
+    if growing.any():
+        found.append(
+            NegativeCurvatureWarning(
+                f"{report.method} grew for {int(growing.sum())} of {k} right-hand sides: over the second half of the "
+                f"steps the estimate changed by {float(series.still_changing()[growing].max()):.0%}, where steps that "
+                "shrink allow 50%: the mean curvature has negative eigenvalues, and more depth would make it worse; "
+                "raise damp, gnh=True has none for convex losses"
+            )
+        )
     if changing.any():
         enough = ""
         if series.shift > 0:  # what is left of the slowest mode then is exp(-3) of it

@@ -107,14 +107,14 @@ class SolveReport:
         return (float("nan"), float("nan")) if self.krylov is None else self.krylov.extremes()
 
     def __str__(self) -> str:
-        lines = [self._summary(), *self._table()]
+        lines = [self.summary(), *self._table()]
         smallest, largest = self.eigenvalues
         if smallest == smallest:
             lines.append(f"eigenvalues seen: {smallest:.3g} to {largest:.3g}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<SolveReport: {self._summary()}>"
+        return f"<SolveReport: {self.summary()}>"
 
     def plot(self, ax: Any = None) -> Any:
         """Draws how the solve went: residuals by iteration if ``history`` was asked for, else each row's last one.
@@ -193,7 +193,8 @@ class SolveReport:
             krylov=Seen([report.krylov for report in reports if report.krylov is not None]),
         )
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """In a line."""
         k = len(self.iterations)
         if k == 0:
             return f"{self.method}: no right-hand sides"

@@ -39,6 +39,7 @@ class Series:
         k = len(rows)
         self.rows, self.depth, self.scale, self.shift, self.auto = rows, depth, scale, shift, auto
         self.size = norms(rows).cpu()
+        self._bound = (_GROWTH * self.size).square()
         self.failed = ~self.size.isfinite()
         self.norm = torch.zeros_like(self.size).masked_fill(self.failed, torch.nan)
         self.where: tuple[int, int] | None = None
@@ -144,7 +145,7 @@ class Series:
         if known is None:
             return
         step, squares = known
-        within = squares <= (_GROWTH * (step + 2) * self.size).square()
+        within = squares <= self._bound * (step + 2) ** 2
         if bool(within.all()):
             return
         new = ~within & ~self.failed
@@ -178,11 +179,12 @@ class Series:
     def noise(self) -> Tensor:
         """The standard error; of a single run a guess, [k].
 
-        Two h of one run that are far apart differ by √2 times their standard deviation, and by what it has still to go.
+        Two h of one run that are far apart differ by √2 times their standard deviation, and by what is not noise.
         """
         if self.runs > 1:
             return self.standard_error()
-        return self._relative(norms(self.change)) / 2**0.5
+        noise = norms(self.change).square() - self._drift().square()
+        return self._relative((noise / 2).clamp(min=0).sqrt())
 
     def within(self, rtol: float) -> bool:
         """Whether the standard errors of all rows at work are."""
@@ -198,16 +200,23 @@ class Series:
     def still_changing(self) -> Tensor:
         """By how much of its size the estimate changes over the second half of the steps, beyond noise: [k].
 
-        A half is the most, where the steps have led nowhere near an end: h_t is (t + 1) b then. If δ are the m changes
-        over single segments, of all runs, |Σδ|² - Σ|δ|² is the sum of products of two different ones: noise has no part
-        in its mean, except that a run that noise has driven away comes back, which lowers it.
+        A half is the most that is possible without negative curvature, where the steps have led nowhere near an end:
+        h_t is (t + 1) b then.
+        """
+        half = (self.depth + 1) / (2 * self.segments * self.length)  # in as few segments as fit
+        return half * self._relative(self._drift())
+
+    def _drift(self) -> Tensor:
+        """|Σ δ| without noise, of the m changes δ of h over single segments, of all runs: [k].
+
+        |Σ δ|² - Σ |δ|² is the sum of products of two different ones. Noise has no part in its mean, except that a run
+        that noise has driven away comes back, which lowers it.
         """
         m = max(1, self.runs) * self.segments
         square = norms(self.change).square()
         if m > 1:
-            square = (square - self.changes) / (m * (m - 1))
-        half = (self.depth + 1) / (2 * self.segments * self.length)  # in as few segments as fit
-        return half * self._relative(m * square.clamp(min=0).sqrt())
+            square = (square - self.changes) * (m / (m - 1))
+        return square.clamp(min=0).sqrt()
 
     def _relative(self, change: Tensor) -> Tensor:
         """A sum over runs, |Σ Δh|, by the size of the sum of their estimates."""
