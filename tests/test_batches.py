@@ -345,7 +345,7 @@ def drawing_loader(batch_size: int, generator: torch.Generator | None = None) ->
 def lissa_module(batch_size: int, **options: Any) -> LiSSAInfluenceModule:
     loader = DataLoader(Pairs(), batch_size=batch_size, shuffle=True, drop_last=True)
     return LiSSAInfluenceModule(
-        network(), Unpacked(tuple), loader, loader, "cpu", DAMP, REPEAT, DEPTH, SCALE, **options
+        *(network(), Unpacked(tuple), loader, loader, "cpu", DAMP, REPEAT, DEPTH, SCALE), on_failure="ignore", **options
     )
 
 

@@ -329,7 +329,7 @@ class EditsItsBatch(Classification):
 @pytest.mark.parametrize("cache", ["auto", False])
 def test_a_random_forward_is_told(kind: type, cache: Any) -> None:
     with pytest.warns(NondeterminismWarning, match=r"^train_loss: .* random numbers are drawn") as record:
-        of_module(kind, model=AlwaysDropout(), cache=cache).influences([0, 1], [0])
+        of_module(kind, model=AlwaysDropout(), cache=cache, on_failure="warn").influences([0, 1], [0])
     told = [warning for warning in record if warning.category is NondeterminismWarning]
     assert sorted(str(warning.message).split(":")[0] for warning in told) == ["test_loss", "train_loss"]
     assert {Path(warning.filename).parent for warning in told} == {Path(__file__).parent}  # not the package's

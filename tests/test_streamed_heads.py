@@ -136,6 +136,7 @@ def test_lissa_reads_its_sample_and_no_more() -> None:
     it = module(Images())
     of = it.train_loader
     lissa = LiSSAInfluenceModule(it.model, it.objective, of, None, "cpu", 0.5, 1, 1, 40.0, cache=BUDGET)
+    lissa.on_failure = "ignore"  # a single step
     of.dataset.log.clear()
     lissa.inverse_hvp(torch.ones(it._space.size, dtype=torch.float64))
     assert isinstance(lissa._operator, Curvature)

@@ -267,7 +267,7 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
 
     Cost:
         repeat x depth minibatch products, however many right-hand sides, and up to 160 once for the scale; memory
-        6 k d, whatever the depth, and 10 d for the scale.
+        6 k d, whatever the depth, and 20 d for the scale.
 
     Example:
         >>> module = LiSSAInfluenceModule(

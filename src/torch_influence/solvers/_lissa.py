@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_influence.linop import Sampled
 from torch_influence.solvers._base import Progress
 from torch_influence.solvers._minibatches import (
     SAMPLED,
@@ -100,7 +99,7 @@ def lissa(
           tells of bias: the residual of x itself is mostly noise. Its own noise is in it, so that it tends to be too
           large. The error in x may be larger by the condition number.
         - ``converged``: neither failed nor far too little depth nor too large a standard error.
-        - ``negative_curvature``: not seen in a product, but in an estimate that grows as none does without it.
+        - ``negative_curvature``: the estimate grows as none does without it, and minibatches have some.
         - ``products``: of minibatches, those that ``scale`` took included.
 
     Raises:
@@ -111,11 +110,12 @@ def lissa(
         DivergenceWarning: steps expand, with the scale or the damping that cures it.
         ConvergenceWarning: NaN or an overflow; a depth that is far too small: over the second half of the steps the
             estimate changed by 30 % or more, beyond noise; standard errors that exceed ``rtol``, or half the estimate.
-        NegativeCurvatureWarning: it changed by more than 60 %: the mean curvature has negative eigenvalues.
+        NegativeCurvatureWarning: it changed by more than 60 %, and minibatches have negative eigenvalues.
 
     Cost:
-        repeat x depth products with one minibatch, and up to 160 more to find the scale; memory 6 k d, whatever the
-        depth, and 10 d for the scale. A GPU is not waited for: divergence is noticed there one step late.
+        repeat x depth products with one minibatch, up to 160 more to find the scale, and up to 540 to explain a
+        failure; memory 6 k d, whatever the depth, and for the scale 20 d. A GPU is not waited for: divergence is
+        noticed there one step late.
 
     Source:
         Agarwal, Bullins and Hazan (2017), section 3; Koh and Liang (2017), section 3.
@@ -151,25 +151,29 @@ def lissa(
         if not series.again:
             break
     method = f"LiSSA, scale {taken:.3g} (auto)" if auto is not None and finite else "LiSSA"
-    found, looked_at_failure = _failures(series, source, method)
-    products += looked_at_failure + (0 if auto is None else auto.products - looked_at)
-    change = series.still_changing()
-    changing = ~series.failed & (change > _STILL_CHANGING)
-    growing = changing & (change > _GROWING)
-    noisy = ~series.failed & (series.noise() > (_MOSTLY_NOISE if rtol is None else rtol))
+    products += 0 if auto is None else auto.products - looked_at
+    change, ended = series.still_changing(), ~series.failed
+    growing = ended & (change > _GROWING)
+    spectrum = None
+    if growing.any() or (series.failed & ~series.norm.isnan()).any():
+        spectrum = spectrum_of(itertools.chain(sample_of(source), series.recent), explain=True)
+        products += spectrum.products
+    indefinite = growing if spectrum is not None and spectrum.smallest + shift < 0 else torch.zeros_like(growing)
+    noisy = ended & ((series.noise() > (_MOSTLY_NOISE if rtol is None else rtol)) | growing & ~indefinite)
+    changing = ended & (change > _STILL_CHANGING) & ~growing
     report = SolveReport(
         method=method,
         iterations=torch.where(series.failed, series.iterations, series.products),
         residual=series.residual(),
-        converged=~(series.failed | changing | noisy),
+        converged=ended & ~(changing | indefinite | noisy),
         precision_limit=torch.zeros_like(changing),
-        negative_curvature=growing,
+        negative_curvature=indefinite,
         products=products,
         seconds=time.perf_counter() - start,
         rtol=math.nan if rtol is None else rtol,
         standard_error=series.standard_error() if repeat > 1 else None,
     )
-    found += _shortcomings(series, report, changing & ~growing, noisy)
+    found = _failures(series, method, spectrum) + _shortcomings(series, report, changing, noisy, spectrum)
     x = series.solution()
     fail(found, on_failure, x, report)
     return x.reshape(torch.as_tensor(B).shape), report
@@ -191,15 +195,13 @@ def _check_counts(repeat: Any, depth: Any, rtol: float | None) -> None:
         raise ValueError(f"repeat: expected at least 2 with rtol, which is compared with their spread, got {repeat}")
 
 
-def _failures(series: Series, source: Sampled, method: str) -> tuple[list[Warning], int]:
-    """Why rows are NaN, and the products that it took to find out."""
+def _failures(series: Series, method: str, spectrum: Spectrum | None) -> list[Warning]:
+    """Why rows are NaN."""
     found: list[Warning] = []
-    grown, products = series.failed & ~series.norm.isnan(), 0
+    grown = series.failed & ~series.norm.isnan()
     k = len(grown)
-    if grown.any() and series.where is not None:
+    if spectrum is not None and series.where is not None and grown.any():
         run, step = series.where
-        spectrum = spectrum_of(itertools.chain(sample_of(source), series.recent), explain=True)
-        products = spectrum.products
         at = f"for {int(grown.sum())} of {k} right-hand sides, in step {step + 1} of repeat {run + 1}"
         rest = "The solution is NaN there"
         why = _why_steps_expand(spectrum, series.scale, series.shift)
@@ -222,7 +224,7 @@ def _failures(series: Series, source: Sampled, method: str) -> tuple[list[Warnin
                 f"a product in {series.rows.dtype}). The solution is NaN there. Look for NaN in the data"
             )
         )
-    return found, products
+    return found
 
 
 def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
@@ -236,24 +238,31 @@ def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
             f"{SAMPLED} sampled; raise scale, to {spectrum.scale(shift):.3g}"
         )
     if smallest < 0:
-        return (
-            f"the curvature of minibatches has negative eigenvalues, {smallest:.3g} among {SAMPLED} sampled; damping "
-            f"larger by {-1.1 * (spectrum.below + shift):.3g} makes up for them, gnh=True has none for convex losses"
-        )
+        return _negative_eigenvalues(spectrum, shift)
     return ""
 
 
-def _shortcomings(series: Series, report: SolveReport, changing: Tensor, noisy: Tensor) -> list[Warning]:
+def _negative_eigenvalues(spectrum: Spectrum, shift: float) -> str:
+    return (
+        f"the curvature of minibatches has negative eigenvalues, {spectrum.smallest + shift:.3g} among {SAMPLED} "
+        f"sampled; damping larger by {-1.1 * (spectrum.below + shift):.3g} makes up for them, gnh=True has none for "
+        "convex losses"
+    )
+
+
+def _shortcomings(
+    series: Series, report: SolveReport, changing: Tensor, noisy: Tensor, spectrum: Spectrum | None
+) -> list[Warning]:
     """Of rows that have come to an end: negative curvature, too little depth, too few repeats."""
     found: list[Warning] = []
     k, growing = len(changing), report.negative_curvature
-    if growing.any():
+    if spectrum is not None and growing.any():
         found.append(
             NegativeCurvatureWarning(
                 f"{report.method} grew for {int(growing.sum())} of {k} right-hand sides: over the second half of the "
-                f"steps the estimate changed by {float(series.still_changing()[growing].max()):.0%}, where steps that "
-                "shrink allow 50%: the mean curvature has negative eigenvalues, and more depth would make it worse; "
-                "raise damp, gnh=True has none for convex losses"
+                f"steps the estimate changed by {float(series.still_changing()[growing].max()):.0%}, where a positive "
+                f"definite curvature allows 50%, and more depth would make it worse: "
+                f"{_negative_eigenvalues(spectrum, series.shift)}"
             )
         )
     if changing.any():

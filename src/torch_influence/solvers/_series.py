@@ -179,11 +179,13 @@ class Series:
     def noise(self) -> Tensor:
         """The standard error; of a single run a guess, [k].
 
-        Two h of one run that are far apart differ by √2 times their standard deviation, and by what is not noise.
+        Two h of one run that are far apart differ by √2 times their standard deviation, and by what is not noise, which
+        is half their size at most.
         """
         if self.runs > 1:
             return self.standard_error()
-        noise = norms(self.change).square() - self._drift().square()
+        drift = torch.minimum(self._drift(), 0.5 * self.scale * norms(self.total))
+        noise = norms(self.change).square() - drift.square()
         return self._relative((noise / 2).clamp(min=0).sqrt())
 
     def within(self, rtol: float) -> bool:
