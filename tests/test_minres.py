@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -438,6 +439,13 @@ def test_a_singular_and_consistent_system_gives_the_shortest_solution(nullity: i
     assert_solved_to(x, wanted, 1e-12, 4.0)
 
 
+def numbers(message: Any) -> tuple[float, float]:
+    """The residual that the warning names, and what it says that no x leaves less than."""
+    found = re.search(r"relative residual is (\S+), and no x leaves less than (\S+);", str(message))
+    assert found is not None
+    return float(found[1]), float(found[2])
+
+
 @dtypes
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("nullity", "d", "condition"), [(1, D, 4.0), (4, D, 4.0), (4, D, 30.0), (20, 100, 4.0)])
@@ -449,11 +457,12 @@ def test_a_singular_and_inconsistent_system_ends_at_least_squares_and_says_so(
     rows = share * randn(K, d) + randn(K, d) @ matrix.double()
     rows = rows.to(dtype)
     words = (
-        rf"singular, to the rounding of {dtype}, and inconsistent for 5 of 5 .* residual \d.* least; damping \(damp > 0"
+        rf"singular, to the rounding of {dtype}, and inconsistent for 5 of 5 .* least-squares .*; damping \(damp > 0"
     )
-    with pytest.warns(ConvergenceWarning, match=words):
+    with pytest.warns(ConvergenceWarning, match=words) as caught:
         x, report = minres(Dense(matrix), rows, rtol=1e-6 if dtype == torch.float32 else 1e-10)
     assert not report.converged.any()
+    assert torch.equal(report.negative_curvature, torch.full((K,), sign < 0))  # not where a Ritz value is near zero
     least = least_residuals(matrix, rows)
     assert (least > 1e-4).all()
     # |r|² is the least plus the square of r's part in the range, which is |A⁻¹| |Ar| at most.
@@ -463,6 +472,9 @@ def test_a_singular_and_inconsistent_system_ends_at_least_squares_and_says_so(
     assert_close(
         report.residual, residuals(matrix, x, rows), operations=d, condition=condition, scale=1.0, inherent=off
     )
+    worst = report.residual.argmax()
+    for number, expected in zip(numbers(caught[-1].message), (report.residual[worst], least[worst]), strict=True):
+        assert abs(number / expected - 1) <= 5e-3 + off + rounding  # three digits are written
     assert report.iterations.max() <= 2 * d
     assert report.products <= 3 * (report.iterations.max() + 1)
 
@@ -471,8 +483,13 @@ def test_with_a_preconditioner_it_is_least_in_its_norm() -> None:
     """That is where A M r = 0."""
     matrix, M = singular(4), torch.diag(torch.linspace(0.5, 2.0, D, dtype=torch.float64))
     rows = randn(K, D)
-    with pytest.warns(ConvergenceWarning, match="inconsistent for 5 of 5 .* is the least in the norm of M; damping"):
-        x, _ = minres(matrix, rows, M=M)
+    with pytest.warns(ConvergenceWarning, match="inconsistent for 5 of 5 .* least-squares") as caught:
+        x, report = minres(matrix, rows, M=M)
+    least = least_residuals(matrix, rows)
+    assert (report.residual > 1.001 * least).all()
+    residual, bound = numbers(caught[-1].message)
+    assert abs(residual / report.residual.max() - 1) <= 5e-3
+    assert 0.5 * residual < bound <= 1.005 * least[report.residual.argmax()]
     r = rows - x @ matrix
     allowed = _minres._FLAT * torch.finfo(torch.float64).eps ** 0.5 * 4.0
     assert ((r @ M @ matrix).norm(dim=1) <= allowed * (r @ M).norm(dim=1)).all()
@@ -733,12 +750,15 @@ def test_eigenvalues_are_unknown_where_no_step_was_taken() -> None:
 
 @pytest.mark.parametrize("rtol", [1e-4, 1e-9])
 @pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
 def test_noticing_one_iteration_late_changes_no_bit(
-    rtol: float, preconditioned: bool, monkeypatch: pytest.MonkeyPatch
+    rtol: float, preconditioned: bool, diagonal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What happens on a GPU. 1e-9 is beyond float32: rows start again, and how often depends on when it was looked."""
     matrix, rows = indefinite(40, MILD).float(), randn(6, 40).float()
-    rows[0], rows[1] = torch.linalg.eigh(matrix)[1][:, 0], 0.0
+    if diagonal:
+        matrix = eigenvalues(40, MILD).diag().float()
+    rows[0], rows[1] = torch.linalg.eigh(matrix)[1][:, 0], 0.0  # its Krylov space ends, here without any rounding
 
     class RowByRow(Counted):
         """Every row by itself, so that it rounds the same whichever others are still at work."""

@@ -93,7 +93,7 @@ def conclude(
     cures: str = "",
     preconditioned: bool = False,
     takes_indefinite: bool = False,
-    inconsistent: Tensor | None = None,
+    least: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """What an iterative solver returns: x, NaN where nothing is known of it, and the report, after all is told.
 
@@ -105,7 +105,7 @@ def conclude(
         cures: what else than damping helps where the matrix is indefinite.
         preconditioned: whether the report's eigenvalues are of M A.
         takes_indefinite: negative curvature is told, but no failure.
-        inconsistent: [k], bool, on the CPU: no x solves, and this one leaves least.
+        least: [k], on the CPU, the relative residual that any x leaves; 0 where that is not known.
     """
     found: list[Warning] = []
     k = len(report.residual)
@@ -124,14 +124,15 @@ def conclude(
     if report.negative_curvature.any():
         found.append(_negative_curvature(report, k, cures, preconditioned))
     failed &= ~unknown
-    if inconsistent is not None and (hopeless := failed & inconsistent).any():
+    if least is not None and (hopeless := failed & (least > 0)).any():
         failed &= ~hopeless
+        worst = int(torch.where(hopeless, report.residual, -1.0).argmax())
         found.append(
             ConvergenceWarning(
                 f"{report.method}: the system is singular, to the rounding of {x.dtype}, and inconsistent for "
-                f"{int(hopeless.sum())} of {k} right-hand sides: the relative residual "
-                f"{float(report.residual[hopeless].max()):.1e} of this least-squares solution is the least"
-                f"{' in the norm of M' if preconditioned else ''}; damping (damp > 0) makes it solvable"
+                f"{int(hopeless.sum())} of {k} right-hand sides; x is a least-squares solution, its relative residual "
+                f"is {float(report.residual[worst]):.3g}, and no x leaves less than {float(least[worst]):.3g}; "
+                f"damping (damp > 0) makes it solvable"
             )
         )
     if failed.any():

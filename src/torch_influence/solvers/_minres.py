@@ -117,7 +117,7 @@ def minres(
         on_failure=on_failure,
         preconditioned=M is not None,
         takes_indefinite=True,
-        inconsistent=state.inconsistent.cpu(),
+        least=(state.unavoidable / norms(rows)).nan_to_num(nan=0.0).cpu(),
     )
     return x.reshape(torch.as_tensor(B).shape), report
 
@@ -152,7 +152,8 @@ class _State(RowIteration[Rotations]):
         self.indefinite = log.indefinite
         self.precondition, self.history = precondition, history
         self.row.asks.fill_(float(asks))
-        self.waiting, self.inconsistent = torch.zeros_like(self.converged), torch.zeros_like(self.converged)
+        self.waiting = torch.zeros_like(self.converged)
+        self.unavoidable = torch.zeros_like(self.first)  # where no x solves, the least residual of any
         self.kept: Tensor | None = None  # of the starts the one with the least residual; None: zero
         self.least, self.kept_residual = (torch.full_like(self.first, torch.inf) for _ in range(2))
         self.vectors = ("p", "p_before", "w", "w_before") + (() if precondition is None else ("z", "r"))
@@ -227,12 +228,13 @@ class _State(RowIteration[Rotations]):
         at, phi = self.at_work[which], self.measured(r)[0]
         failed = ~self.converged[at]
         self.waiting[at] = failed & (self.row.stationary[which] != 0) & (self.row.asks[which] != 0)
-        self.limited[at] |= self.waiting[at] | failed & (phi > 2 * self.least[at])  # it can't grow, but by rounding
+        self.limited[at] |= self.waiting[at]
         self.put_back(at[self.limited[at]], phi[self.limited[at]])
 
     def given_up(self, which: Tensor, r: Tensor) -> None:
         failed = ~self.converged[which]
-        self.put_back(which[failed], self.measured(r[failed])[0])
+        if failed.any():
+            self.put_back(which[failed], self.measured(r[failed])[0])
 
     def keep_best(self, which: Tensor, size: Tensor, phi: Tensor) -> None:
         better = phi < self.least[which]
@@ -251,26 +253,28 @@ class _State(RowIteration[Rotations]):
             self.residual[which] = self.kept_residual[which]
 
     def resume(self) -> bool:
-        """Where Ar is small: is the system unsolvable? All rows that wait for that are asked together."""
+        """Where Ar is small it is asked whether the system is inconsistent, of all such rows together."""
         which = self.waiting.nonzero().flatten()
         if not len(which):
             return False
         r = self.true_residual(which)
-        self.inconsistent[which] = unsolvable = self.unsolvable(which, r)
+        self.unavoidable[which] = unavoidable = self.least_of_any(which, r)
         self.waiting[which] = False
-        again = which[~unsolvable]
+        solvable = unavoidable == 0
+        again = which[solvable]
         self.limited[again] = False
         self.take(again)
         self.row.asks.zero_()
         if len(again):
-            self.begin(torch.ones_like(again, dtype=torch.bool), r[~unsolvable])
+            self.begin(torch.ones_like(again, dtype=torch.bool), r[solvable])
         return len(again) > 0
 
-    def unsolvable(self, which: Tensor, r: Tensor) -> Tensor:
-        """Whether z = M r, but for its part in the range of A, is a null vector: b'z = r'z > 0 then, and no x solves.
+    def least_of_any(self, which: Tensor, r: Tensor) -> Tensor:
+        """The norm [k] of b - Ax for any x at all: at least b'z / |z| for a null vector z of A; 0 if none was found.
 
-        The least |r| tells of that part down to half of the digits only, since |r|² has its square. So z is freed from
-        it first, by A y = A z, which is consistent. Az is computed from its definition.
+        M r is one but for its part in the range of A. The least |r| tells of that part down to half of the digits only,
+        since |r|² has its square. So z is freed from it first, by A y = A z, which is consistent. Az is computed from
+        its definition.
         """
         row = self.log.names(*self.all_scalars)
         largest, small = row.largest[which], rounding(r.dtype)
@@ -281,8 +285,9 @@ class _State(RowIteration[Rotations]):
         self.products += inner.products
         z = z - inner.all_x
         size, b = norms(z), self.b[which]
-        null = norms(self.product(z)) <= small * largest * size
-        return null & ((b.double() * z.double()).sum(dim=1).abs() > small * norms(b) * size)
+        least = (b.double() * z.double()).sum(dim=1).abs() / size
+        found = (norms(self.product(z)) <= small * largest * size) & (least > small * norms(b))
+        return torch.where(found, least, 0.0)
 
     def give_up(self) -> None:
         self.resume()
@@ -303,9 +308,9 @@ class _Log(StepLog[Rotations]):
         return values.residual
 
     def extremes(self) -> tuple[float, float]:
-        if not self.steps:
-            return float("nan"), float("nan")
         matrices, some = self.matrices()
+        if not some.any():
+            return float("nan"), float("nan")
         reach = matrices.diagonal.amax(dim=0) - matrices.diagonal.amin(dim=0)
         reach[self.indefinite()[some]] += matrices.diagonal.abs().max() + reach.max()  # these first
         few = reach.argsort(descending=True)[:ROWS_LOOKED_AT]
@@ -314,9 +319,9 @@ class _Log(StepLog[Rotations]):
 
     def indefinite(self) -> Tensor:
         """The rows that have met a Ritz value below zero, beyond rounding: [k]."""
-        negative = torch.zeros(self.k, dtype=torch.bool)
-        if self.steps:
-            matrices, some = self.matrices()
+        matrices, some = self.matrices()
+        negative = torch.zeros_like(some)
+        if some.any():
             off = torch.nn.functional.pad(matrices.squares, (0, 0, 0, 1))
             norm = (matrices.diagonal.square() + off + off.roll(1, 0)).amax(dim=0).sqrt()
             negative[some] = matrices.some_below(-rounding(self.dtype) * norm[:, None]).squeeze(1)
@@ -327,6 +332,9 @@ class _Log(StepLog[Rotations]):
 
         Where a row started anew, another block begins. Steps that a row did not take repeat its first entry.
         """
+        if not self.steps:
+            none = torch.zeros(self.k, dtype=torch.bool)
+            return Tridiagonals(*torch.empty(2, 0, 0, dtype=torch.float64)), none
         stepped, values = self.unpack()
         linked = stepped[:-1] & stepped[1:] & ~self.begins()[1 : len(stepped)]
         squares = torch.where(linked, values.beta[:-1].square(), 0.0)
