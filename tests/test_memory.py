@@ -13,7 +13,8 @@ from test_kept_curvature import BATCH, both, network, tensors
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import CGInfluenceModule, LiSSAInfluenceModule
+from torch_influence import CGInfluenceModule, LiSSAInfluenceModule, backend_info
+from torch_influence.solvers import lissa
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -47,6 +48,15 @@ def test_memory_of_lissa_does_not_grow_with_depth(layers: int, cache: bool) -> N
     # Indices of the draws are 64-bit; anything that a step left behind would be there 36 times.
     assert peaks[1] <= peaks[0] + 36 * (BATCH + 1) * 8
     assert peaks[0] > rows.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_lissa_keeps_six_vectors_for_each_right_hand_side(dtype: torch.dtype, repeat: int) -> None:
+    """And its step's reference, where there are no native ops, three more."""
+    diagonal, rows = torch.linspace(0.1, 1.0, 5000).to(dtype), torch.randn(64, 5000).to(dtype)
+    most = peak(lambda: lissa(lambda rows: rows * diagonal, rows, repeat=repeat, depth=40, scale=1.0))
+    assert most <= (6.1 if backend_info().ops else 9.1) * rows.nbytes  # what is not a vector takes less than a tenth
 
 
 def repeated(n: int) -> DataLoader:

@@ -263,11 +263,13 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
 
     Warns:
         DivergenceWarning: the steps expand: what is lost is NaN. The scale or the damping that cures it is named.
-        ConvergenceWarning: NaN in data or parameters, an overflow; a depth that is far too small; ``rtol`` not reached.
+        ConvergenceWarning: NaN in data or parameters, an overflow; a depth that is far too small; a standard error
+            beyond ``rtol``, or beyond half the estimate.
+        NegativeCurvatureWarning: the estimate grows as it only does where the curvature is indefinite.
 
     Cost:
         repeat x depth minibatch products, however many right-hand sides, and up to 160 once for the scale; memory
-        6 k d, whatever the depth, and 20 d for the scale.
+        6 k d, whatever the depth, about 40 d for the scale.
 
     Example:
         >>> module = LiSSAInfluenceModule(

@@ -114,8 +114,8 @@ def lissa(
 
     Cost:
         repeat x depth products with one minibatch, up to 160 more to find the scale, and up to 540 to explain a
-        failure; memory 6 k d, whatever the depth, and for the scale 20 d. A GPU is not waited for: divergence is
-        noticed there one step late.
+        failure; memory 6 k d beside B, whatever the depth, for the scale about 40 d, to explain a failure 70 d. A GPU
+        is not waited for: divergence is noticed there one step late.
 
     Source:
         Agarwal, Bullins and Hazan (2017), section 3; Koh and Liang (2017), section 3.
@@ -147,6 +147,7 @@ def lissa(
             h = series.run(source, int(repeat), generator, callback, progress)
             if after_repeat is not None and series.runs > run:
                 after_repeat(run, h / taken)
+            del h  # before the next run makes its own
         products += series.products
         if not series.again:
             break

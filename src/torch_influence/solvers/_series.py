@@ -96,8 +96,9 @@ class Series:
             if left == self.segments * self.length:
                 mark = self._begin_segments(h)
             elif mark is not None and left % self.length == 0:
-                self.changes += norms(h - mark).square()
+                self.changes += norms(mark.sub_(h)).square()
                 mark.copy_(h)
+        mark = None  # before _add takes as much
         self._judge(h, self._last_known())
         if not self.over:
             self._add(h)
