@@ -167,16 +167,16 @@ def main(argv: list[str] | None = None) -> int:
     module = AutogradInfluenceModule(**setting)
     scores = module.influence_matrix(test_idxs=wrong)
     print(f"\nInfluence of every training digit on the {len(wrong)} misclassified ones, with the exact Hessian:")
-    print(f"  {time.perf_counter() - began:.1f} s. {module.last_report!r}")
+    print(f"  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}")
     began = time.perf_counter()
     iterative = CGInfluenceModule(**setting, rtol=1e-3)
     difference = float((iterative.influence_matrix(test_idxs=wrong) - scores).norm() / scores.norm())
     print(f"The same without forming a matrix, relative difference {difference:.0e}:")
-    print(f"  {time.perf_counter() - began:.1f} s. {iterative.last_report!r}")
+    print(f"  {time.perf_counter() - began:.1f} s. {str(iterative.last_report).splitlines()[0]}")
 
     began = time.perf_counter()
     self_influence = module.self_influences()
-    print(f"Self-influence of every training digit:\n  {time.perf_counter() - began:.1f} s. {module.last_report!r}")
+    print(f"Self-influence of every training digit:\n  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}")
     count = int(flipped.sum())
     print(
         f"\nDo the largest find the wrong labels?{'AUC':>7}"

@@ -227,8 +227,8 @@ class RowIteration(abc.ABC, Generic[S]):
 
         Those done are judged by their true residual: what only seemed to be done starts again from there, unless that
         has ceased to help. (To replace the residual and keep the direction, earlier and by the criterion of van der
-        Vorst and Ye, takes 3 to 15 % more products near the limit of float32 and float64.) Those that broke down are
-        judged at the end.
+        Vorst and Ye, takes 2 % less to 15 % more products near the limit of float32 and float64.) Those that broke
+        down are judged at the end.
         """
         self.late = None
         self.write_back()
