@@ -176,7 +176,110 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.perf_counter()
     self_influence = module.self_influences()
-    print(f"Self-influence of every training digit:\n  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}")
+    print("Self-influence of every training digit:")
+    print(f"  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}")
+    count = int(flipped.sum())
+    precisions = "".join(f"{float(found[:k].mean()):>10.2f}" for k in (count // 4, count // 2, count))
+    print(f"  {name:<24}{roc_auc_score(flipped, scores):>8.3f}{precisions}")
+
+
+def draw(path: Path, data: dict[str, Any], per_side: int = 3) -> None:
+    """Misclassified test digits in one row; under each its most helpful and most harmful training digits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    queries = data["queries"][:8]
+    rows = 1 + 2 * per_side
+    figure, axes = plt.subplots(rows, len(queries), figsize=(1.55 * len(queries) + 1.0, 1.62 * rows), squeeze=False)
+    for column, query in enumerate(queries):
+        scores = data["scores"][:, column]
+        helpful, harmful = scores.argsort(descending=True)[:per_side], scores.argsort()[:per_side]
+        cell = axes[0][column]
+        cell.imshow(data["test_x"][query].reshape(8, 8), cmap="gray_r")
+        cell.set_title(
+            f"is {data['test_y'][query]}, taken for {data['predicted'][query]}", fontsize=8.5, fontweight="bold"
+        )
+        for row, i in enumerate([*helpful.tolist(), *harmful.tolist()], start=1):
+            cell = axes[row][column]
+            cell.imshow(data["train_x"][i].reshape(8, 8), cmap="gray_r")
+            flipped = bool(data["flipped"][i])
+            label = f"label {data['train_y'][i]}" + (" (wrong)" if flipped else "")
+            cell.set_title(f"{label}\n{scores[i]:+.2f}", fontsize=7.5, color="crimson" if flipped else "black")
+    for cell in axes.flat:
+        cell.set_xticks([])
+        cell.set_yticks([])
+    for row, text in (
+        (0, "test digit"),
+        (1 + per_side // 2, "most helpful"),
+        (1 + per_side + per_side // 2, "most harmful"),
+    ):
+        axes[row][0].set_ylabel(text, fontsize=10, fontweight="bold", labelpad=10)
+    figure.suptitle(
+        "Why are these test digits misclassified?  Below each: the training digits whose removal would\n"
+        "raise its loss most (helpful, +) and lower it most (harmful, -), by so much.  Red: a label made wrong.",
+        fontsize=10,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m torch_influence demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("influence_digits.png"), help="the picture to write")
+    parser.add_argument("--flip", type=float, default=0.1, help="share of training labels made wrong (default 0.1)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if not 0 < options.flip < 1:
+        parser.error(f"--flip: expected a share between 0 and 1, got {options.flip}")
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        parser.exit(1, f"the demo needs {error.name}: pip install 'torch-influence[demo]'\n")
+    start = time.perf_counter()
+
+    train_x, train_y, test_x, test_y, flipped = load_digits_with_flips(options.flip, options.seed)
+    model = train(train_x, train_y, options.seed)
+    with torch.no_grad():
+        predicted = model(test_x).argmax(dim=1)
+        losses = F.cross_entropy(model(train_x), train_y, reduction="none")
+    wrong = (predicted != test_y).nonzero().flatten().tolist()
+    d = sum(p.numel() for p in model.parameters())
+    print(
+        f"Digits: {len(train_x)} for training, {int(flipped.sum())} of them with a wrong label; a network of {d} "
+        f"parameters gets {len(test_x) - len(wrong)} of {len(test_x)} test digits right "
+        f"({time.perf_counter() - start:.1f} s)."
+    )
+
+    setting: dict[str, Any] = {
+        "model": model,
+        "objective": DigitsObjective(),
+        "train_loader": DataLoader(TensorDataset(train_x, train_y), batch_size=1200),
+        "test_loader": DataLoader(TensorDataset(test_x, test_y), batch_size=400),
+        "device": torch.device("cpu"),
+        "damp": DAMP,
+        "progress": True,
+    }
+    began = time.perf_counter()
+    module = AutogradInfluenceModule(**setting)
+    scores = module.influence_matrix(test_idxs=wrong)
+    print(f"\nInfluence of every training digit on the {len(wrong)} misclassified ones, with the exact Hessian:")
+    print(f"  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}")
+    began = time.perf_counter()
+    iterative = CGInfluenceModule(**setting, rtol=1e-3)
+    difference = float((iterative.influence_matrix(test_idxs=wrong) - scores).norm() / scores.norm())
+    print(f"The same without forming a matrix, relative difference {difference:.0e}:")
+    print(f"  {time.perf_counter() - began:.1f} s. {str(iterative.last_report).splitlines()[0]}")
+
+    began = time.perf_counter()
+    self_influence = module.self_influences()
+    print(
+        f"Self-influence of every training digit:\n  {time.perf_counter() - began:.1f} s. {str(module.last_report).splitlines()[0]}"
+    )
     count = int(flipped.sum())
     print(
         f"\nDo the largest find the wrong labels?{'AUC':>7}"
