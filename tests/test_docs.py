@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
+import importlib
 import importlib.util
 import io
 import re
@@ -36,6 +38,17 @@ def test_the_code_of_a_page_runs_in_order(page: Path) -> None:
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)  # torch's own
             exec(compile(source, str(page), "exec"), namespace)
         assert printed.getvalue() == (block["output"] or "")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*(f"solvers._{name}" for name in ("cg", "direct", "lissa", "minres", "preconditioners")), "linop", "diagnostics"],
+)
+def test_the_examples_of_docstrings_run(module: str) -> None:
+    names = {"torch": importlib.import_module("torch")}
+    found = doctest.testmod(importlib.import_module(f"torch_influence.{module}"), extraglobs=names)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

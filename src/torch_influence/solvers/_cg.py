@@ -90,7 +90,7 @@ def cg(
 
     Example:
         >>> x, report = cg(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
-        >>> x.tolist(), report.products
+        >>> [round(entry, 4) for entry in x.tolist()], report.products
         ([1.0, 0.5, 0.25], 4)
     """
     check_on_failure(on_failure)
