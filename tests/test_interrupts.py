@@ -62,6 +62,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "hvp": lambda it: it.hvp(torch.ones(43, dtype=torch.float64)),
     "train_loss_grad": lambda it: it.train_loss_grad(range(23)),
     "explain": lambda it: str(it.explain(3)),
+    "spectrum": lambda it: it.spectrum().smallest,
+    "verify": lambda it: str(it.verify(print=False)),
 }
 
 
