@@ -7,8 +7,9 @@ CUDA ?= AUTO
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einops einconv linear_operator opt-einsum unfoldNd
 # Where `make gpu` leaves its log and results.
 OUT ?= build/gpu
-# Where `make bench` and `make bench-all` leave their tables; nothing is written if empty.
-RESULTS ?= benchmarks/results
+# Where `make bench` and `make bench-all` leave their results; those of record are in benchmarks/results/cpu.
+RESULTS ?= build/bench
+SECONDS_A_SIZE ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -41,15 +42,17 @@ lint: dev ## style and format
 types: dev ## static types of the package
 	$(PY) -m mypy
 
-bench: dev ## benchmarks of the native ops and, end to end, against the old algorithm; results in RESULTS
+bench: dev ## some eight minutes: the native ops, and end to end against the old algorithm; ends with a table; results in RESULTS
 	set -e; for bench in benchmarks/ops/bench_*.py; do \
-	  $(PY) $$bench $(if $(RESULTS),--json "$(RESULTS)/$$(basename $$bench .py)_cpu.json"); done
-	$(PY) benchmarks/end_to_end.py $(if $(RESULTS),--json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md")
+	  $(PY) $$bench --seconds $(SECONDS_A_SIZE) --json "$(RESULTS)/$$(basename $$bench .py).json"; done
+	$(PY) benchmarks/end_to_end.py --json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md"
+	$(PY) benchmarks/report.py "$(RESULTS)"
 
-bench-all: bench ## those, then all queries at once, what solver="auto" takes, preconditioners, scaling, the top 10 of a million: a quarter of an hour
+bench-all: bench ## those, then many queries at once, what solver="auto" takes, preconditioners, scaling, the top 10 of a million
 	set -e; for bench in all_queries choice preconditioners scaling; do \
-	  $(PY) benchmarks/$$bench.py $(if $(RESULTS),--json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"); done
-	$(PY) benchmarks/top_k.py $(if $(RESULTS),--json "$(RESULTS)/top_k.json")
+	  $(PY) benchmarks/$$bench.py --json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"; done
+	$(PY) benchmarks/top_k.py --json "$(RESULTS)/top_k.json"
+	$(PY) benchmarks/report.py "$(RESULTS)"
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT

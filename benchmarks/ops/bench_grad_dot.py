@@ -7,6 +7,7 @@ slower; tests/ops/test_grad_dot.py measures it so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -74,9 +75,14 @@ def textbook(a: Tensor, g: Tensor, v: Tensor, out: Tensor, elements: int = 2**26
     )
 
 
-def pure_products(n: int, s: int, f: int, o: int, k: int, device: str) -> tuple[str, harness.Call]:
-    """One torch.mm with the operations of the cheaper order, and its sizes."""
-    operations = min(2 * n * s * f * o * k, 2 * n * (s + k) * f * o)
+def cheaper_order(n: int, s: int, f: int, o: int, k: int) -> int:
+    """Flops of the cheaper order: inputs with vectors first, or inputs with output gradients first."""
+    return min(2 * n * s * f * o * k, 2 * n * (s + k) * f * o)
+
+
+def pure_products(n: int, s: int, f: int, o: int, k: int, device: str) -> dict[str, harness.Call]:
+    """One torch.mm with the operations of the cheaper order, by its sizes."""
+    operations = cheaper_order(n, s, f, o, k)
     if 2 * n * s * f * o * k == operations:
         rows, inner, columns = n * s, f, k * o
     else:
@@ -84,8 +90,7 @@ def pure_products(n: int, s: int, f: int, o: int, k: int, device: str) -> tuple[
         columns = max(round(operations / (2 * rows * inner)), 1)
     left, right = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     product = torch.empty(rows, columns, device=device)
-    name = f"mm {rows} x {inner} x {columns}"
-    return name, partial(torch.mm, left, right, out=product)
+    return {f"mm {rows} x {inner} x {columns}": partial(torch.mm, left, right, out=product)}
 
 
 VARIANTS = {
@@ -97,7 +102,7 @@ VARIANTS = {
 }
 
 
-def benchmark(device: str, seconds: float) -> list[tuple[str, list[harness.Row]]]:
+def benchmark(device: str, seconds: float) -> Iterator[harness.Measured]:
     """Float32 at each of SIZES."""
     for n, s, f, o, k in SIZES:
         a, g = torch.randn(n, s, f, device=device), torch.randn(n, s, o, device=device)
@@ -107,11 +112,11 @@ def benchmark(device: str, seconds: float) -> list[tuple[str, list[harness.Row]]
         for name, variant in VARIANTS.items():
             errors[name] = harness.relative_error(variant(a, g, v, out), exact)
             calls[name] = partial(variant, a, g, v, out)
-        name, calls[name] = pure_products(n, s, f, o, k, device)
-        errors[name] = float("nan")
+        flops = cheaper_order(n, s, f, o, k)
         traffic = 4 * (a.numel() + g.numel() + v.numel() + out.numel())
-        title = f"n {n} s {s} f {f} o {o} k {k} float32"
-        yield title, harness.compare(calls, errors, traffic, device, seconds)
+        title = f"n = {n:,}, s = {s}, {f} to {o}, k = {k}"
+        products = pure_products(n, s, f, o, k, device)
+        yield harness.compare(title, calls, errors, traffic, flops, device, seconds, yardsticks=products)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -68,8 +69,8 @@ VARIANTS = {
 }
 
 
-def benchmark(device: str, seconds: float) -> list[tuple[str, list[harness.Row]]]:
-    """Float32 at each of SIZES; the traffic counted is one reading of x and p."""
+def benchmark(device: str, seconds: float) -> Iterator[harness.Measured]:
+    """Float32 at each of SIZES."""
     for n, f, c, k in SIZES:
         x, v = torch.randn(n, f, device=device), torch.randn(k, c * f + c, device=device)
         p = torch.randn(n, c, device=device).softmax(-1)
@@ -81,8 +82,11 @@ def benchmark(device: str, seconds: float) -> list[tuple[str, list[harness.Row]]
             errors[name] = harness.relative_error(out, exact)
             calls[name] = partial(variant, x, v, p, out, work)
         del exact
-        title = f"{n} x {f}, {c} classes, {k} vectors, float32"
-        yield title, harness.compare(calls, errors, 4 * n * (f + c), device, seconds)
+        title, traffic = f"{n:,} x {f}, {c} classes, k = {k}", 4 * (x.numel() + p.numel() + 2 * v.numel())
+        flops = (
+            4 * n * k * c * (f + 1) + 4 * n * k * c
+        )  # two products of matrices, and softmax's curvature between them
+        yield harness.compare(title, calls, errors, traffic, flops, device, seconds)
 
 
 if __name__ == "__main__":
