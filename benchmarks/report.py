@@ -25,6 +25,8 @@ Record = dict[str, Any]
 BEGIN = "<!-- speed: written by benchmarks/report.py from {folder}; a test compares them -->"
 END = "<!-- end of speed -->"
 
+OLD = "0.1.0"  # what the baseline is called
+
 
 @dataclass(frozen=True)
 class Table:
@@ -130,8 +132,12 @@ def end_to_end(record: Record) -> Table:
         )
     titles = {row["problem"]: row["title"] for row in record["rows"]}
     problems = "; ".join(f"{name}: {title}" for name, title in titles.items())
-    note = f"{problems}. First: a new module; next: the module's next query. *: one query's time, times their number."
-    header = ["", "asked for", "0.1.0's way", "first", "faster", "next", "faster", "error", "rtol"]
+    note = (
+        f"{problems}. {OLD}: the algorithm of torch-influence 0.1.0, on the same machine in the same run. First: a new "
+        "module; next: its next query. Error: of the scores, against the old ones; rtol: the tolerance that both were "
+        "asked for. *: one query's time, times their number."
+    )
+    header = ["", "asked for", OLD, "first", "faster", "next", "faster", "error", "rtol"]
     return Table("The influence of every training example on a query", note, header, rows)
 
 
@@ -144,7 +150,7 @@ def all_queries(record: Record) -> Table:
             [
                 row["problem"],
                 row["case"],
-                "0.1.0's way" if other["name"] == "baseline" else other["name"],
+                OLD if other["name"] == "baseline" else other["name"],
                 duration(other["total"]) + ("*" if other["extrapolated_from"] else ""),
                 ours["name"],
                 duration(ours["total"]),
@@ -254,12 +260,12 @@ def main() -> None:
     if found := ops(records):
         harness.write(options.folder / "ops.md", every_size(found))
     draw(records, options.folder)
-    print("\n".join(table.text() for table in tables(records)))
-    print(textwrap.fill(f"Measured on {machine(records)}.", 110))
-    print(f"Tables and pictures: {options.folder}")
     if options.readme:
         section = readme_section(records, options.folder)
         options.readme.write_text(replaced(options.readme.read_text(), section, str(options.folder)))
+    print("\n".join(table.text() for table in tables(records)))
+    print(textwrap.fill(f"Measured on {machine(records)}.", 110))
+    print(f"Tables and pictures: {options.folder}")
 
 
 def draw(records: dict[str, Record], folder: Path) -> None:
