@@ -77,6 +77,12 @@ class Snapshot:
         assert flags() == self.flags
 
 
+def tf32() -> dict[str, str]:
+    backends = torch.backends
+    places = {"all": backends, "cudnn": backends.cudnn, "conv": backends.cudnn.conv, "rnn": backends.cudnn.rnn}
+    return {name: place.fp32_precision for name, place in (places | {"matmul": backends.cuda.matmul}).items()}
+
+
 def flags() -> dict[str, Any]:
     cuda = torch.backends.cuda
     return {
@@ -86,6 +92,7 @@ def flags() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.enabled,
         "mkldnn": torch.backends.mkldnn.enabled,
         "mha": torch.backends.mha.get_fastpath_enabled(),
+        "tf32": tf32(),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
     }
@@ -192,6 +199,77 @@ def test_flags_chosen_by_the_user_are_put_back() -> None:
         assert not before["math"]
         module(model=Recurrent("lstm"), train_loader=sequences(), test_loader=sequences()).influences([0], [0])
         assert flags() == before
+
+
+class AsksForPrecision(Classification):
+    """Takes note of how cuDNN would compute, in each evaluation."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        self.seen.append((tf32()["conv"], tf32()["rnn"]))
+        return super().train_outputs(model, batch)
+
+
+@pytest.fixture
+def tf32_as_by_default() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def settings_of_tf32(setting: str) -> None:
+    if setting == "cudnn off":
+        torch.backends.cudnn.allow_tf32 = False
+    elif setting == "matmul":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    elif setting == "matmul, newer":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    elif setting == "high":
+        torch.set_float32_matmul_precision("high")
+    elif setting == "everywhere":
+        torch.backends.fp32_precision = "tf32"
+    elif setting == "cudnn, newer":
+        torch.backends.cudnn.fp32_precision = "tf32"
+    elif setting == "conv ieee":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize(
+    ("setting", "inside"),
+    [
+        ("default", ("none", "none")),
+        ("cudnn off", ("none", "none")),
+        ("matmul", ("tf32", "tf32")),
+        ("matmul, newer", ("tf32", "tf32")),
+        ("high", ("tf32", "tf32")),
+        ("everywhere", ("tf32", "tf32")),
+        ("cudnn, newer", ("tf32", "tf32")),
+        ("conv ieee", ("ieee", "tf32")),
+    ],
+)
+@pytest.mark.usefixtures("tf32_as_by_default")
+def test_convolutions_take_tf32_only_where_the_user_asks_for_it(setting: str, inside: tuple[str, str]) -> None:
+    settings_of_tf32(setting)
+    before, objective = tf32(), AsksForPrecision()
+    module(objective=objective, gnh=True).influence_matrix()
+    assert set(objective.seen) == {inside}
+    assert tf32() == before
+
+
+class UsesFlags(Classification):
+    """Its forward sets cuDNN's flags, which reads the older of the two switches for TF32."""
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return super().train_outputs(model, batch)
+
+
+def test_a_forward_that_sets_flags_of_cudnn_still_works() -> None:
+    torch.testing.assert_close(module(objective=UsesFlags()).influence_matrix(), module().influence_matrix())
 
 
 class Recurrent(nn.Module):

@@ -145,7 +145,8 @@ class Evaluation:
     def session(self) -> Iterator[None]:
         """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
 
-        Public calls open it once around all their work; nested ones cost nothing.
+        cuDNN may use TF32 inside only where matrix products may, see ``_precise_convolutions``. Public calls open it once
+        around all their work; nested ones cost nothing.
         """
         if self._open:
             yield
@@ -154,6 +155,7 @@ class Evaluation:
             stack.callback(_remember_modules(self.model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_precise_convolutions())
             for flag in _twice_differentiable(self.model):
                 stack.enter_context(flag)
             self.model.eval()
@@ -244,6 +246,28 @@ def _off(backend: Any) -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+@contextlib.contextmanager
+def _precise_convolutions() -> Iterator[None]:
+    """Convolutions and RNNs in the float32 that they are given, as matrix products are, unless the user says otherwise.
+
+    torch lets cuDNN round their operands to TF32, a relative 5e-4, by default: more than the tolerance of a solve, and
+    than fast paths may differ from plain ones by. Who allows TF32 in matrix products
+    (``torch.set_float32_matmul_precision("high")``) or everywhere (``torch.backends.fp32_precision = "tf32"``), or has
+    set cuDNN's to anything else than torch's default, keeps that. The older of torch's two switches is used: with the
+    newer one, reading the older (``torch.backends.cudnn.flags`` in somebody's forward) is an error.
+    """
+    cudnn: Any = torch.backends.cudnn
+    untouched = (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision) == ("tf32", "tf32", "none")
+    if not untouched or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        yield
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = True
 
 
 @contextlib.contextmanager
