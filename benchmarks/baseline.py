@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence import BaseObjective
+from torch_influence.batches import to_device
 
 Loss = Callable[[nn.Module, Tensor, Any], Tensor]
 
@@ -37,8 +38,10 @@ class Baseline:
         test_loader: data.DataLoader[Any],
         damp: float,
         gnh: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.model = model.eval()
+        self.device = device
+        self.model = model.to(device).eval()
         self.objective = objective
         self.train_loader = train_loader
         self.test_loader = test_loader
@@ -59,18 +62,18 @@ class Baseline:
     def solve_cg(self, vector: Tensor, rtol: float = 1e-5, maxiter: int | None = None) -> Tensor:
         """A⁻¹ v by SciPy's conjugate gradients, a pass over the data per iteration, [d]."""
         theta = self.theta()
-        b = vector.numpy()
+        b = vector.cpu().numpy()
         self.iterations = 0
 
         def matvec(v: np.ndarray) -> np.ndarray:
-            return self.product(theta, torch.as_tensor(v, dtype=vector.dtype)).numpy()
+            return self.product(theta, torch.as_tensor(v).to(vector)).cpu().numpy()
 
         def count(_: np.ndarray) -> None:
             self.iterations += 1
 
         operator = scipy.sparse.linalg.LinearOperator((len(b), len(b)), matvec=matvec, dtype=b.dtype)
         solution, _ = scipy.sparse.linalg.cg(operator, b, rtol=rtol, maxiter=maxiter, callback=count)
-        return torch.from_numpy(solution)
+        return torch.from_numpy(solution).to(vector)
 
     def solve_lissa(self, vector: Tensor, repeat: int, depth: int, scale: float) -> Tensor:
         """An estimate of A⁻¹ v by a truncated Neumann series, a minibatch per term, [d]."""
@@ -156,7 +159,7 @@ class Baseline:
         sampler = None if draw is None else data.RandomSampler(dataset, replacement=True, num_samples=draw * size)
         left = len(dataset) if draw is None else draw * size
         for batch in data.DataLoader(dataset, batch_size=size, sampler=sampler, collate_fn=loader.collate_fn):
-            yield batch, min(size, left)
+            yield to_device(batch, torch.device(self.device)), min(size, left)
             left -= size
 
 

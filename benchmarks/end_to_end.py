@@ -1,15 +1,19 @@
 """Influence from construction to scores, against the algorithm of torch-influence 0.1.0 (baseline.py).
 
-    python benchmarks/end_to_end.py [--problems A,B,C,D] [--quick] [--json PATH] [--markdown PATH]
+    python benchmarks/end_to_end.py [--device cpu|cuda] [--problems A,B,C,D,R,T,H] [--quick] [--limit SECONDS] [--tf32]
+                                    [--json PATH] [--markdown PATH]
 
-Both sides take turns in one run. Cold: construct the module, solve for one query, score all training examples. Warm:
-the next query on the same module. The baseline keeps nothing, so its cold is its warm. Where all queries are asked for,
-the baseline's time is one query's times their number, and marked as extrapolated.
+All take turns in one run. Cold: construct the module, solve for one query, score all training examples. Warm: the next
+query on the same module. Native ops off: the same once more with plain torch in place of the native ops, warm where
+there is a warm one, else cold. The baseline keeps nothing, so its cold is its warm. Where all queries are asked for,
+the baseline's time is one query's times their number, and marked as extrapolated. So is that of a large problem, of
+which the baseline scores some examples only, and multiplies once in place of a whole solve by conjugate gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -25,21 +29,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 from baseline import Baseline
-from workloads import WORKLOADS, Workload
+from cases import QUICK, Case, cases
+from workloads import LARGE, WORKLOADS
 
-from torch_influence import (
-    AutogradInfluenceModule,
-    BaseInfluenceModule,
-    CGInfluenceModule,
-    LiSSAInfluenceModule,
-)
-
-QUICK = {
-    "A": {"n": 300, "queries": 20},
-    "B": {"n": 500, "queries": 20, "features": 100},
-    "C": {"n": 500, "queries": 20, "hidden": 32},
-    "D": {"n": 128, "queries": 10},
-}
+from torch_influence import BaseInfluenceModule, backend_info
+from torch_influence.ops import _native
 
 
 @dataclass
@@ -56,46 +50,39 @@ class Times:
         return self.construct + self.solve + self.scores
 
 
-@dataclass(frozen=True)
-class Case:
-    """A line of the table: what is asked of both sides.
-
-    Attributes:
-        build: constructs the module.
-        solve: the baseline's solve for one query.
-        queries: as many queries at once; 1 means one query cold, another one warm.
-        tolerance: the relative accuracy that the solver was asked for; None: its error is the rounding of both.
-        given: stests [queries, d] to use in place of a solve, on both sides.
-        floor: seconds that the arithmetic and the memory traffic of the many queries can't go below, by measurement.
-    """
-
-    label: str
-    workload: Workload
-    build: Callable[[], BaseInfluenceModule]
-    solve: Callable[[Baseline, Tensor], Tensor]
-    queries: int = 1
-    tolerance: float | None = None
-    given: Tensor | None = None
-    floor: Callable[[], float] | None = None
-
-    @property
-    def path(self) -> str:
-        return "linear head in closed form" if self.workload.name in "AB" else "double backward"
-
-
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
 def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result, and the seconds until it is there, on a GPU too."""
+    wait()
     start = time.perf_counter()
     result = call()
+    wait()
     return result, time.perf_counter() - start
 
 
-def with_memory(call: Callable[[], Any]) -> tuple[Any, int | None]:
+def wait() -> None:
+    """For the GPU, if one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def native_ops_off() -> Iterator[None]:
+    """The references in place of all native ops, as where the library was built without them."""
+    loaded = _native._ops
+    _native._ops = frozenset()
+    try:
+        yield
+    finally:
+        _native._ops = loaded
+
+
+def with_memory(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None]:
     """The result, and the bytes needed beyond what was there before."""
     results = []
-    extra = harness.extra_memory(lambda: results.append(call()), "cpu")
+    extra = harness.extra_memory(lambda: results.append(call()), device)
     if not results:  # the system doesn't tell
         results.append(call())
     return results[0], extra
@@ -126,8 +113,7 @@ def ours(module: BaseInfluenceModule, case: Case, query: int) -> tuple[Tensor, f
 
 def theirs(case: Case, query: int) -> tuple[Tensor, Times, Baseline]:
     """The baseline on one query."""
-    work = case.workload
-    baseline = Baseline(work.model, work.objective, work.train_loader(), work.test_loader(), work.damp, work.gnh)
+    baseline = baseline_of(case)
 
     def run() -> tuple[Tensor, float, float]:
         torch.manual_seed(query)
@@ -138,8 +124,40 @@ def theirs(case: Case, query: int) -> tuple[Tensor, Times, Baseline]:
         scores, seconds = clocked(lambda: baseline.scores(stest))
         return scores, solve, seconds
 
-    (scores, solve, seconds), extra = with_memory(run)
+    (scores, solve, seconds), extra = with_memory(run, case.device)
     return scores, Times(0.0, solve, seconds, extra), baseline
+
+
+def baseline_of(case: Case) -> Baseline:
+    work = case.workload
+    loaders = work.train_loader(), work.test_loader()
+    return Baseline(work.model, work.objective, *loaders, work.damp, work.gnh, case.device)
+
+
+def theirs_of_some(case: Case, module: BaseInfluenceModule) -> tuple[Tensor, Times, Baseline, float | None]:
+    """The baseline's scores of the first examples on query 0, its times for all, and the residual of our stest by it.
+
+    A solve by conjugate gradients would be as many products as ours of that query; one is made, of our stest, and the
+    scores are those of our stest. A solve by LiSSA is made.
+    """
+    baseline, n = baseline_of(case), len(case.workload.train)
+    torch.manual_seed(0)
+    stest = None if case.tolerance is None else module.stests(range(case.queries))[0]
+
+    def run() -> tuple[Tensor, float, float, float | None]:
+        torch.manual_seed(0)
+        gradient, residual = baseline.test_gradient([0]), None
+        if stest is None:
+            used, solve = clocked(lambda: case.solve(baseline, gradient))
+        else:
+            product, solve = clocked(lambda: baseline.product(baseline.theta(), stest))
+            used, solve = stest, solve * (1 + int(module.last_report.iterations[0]))
+            residual = harness.relative_error(product, gradient.double())
+        scores, seconds = clocked(lambda: baseline.scores(used, range(case.sample)))
+        return scores, solve, seconds * n / case.sample, residual
+
+    (scores, solve, seconds, residual), extra = with_memory(run, case.device)
+    return scores, Times(0.0, solve, seconds, extra), baseline, residual
 
 
 def path_of(module: BaseInfluenceModule, case: Case) -> str:
@@ -157,33 +175,42 @@ def cold(case: Case) -> tuple[BaseInfluenceModule, Tensor, Times]:
         module, construct = clocked(case.build)
         return module, construct, ours(module, case, 0)
 
-    (module, construct, (scores, solve, seconds)), extra = with_memory(run)
+    (module, construct, (scores, solve, seconds)), extra = with_memory(run, case.device)
     return module, scores, Times(construct, solve, seconds, extra)
 
 
 def warm(module: BaseInfluenceModule, case: Case) -> Times:
     """The same module's next answer: query 1, or all of them again."""
-    (_, solve, seconds), extra = with_memory(lambda: ours(module, case, min(1, len(case.workload.test) - 1)))
+    query = min(1, len(case.workload.test) - 1)
+    (_, solve, seconds), extra = with_memory(lambda: ours(module, case, query), case.device)
     return Times(0.0, solve, seconds, extra)
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Takes turns until the baseline has used about ``seconds``, three rounds at the most; medians of the times."""
+    """Takes turns until about ``seconds`` have been used, three rounds at the most; medians of the times."""
     one: list[Times] = []
     first: list[Times] = []
     next_: list[Times] = []
-    while not one or (len(one) < 3 and sum(t.total for t in one) + one[0].total < seconds):
-        expected, times, baseline = theirs(case, 0)
-        one.append(times)
+    off: list[Times] = []
+    residual, begin = None, time.perf_counter()
+    while not one or (len(one) < 3 and (time.perf_counter() - begin) * (1 + 1 / len(one)) < seconds):
+        if not case.sample:
+            expected, times, baseline = theirs(case, 0)
+            one.append(times)
         repeats = 1
         while repeats:  # one of ours costs little once it is fast: a few for each of the baseline's
             module, scores, times = cold(case)
             first.append(times)
             if case.queries == 1:
                 next_.append(warm(module, case))
-            repeats = repeats + 1 if repeats < 3 and times.total < one[0].total / 20 else 0
-        error = harness.relative_error(scores[:, 0], expected.double())
-    report = module.last_report if case.given is None else None
+            with native_ops_off():
+                off.append(warm(module, case) if case.queries == 1 else cold(case)[2])
+            quick = not case.sample and times.total < one[-1].total / 20
+            repeats = repeats + 1 if repeats < 3 and quick and times.total < 1 else 0
+        report = module.last_report if case.given is None else None
+        if case.sample:
+            expected, times, baseline, residual = theirs_of_some(case, module)
+            one.append(times)
     record: dict[str, Any] = {
         "problem": case.workload.name,
         "title": case.workload.title,
@@ -192,19 +219,22 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         "queries": case.queries,
         "damp": case.workload.damp,
         "tolerance": case.tolerance,
-        "error": error,
+        "error": harness.relative_error(scores[: len(expected), 0], expected.double()),
+        "residual": residual,
         "path": path_of(module, case),
         "iterations": None if report is None else int(report.iterations.max()),
         "products": None if report is None else report.products,
         "rounds": len(one),
         "cold": median(first),
         "warm": median(next_) if next_ else None,
+        "native_off": median(off),
         "floor": case.floor() if case.floor else None,
         "baseline": {
             **median(one),
             "iterations": baseline.iterations if case.given is None else None,
             "products": baseline.products,
             "extrapolated_from_queries": None if case.queries == 1 else 1,
+            "extrapolated_from_examples": case.sample or None,
         },
     }
     if case.queries > 1:
@@ -221,88 +251,12 @@ def median(times: list[Times]) -> dict[str, Any]:
     }
 
 
-# -- the table's lines -----------------------------------------------------------------------------------------------
-
-
-def by_cg(work: Workload) -> CGInfluenceModule:
-    loaders = work.train_loader(), work.test_loader()
-    return CGInfluenceModule(work.model, work.objective, *loaders, "cpu", work.damp, gnh=work.gnh, rtol=work.rtol)
-
-
-def by_lissa(work: Workload, options: dict[str, Any]) -> LiSSAInfluenceModule:
-    loaders = work.train_loader(), work.test_loader()
-    options = options | {"gnh": work.gnh, "on_failure": "ignore"}  # the baseline's steps, however few
-    return LiSSAInfluenceModule(work.model, work.objective, *loaders, "cpu", work.damp, **options)
-
-
-def directly(work: Workload) -> AutogradInfluenceModule:
-    return AutogradInfluenceModule(
-        work.model, work.objective, work.train_loader(), work.test_loader(), "cpu", work.damp
-    )
-
-
-def cases(work: Workload, quick: bool) -> Iterator[Case]:
-    """The lines of one problem."""
-
-    def solve_cg(baseline: Baseline, vector: Tensor) -> Tensor:
-        return baseline.solve_cg(vector, work.rtol)
-
-    many = len(work.test)
-    curvature = "Gauss-Newton CG" if work.gnh else "CG"
-    yield Case(f"{curvature}, one query", work, partial(by_cg, work), solve_cg, tolerance=work.rtol)
-    if work.name == "B":
-        options = {"repeat": 1, "depth": 100 if quick else 1000, "scale": lissa_scale(work)}
-        build = partial(by_lissa, work, options)
-
-        def solve_lissa(baseline: Baseline, vector: Tensor) -> Tensor:
-            return baseline.solve_lissa(vector, **options)
-
-        yield Case("LiSSA, one query", work, build, solve_lissa)
-        floor = partial(lissa_floor, work, many, options["depth"])
-        yield Case(f"LiSSA, {many} queries", work, build, solve_lissa, queries=many, floor=floor)
-        yield Case(f"direct, {many} queries", work, partial(directly, work), solve_cg, many, work.rtol)
-    if work.name == "C":
-        given = torch.randn(many, work.parameters, generator=torch.Generator().manual_seed(0))
-        floor = partial(scores_floor, work, many)
-        yield Case(f"scores of {many} stests", work, partial(by_cg, work), solve_cg, many, given=given, floor=floor)
-
-
-def lissa_scale(work: Workload) -> float:
-    """Above the largest eigenvalue of any minibatch's curvature: softmax's is at most ½, times the mean |(x, 1)|²."""
-    x = work.train.tensors[0].flatten(1)
-    largest = x.square().sum(1).topk(min(64, len(x))).values.mean().item() + 1.0
-    return 0.5 * largest + work.objective.l2 + work.damp
-
-
-def lissa_floor(work: Workload, queries: int, depth: int) -> float:
-    """Seconds of two GEMMs per step, features times tangents and back, and of reading or writing 6 k d numbers."""
-    x = work.train.tensors[0][:64].flatten(1)
-    classes = work.parameters // (x.shape[1] + 1)
-    tangents, cotangents = torch.randn(x.shape[1], queries * classes), torch.randn(len(x), queries * classes)
-    state = torch.randn(queries, work.parameters)
-    copy = torch.empty_like(state)
-    gemms = best(lambda: (x @ tangents, x.mT @ cotangents))
-    return depth * (gemms + 3 * best(lambda: copy.copy_(state)))
-
-
-def scores_floor(work: Workload, queries: int) -> float:
-    """Seconds of one float32 GEMM [n, d] x [d, queries], by tiles of rows."""
-    n, rows = len(work.train), min(500, len(work.train))
-    gradients, stests = torch.randn(rows, work.parameters), torch.randn(work.parameters, queries)
-    return best(lambda: gradients @ stests) * n / rows
-
-
-def best(call: Callable[[], object]) -> float:
-    call()
-    return min(harness.timed(call, 1, "cpu") for _ in range(3))
-
-
 # -- output ----------------------------------------------------------------------------------------------------------
 
 HEADER = [
-    "problem", "case", "baseline", "cold", "warm", "cold speedup", "warm speedup", "warm solve", "warm scores",
-    "extra MB, baseline", "extra MB, ours", "error", "rtol", "iterations, baseline", "iterations, ours", "products",
-    "over floor", "path",
+    "problem", "case", "baseline", "cold", "warm", "native ops off", "cold speedup", "warm speedup", "warm solve",
+    "warm scores", "native speedup", "extra MB, baseline", "extra MB, ours", "error", "residual", "rtol",
+    "iterations, baseline", "iterations, ours", "products", "over floor", "path",
 ]  # fmt: skip
 
 
@@ -311,6 +265,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     base, first = row["baseline"], row["cold"]
     again = row["warm"]
     compared = again or first
+    off = row.get("native_off")  # results of before have none
 
     def speedup(side: dict[str, Any] | None, field: str) -> str:
         return f"{base[field] / side[field]:.1f}x" if side and base[field] and side[field] else "-"
@@ -321,20 +276,24 @@ def cells(row: dict[str, Any]) -> list[str]:
     def megabytes(side: dict[str, Any]) -> str:
         return "?" if side["extra_bytes"] is None else f"{side['extra_bytes'] / 1e6:.0f}"
 
-    extrapolated = " (extrapolated)" if base["extrapolated_from_queries"] else ""
+    some = base["extrapolated_from_queries"] or base.get("extrapolated_from_examples")
+    extrapolated = " (extrapolated)" if some else ""
     return [
         row["problem"],
         row["case"],
         f"{base['solve']:.3g} + {base['scores']:.3g} s{extrapolated}",
         f"{first['construct']:.2g} + {first['solve']:.3g} + {first['scores']:.3g} s",
         f"{again['solve']:.3g} + {again['scores']:.3g} s" if again else "-",
+        f"{off['solve']:.3g} + {off['scores']:.3g} s" if off else "-",
         speedup(first, "total"),
         speedup(again, "total"),
         speedup(compared, "solve"),
         speedup(compared, "scores"),
+        f"{off['total'] / compared['total']:.2f}x" if off else "-",
         megabytes(base),
         megabytes(first),
         f"{row['error']:.1e}",
+        or_dash(row.get("residual"), ".1e"),
         or_dash(row["tolerance"], "g"),
         or_dash(base["iterations"]),
         or_dash(row["iterations"]),
@@ -352,42 +311,122 @@ def report(record: dict[str, Any]) -> str:
         "# End to end: influence of all training examples",
         "",
         harness.where(record) + ("; **quick: smaller problems**" if record["quick"] else ""),
+        *on_device(record),
         "",
         "Seconds: the baseline's solve + scores, ours cold as construct + solve + scores, warm as solve + scores.",
-        "Where nothing is warm, the speedups of solve and scores are the cold ones. Error: of our scores against the",
-        "baseline's, relative 2-norm. Over floor: solve + scores over the arithmetic's and the traffic's own time.",
+        "Native ops off: the same package with plain torch in place of its native ops, warm where there is a warm",
+        "time, else cold; native speedup: by them, of all that was timed. Where nothing is warm, the speedups of solve",
+        "and scores are the cold ones. Error: of our scores against the baseline's, relative 2-norm. Residual:",
+        "|b - As| / |b| of our s by the baseline's product, where it did not solve: it scored our s then. Over floor:",
+        "solve + scores over the arithmetic's and the traffic's own time.",
         "",
         *(f"- {name}: {title}" for name, title in titles.items()),
         "",
         harness.markdown(HEADER, [cells(row) for row in rows]),
+        *(f"\nFailed: {line['problem']} {line['case']}: {line['error']}" for line in record.get("failed", ())),
+        *(f"\nNot run, out of time: {line}" for line in record.get("not_run", ())),
     ]
     return "\n".join(lines) + "\n"
 
 
-def run(problems: list[str], quick: bool, seconds: float) -> Iterator[dict[str, Any]]:
-    """Records of all lines, one after the other."""
-    for name in problems:
-        work = WORKLOADS[name](**(QUICK[name] if quick else {}))
-        for case in cases(work, quick):
-            yield measure(case, seconds)
+def on_device(record: dict[str, Any]) -> list[str]:
+    """Of a record that says so, on which device and in what precision it was measured."""
+    if "device" not in record:
+        return []
+    name = f" ({record['gpu']}, TF32 {'allowed' if record['tf32'] else 'off'})" if record["gpu"] else ""
+    ops = f"no native ops: {record['no_native_ops']}" if record["no_native_ops"] else "native ops"
+    return ["", f"On {record['device']}{name}, {ops}."]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured."""
+
+    problems: list[str]
+    device: str
+    quick: bool
+    limit: float
+
+    @property
+    def seconds(self) -> float:
+        """For a line, about."""
+        return 4.0 if self.quick else 30.0
+
+
+def run(request: Request) -> dict[str, list[Any]]:
+    """Records of all lines, of those that failed, and names of those that the limit left no time for."""
+    rows: list[Any] = []
+    failed: list[Any] = []
+    not_run: list[Any] = []
+    begin = time.perf_counter()
+
+    def late() -> bool:
+        return time.perf_counter() - begin > request.limit
+
+    def one(name: str, label: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RuntimeError as error:  # out of memory, say: the other lines may fit
+            failed.append({"problem": name, "case": label, "error": str(error).splitlines()[0]})
+
+    for name in request.problems:
+        if late():
+            not_run.append(name)
+            continue
+        sizes = QUICK[name] if request.quick else {}
+        make = partial(LARGE[name], device=request.device) if name in LARGE else WORKLOADS[name]
+        work = one(name, "making it", lambda make=make, sizes=sizes: make(**sizes))
+        if work is None:
+            continue
+        for case in cases(work, request.quick, request.device):
+            if late():
+                not_run.append(f"{name} {case.label}")
+                continue
+            row = one(name, case.label, lambda case=case: measure(case, request.seconds))
+            if row is not None:
+                rows.append(row)
+            print(f"{name} {case.label} {'failed' if row is None else 'done'}", file=sys.stderr, flush=True)
+            if request.device == "cuda":
+                torch.cuda.empty_cache()
+    return {"rows": rows, "failed": failed, "not_run": not_run}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """In matrix products and in convolutions, whose own default is yes; for the baseline, too."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def main(argv: list[str] | None = None) -> None:
+    known = {**WORKLOADS, **LARGE}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(WORKLOADS), help="which of A,B,C,D (default: all)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--problems", help=f"which of {','.join(known)} (default: all; on the CPU those without R,T,H)")
     parser.add_argument("--quick", action="store_true", help="fewer examples: a minute for all")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no line is begun")
+    parser.add_argument("--tf32", action="store_true", help="let the GPU round operands to TF32")
     harness.output_options(parser)
     options = parser.parse_args(argv)
-    problems = options.problems.split(",")
-    if unknown := [name for name in problems if name not in WORKLOADS]:
-        parser.error(f"--problems: expected some of {','.join(WORKLOADS)}, got {','.join(unknown)}")
-    torch.set_num_threads(2)
-
-    rows = []
-    for row in run(problems, options.quick, seconds=2.0 if options.quick else 15.0):
-        rows.append(row)
-        print(f"{row['problem']} {row['case']} done", file=sys.stderr, flush=True)
-    harness.publish({"quick": options.quick, "rows": rows}, report, options)
+    problems = (options.problems or ",".join(known if options.device == "cuda" else WORKLOADS)).split(",")
+    if unknown := [name for name in problems if name not in known]:
+        parser.error(f"--problems: expected some of {','.join(known)}, got {','.join(unknown)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu where torch finds no CUDA device, got cuda")
+    if options.device == "cpu":
+        torch.set_num_threads(2)
+    allow_tf32(options.tf32)
+    info = backend_info()
+    record = {
+        "quick": options.quick,
+        "device": options.device,
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "tf32": options.tf32,
+        "no_native_ops": info.cuda if options.device == "cuda" else info.cpu,
+        **run(Request(problems, options.device, options.quick, options.limit)),
+    }
+    harness.publish(record, report, options)
+    if record["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,9 +21,12 @@ from oracles import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import cases
 import end_to_end
 import workloads
 from baseline import Baseline
+
+from torch_influence.ops import OPS
 
 # 70 examples are a batch of 64 and a ragged one of 6.
 TINY: dict[str, dict[str, Any]] = {
@@ -30,12 +34,15 @@ TINY: dict[str, dict[str, Any]] = {
     "B": {"n": 70, "queries": 3, "features": 5, "classes": 3},
     "C": {"n": 70, "queries": 3, "features": 4, "hidden": 3, "classes": 3},
     "D": {"n": 70, "queries": 3, "side": 20, "channels": (2, 2), "classes": 3},
+    "R": {"n": 70, "queries": 3, "side": 5, "widths": (2,), "blocks": 1, "classes": 3},
+    "T": {"n": 70, "queries": 3, "vocabulary": 5, "width": 2, "heads": 1, "layers": 1, "length": 3},
+    "H": {"n": 70, "queries": 3, "features": 5, "classes": 3},
 }
 RTOL = 1e-12
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> workloads.Workload:
-    return workloads.WORKLOADS[name](**TINY[name], dtype=dtype)
+    return (workloads.WORKLOADS | workloads.LARGE)[name](**TINY[name], dtype=dtype)
 
 
 def baseline_of(work: workloads.Workload, gnh: bool, damp: float | None = None) -> Baseline:
@@ -84,7 +91,7 @@ def test_baseline_equals_a_dense_solve(name: str, gnh: bool) -> None:
 @pytest.mark.parametrize("name", list(TINY))
 def test_baseline_and_package_agree_by_cg(name: str) -> None:
     work = tiny(name)
-    module = end_to_end.by_cg(work)
+    module = cases.by_cg(work)
     module.cg_kwargs = {"rtol": RTOL}
     baseline = baseline_of(work, work.gnh)
     product = torch.stack([module.hvp(e) for e in torch.eye(work.parameters, dtype=torch.float64)])
@@ -106,8 +113,8 @@ def test_baseline_and_package_agree_by_cg(name: str) -> None:
 @pytest.mark.parametrize("gnh", [False, True], ids=["hessian", "gauss-newton"])
 def test_baseline_and_package_agree_by_lissa_with_the_same_draws(gnh: bool) -> None:
     work = tiny("B")
-    repeat, depth, scale = 2, 20, end_to_end.lissa_scale(work)
-    module = end_to_end.by_lissa(work, {"repeat": repeat, "depth": depth, "scale": scale})
+    repeat, depth, scale = 2, 20, cases.lissa_scale(work)
+    module = cases.by_lissa(work, {"repeat": repeat, "depth": depth, "scale": scale})
     module.gnh = gnh
     baseline = baseline_of(work, gnh)
     gradient = baseline.test_gradient([0])
@@ -130,7 +137,7 @@ def test_lissa_scale_bounds_every_minibatch() -> None:
         batch = (x[[norm] * 2], y[[norm] * 2])
         matrix = dense_gauss_newton(work.model, work.objective, [(batch, 2)])
         largest = max(largest, float(torch.linalg.eigvalsh(matrix)[-1]) + work.damp)
-    assert end_to_end.lissa_scale(work) > 0.5 * largest  # LiSSA's own condition: scale above half the largest
+    assert cases.lissa_scale(work) > 0.5 * largest  # LiSSA's own condition: scale above half the largest
 
 
 def test_memory_that_was_freed_before_counts() -> None:
@@ -148,10 +155,21 @@ def test_the_conv_net_has_the_parameters_it_says() -> None:
     assert workloads.conv_net(n=4, queries=1).parameters == 14_538
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("R", 11_173_962), ("T", 18_398_208)])
+def test_the_large_nets_have_the_parameters_they_say(
+    name: str, parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.nn.Module] = []
+    monkeypatch.setattr(workloads, "trained", lambda name, title, model, *_, **__: made.append(model))  # untrained
+    workloads.LARGE[name](n=1, queries=1)
+    assert sum(p.numel() for p in made[0].parameters()) == parameters
+    assert f"{parameters:,} parameters" in workloads.LARGE[name].__doc__
+
+
 @pytest.mark.parametrize("name", list(TINY))
 def test_the_benchmark_runs_and_its_table_shows_its_record(name: str) -> None:
     work = tiny(name, torch.float32)
-    rows = [end_to_end.measure(case, seconds=0.0) for case in end_to_end.cases(work, quick=True)]
+    rows = [end_to_end.measure(case, seconds=0.0) for case in cases.cases(work, quick=True)]
     record = json.loads(json.dumps({"provenance": end_to_end.harness.provenance(), "quick": True, "rows": rows}))
     for row in record["rows"]:
         if row["case"].startswith("LiSSA"):  # other draws than the baseline's would differ by percents
@@ -163,11 +181,70 @@ def test_the_benchmark_runs_and_its_table_shows_its_record(name: str) -> None:
         assert (row["baseline"]["extrapolated_from_queries"] is None) == (row["queries"] == 1)
     lines = end_to_end.report(record).splitlines()
     table = [line for line in lines if line.startswith("| " + name)]
-    assert len(table) == len(rows) == {"A": 1, "B": 4, "C": 2, "D": 1}[name]
+    assert len(table) == len(rows) == {"A": 1, "B": 4, "C": 2, "D": 1, "R": 2, "T": 2, "H": 2}[name]
     assert {line.count("|") for line in table} == {len(end_to_end.HEADER) + 1}
 
 
-def test_a_problem_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", list(workloads.LARGE))
+def test_a_sample_tells_of_the_whole(name: str) -> None:
+    """What the baseline is asked for at full size agrees with all of it."""
+    for whole in cases.cases(tiny(name, torch.float32), quick=True):
+        row = end_to_end.measure(dataclasses.replace(whole, sample=7), seconds=0.0)
+        solved = whole.tolerance is None  # LiSSA, with the same draws; else the same stest is scored
+        operations = row["products"] * workloads.BATCH_SIZE if solved else row["parameters"] ** 2
+        assert row["error"] <= tolerance(torch.float32, operations=operations)
+        assert row["baseline"]["products"] == (row["products"] if solved else 1)
+        assert row["baseline"]["extrapolated_from_examples"] == 7
+        assert (row["residual"] is None) == solved
+        if not solved:  # what conjugate gradients were asked for, and as much again for rounding
+            assert row["residual"] <= 2 * whole.tolerance
+
+
+def test_native_ops_are_off_inside_and_on_again_after_an_exception() -> None:
+    row = torch.ones(1, 1)
+    before = end_to_end._native.runs_natively("lissa_step", row)
+
+    def interrupted() -> None:
+        with end_to_end.native_ops_off():
+            assert not any(end_to_end._native.runs_natively(op, row) for op in OPS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert end_to_end._native.runs_natively("lissa_step", row) == before
+
+
+def test_the_committed_record_still_makes_a_table() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    record = json.loads((folder / "end_to_end.json").read_text())
+    table = [line for line in end_to_end.report(record).splitlines() if line.startswith("| ")]
+    assert len(table) == len(record["rows"]) + 2
+
+
+def test_lines_that_fail_or_come_too_late_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(case: cases.Case, seconds: float) -> None:
+        if case.workload.name == "D":
+            raise RuntimeError("out of memory\nand more")
+        clock[0] += 100.0
+
+    clock = [0.0]
+    monkeypatch.setattr(end_to_end, "measure", measured)
+    monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: clock[0])
+    for name in TINY:
+        monkeypatch.setitem(cases.QUICK, name, TINY[name])
+    record = end_to_end.run(end_to_end.Request(["D", "B", "C", "A"], "cpu", True, 150.0))
+    assert record["failed"] == [{"problem": "D", "case": "Gauss-Newton CG, one query", "error": "out of memory"}]
+    assert record["not_run"] == ["B LiSSA, 3 queries", "B direct, 3 queries", "C", "A"]
+    text = end_to_end.report({"provenance": end_to_end.harness.provenance(), "quick": True, **record, "rows": []})
+    assert "Failed: D Gauss-Newton CG, one query: out of memory" in text
+    assert text.count("Not run, out of time: ") == 4
+
+
+def test_a_problem_or_a_device_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         end_to_end.main(["--problems", "A,E"])
-    assert "expected some of A,B,C,D, got E" in capsys.readouterr().err
+    assert "expected some of A,B,C,D,R,T,H, got E" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            end_to_end.main(["--device", "cuda"])
+        assert "--device: expected cpu where torch finds no CUDA device, got cuda" in capsys.readouterr().err

@@ -145,8 +145,8 @@ class Evaluation:
     def session(self) -> Iterator[None]:
         """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
 
-        cuDNN may use TF32 inside only where matrix products may, see ``_precise_convolutions``. Public calls open it once
-        around all their work; nested ones cost nothing.
+        cuDNN may use TF32 inside only where matrix products may, see ``_precise_convolutions``. Public calls open it
+        once around all their work; nested ones cost nothing.
         """
         if self._open:
             yield
