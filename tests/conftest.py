@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch_influence import backend_info
+
 # Many tiny problems, several processes of them: a thread pool in each would cost more than it gives.
 torch.set_num_threads(1)
 
@@ -10,3 +12,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = backend_info().cuda
+    if reason:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=f"no native CUDA ops: {reason}"))
