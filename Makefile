@@ -54,20 +54,10 @@ bench-all: bench ## those, then many queries at once, what solver="auto" takes, 
 	$(PY) benchmarks/top_k.py --json "$(RESULTS)/top_k.json"
 	$(PY) benchmarks/report.py "$(RESULTS)"
 
-# Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools.
+# Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools. A stage has ten
+# minutes; STAGES="build tests" runs some of them, DEVICE=cpu QUICK=1 rehearses them without a GPU: see the script.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT
-	mkdir -p "$(OUT)"
-	timeout 300 $(PYTHON) -m pip install --no-build-isolation --no-deps $(call NATIVE_ON,ON) -e . >"$(OUT)/build.log" 2>&1 \
-	  || { tail -n 60 "$(OUT)/build.log"; exit 1; }
-	$(PYTHON) -m torch_influence info | tee "$(OUT)/info.txt"
-	! grep -q '^cuda: reference' "$(OUT)/info.txt"
-	status=0; \
-	timeout 240 $(PYTHON) -m pytest -m cuda tests >"$(OUT)/tests.log" 2>&1 || status=1; \
-	tail -n 40 "$(OUT)/tests.log"; \
-	for bench in benchmarks/ops/bench_*.py; do \
-	  timeout 120 $(PYTHON) $$bench --device cuda --json "$(OUT)/$$(basename $$bench .py).json" || status=1; \
-	done; \
-	exit $$status
+	OUT="$(OUT)" PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
 wheel: dev ## sdist and native wheel in dist/
 	$(PY) -m build $(call NATIVE_ON,$(CUDA)) \

@@ -98,9 +98,7 @@ def test_without_a_gpu_all_but_the_capture_runs(monkeypatch: pytest.MonkeyPatch,
     assert all(row["failed"] and row["median"] is None for row in graphs)
     assert len(graphs) == len(cuda_graphs.STEPS)
     record = {"needs": "", "gpu": "none", "provenance": cuda_graphs.harness.provenance()}
-    text = cuda_graphs.report(
-        {"needs": "", "gpu": "none", "provenance": cuda_graphs.harness.provenance(), "rows": rows}
-    )
+    text = cuda_graphs.report(record | {"rows": rows})
     assert text.count("failed: ") == len(graphs)
 
 
