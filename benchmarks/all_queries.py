@@ -317,7 +317,6 @@ def main(argv: list[str] | None = None) -> None:
     problems = options.problems.split(",")
     if unknown := [name for name in problems if name not in WORKLOADS]:
         parser.error(f"--problems: expected some of {','.join(WORKLOADS)}, got {','.join(unknown)}")
-    torch.set_num_threads(2)
 
     rows = []
     for name in problems:

@@ -128,7 +128,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.output_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(2)
 
     rows = []
     for work in problems():

@@ -412,8 +412,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--problems: expected some of {','.join(known)}, got {','.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected cpu where torch finds no CUDA device, got cuda")
-    if options.device == "cpu":
-        torch.set_num_threads(2)
     allow_tf32(options.tf32)
     info = backend_info()
     record = {

@@ -193,7 +193,6 @@ def main() -> None:
     problems = options.problems.split(",")
     if unknown := [name for name in problems if name not in SIZES]:
         parser.error(f"--problems: expected some of {','.join(SIZES)}, got {','.join(unknown)}")
-    torch.set_num_threads(2)
 
     rows = []
     for name in problems:

@@ -104,12 +104,15 @@ def times(ratio: float) -> str:
 
 def tables(records: dict[str, Record]) -> Iterator[Table]:
     """Those that the records allow."""
-    if "end_to_end" in records:
-        yield end_to_end(records["end_to_end"])
+    for name in ("end_to_end", "end_to_end_large"):
+        if name in records:
+            yield end_to_end(records[name])
     if "all_queries" in records:
         yield all_queries(records["all_queries"])
     if found := ops(records):
         yield native_ops(found)
+    if records.get("cuda_graphs", {}).get("rows"):
+        yield cuda_graphs(records["cuda_graphs"])
 
 
 def end_to_end(record: Record) -> Table:
@@ -117,15 +120,18 @@ def end_to_end(record: Record) -> Table:
     rows = []
     for row in record["rows"]:
         old, first, again = row["baseline"]["total"], row["cold"]["total"], row["warm"] and row["warm"]["total"]
+        off = row.get("native_off")
+        extrapolated = row["baseline"]["extrapolated_from_queries"] or row["baseline"].get("extrapolated_from_examples")
         rows.append(
             [
                 row["problem"],
                 row["case"],
-                duration(old) + ("*" if row["baseline"]["extrapolated_from_queries"] else ""),
+                duration(old) + ("*" if extrapolated else ""),
                 duration(first),
                 times(old / first),
                 duration(again) if again else "-",
                 times(old / again) if again else "-",
+                times(off["total"] / (again or first)) if off else "-",
                 f"{row['error']:.0e}",
                 f"{row['tolerance']:.0e}" if row["tolerance"] else "-",
             ]
@@ -134,10 +140,11 @@ def end_to_end(record: Record) -> Table:
     problems = "; ".join(f"{name}: {title}" for name, title in titles.items())
     note = (
         f"{problems}. {OLD}: the algorithm of torch-influence 0.1.0, on the same machine in the same run. First: a new "
-        "module; next: its next query. Error: of the scores, against the old ones; rtol: the tolerance that both were "
-        "asked for. *: one query's time, times their number."
+        "module; next: its next query; by ops: how much the native ops contribute, against the same without them. Error: "
+        "of the scores, against the old ones; rtol: the tolerance that both were asked for. *: one query's time, "
+        "times their number, or some examples' for all."
     )
-    header = ["", "asked for", OLD, "first", "faster", "next", "faster", "error", "rtol"]
+    header = ["", "asked for", OLD, "first", "faster", "next", "faster", "by ops", "error", "rtol"]
     return Table("The influence of every training example on a query", note, header, rows)
 
 
@@ -185,6 +192,19 @@ def native_ops(found: list[Record]) -> Table:
     )
     header = ["op", "largest size", "time", "reached", "faster", "over all sizes"]
     return Table("Native ops", note, header, rows)
+
+
+def cuda_graphs(record: Record) -> Table:
+    """Whole iterations replayed from a graph, where they could be captured."""
+    rows = [
+        [
+            f"{row['problem']}, {row['method']}",
+            row["variant"],
+            *(["-", row["failed"]] if row["failed"] else [duration(row["median"]), times(row["speedup"])]),
+        ]
+        for row in record["rows"]
+    ]
+    return Table("CUDA graphs", "Against the package's own loop.", ["model", "variant", "a solve", "faster"], rows)
 
 
 # -- output ----------------------------------------------------------------------------------------------------------

@@ -110,7 +110,6 @@ def main() -> None:
     parser.add_argument("--solver", choices=["direct", "cg"], default="direct")
     parser.add_argument("--json", type=Path, help="file that the results are written to")
     options = parser.parse_args()
-    torch.set_num_threads(2)
 
     work = problem(options.n, options.queries)
     module, record = run(lambda: build(work, options.solver), options.k)
