@@ -121,7 +121,7 @@ def end_to_end(record: Record) -> Table:
     for row in record["rows"]:
         old, first, again = row["baseline"]["total"], row["cold"]["total"], row["warm"] and row["warm"]["total"]
         off = row.get("native_off")
-        extrapolated = row["baseline"]["extrapolated_from_queries"] or row["baseline"].get("extrapolated_from_examples")
+        extrapolated = any(row["baseline"].get(f"extrapolated_from_{what}") for what in ("queries", "examples"))
         rows.append(
             [
                 row["problem"],
@@ -140,7 +140,7 @@ def end_to_end(record: Record) -> Table:
     problems = "; ".join(f"{name}: {title}" for name, title in titles.items())
     note = (
         f"{problems}. {OLD}: the algorithm of torch-influence 0.1.0, on the same machine in the same run. First: a new "
-        "module; next: its next query; by ops: how much the native ops contribute, against the same without them. Error: "
+        "module; next: its next query; by ops: how much the native ops give, against the same without them. Error: "
         "of the scores, against the old ones; rtol: the tolerance that both were asked for. *: one query's time, "
         "times their number, or some examples' for all."
     )
