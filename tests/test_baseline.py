@@ -215,8 +215,8 @@ def test_native_ops_are_off_inside_and_on_again_after_an_exception() -> None:
 
 
 def test_the_committed_record_still_makes_a_table() -> None:
-    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
-    record = json.loads((folder / "end_to_end.json").read_text())
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    record = json.loads(next(folder.rglob("end_to_end.json")).read_text())
     table = [line for line in end_to_end.report(record).splitlines() if line.startswith("| ")]
     assert len(table) == len(record["rows"]) + 2
 
