@@ -6,8 +6,9 @@
 #   PYTHON    with torch, pytest and the build tools; nothing is downloaded (python3)
 #   DEVICE    cuda, or cpu: a rehearsal on a machine without a GPU (cuda)
 #   QUICK     1: small problems, a few seconds for an op (empty)
+#   LIMIT     seconds for a stage (570)
 #
-# A stage has at most 600 seconds, what a rented machine gives one command: there call it with some stages at a time, as
+# A rented machine gives one command 600 seconds, little more than a stage may take: call it with a stage or two there,
 #   make gpu STAGES="build tests"    make gpu STAGES=ops    make gpu STAGES=end_to_end    ...
 # A stage that fails does not stop those after it. The exit status is 1 if any of them failed.
 # shellcheck disable=SC2329 # stages are called by their names
@@ -135,7 +136,7 @@ table=""
 for stage in $STAGES; do
   log="$OUT/$stage.log"
   begin=$SECONDS
-  timeout --kill-after=10 "${LIMIT:-600}" "${BASH_SOURCE[0]}" --stage "$stage" >"$log" 2>&1
+  timeout --kill-after=10 "${LIMIT:-570}" "${BASH_SOURCE[0]}" --stage "$stage" >"$log" 2>&1
   case $? in
     0) outcome=ok ;;
     "$NOT_THERE") outcome="not there" ;;
