@@ -57,7 +57,7 @@ bench-all: bench ## those, then many queries at once, what solver="auto" takes, 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools. A stage has ten
 # minutes; STAGES="build tests" runs some of them, DEVICE=cpu QUICK=1 rehearses them without a GPU: see the script.
 gpu: ## on a GPU machine: build into the current python, run the CUDA tests and benchmarks, results in OUT
-	OUT="$(OUT)" PYTHON="$(PYTHON)" benchmarks/gpu.sh
+	OUT="$(OUT)" PYTHON="$(PYTHON)" bash benchmarks/gpu.sh
 
 wheel: dev ## sdist and native wheel in dist/
 	$(PY) -m build $(call NATIVE_ON,$(CUDA)) \

@@ -5,9 +5,10 @@
 
 All take turns in one run. Cold: construct the module, solve for one query, score all training examples. Warm: the next
 query on the same module. Native ops off: the same once more with plain torch in place of the native ops, warm where
-there is a warm one, else cold. The baseline keeps nothing, so its cold is its warm. Where all queries are asked for,
-the baseline's time is one query's times their number, and marked as extrapolated. So is that of a large problem, of
-which the baseline scores some examples only, and multiplies once in place of a whole solve by conjugate gradients.
+there is a warm one, else cold, unless that took long with them. The baseline keeps nothing, so its cold is its warm.
+Where all queries are asked for, the baseline's time is one query's times their number, and marked as extrapolated. So
+is that of a large problem, of which the baseline scores some examples only, and multiplies once in place of a whole
+solve by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from workloads import LARGE, WORKLOADS
 
 from torch_influence import BaseInfluenceModule, backend_info
 from torch_influence.ops import _native
+
+AT_MOST = 10.0  # seconds of an answer to all queries that is worth asking for again without native ops
 
 
 @dataclass
@@ -203,8 +206,9 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
             first.append(times)
             if case.queries == 1:
                 next_.append(warm(module, case))
-            with native_ops_off():
-                off.append(warm(module, case) if case.queries == 1 else cold(case)[2])
+            if case.queries == 1 or times.total < AT_MOST:
+                with native_ops_off():
+                    off.append(warm(module, case) if case.queries == 1 else cold(case)[2])
             quick = not case.sample and times.total < one[-1].total / 20
             repeats = repeats + 1 if repeats < 3 and quick and times.total < 1 else 0
         report = module.last_report if case.given is None else None
@@ -227,7 +231,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         "rounds": len(one),
         "cold": median(first),
         "warm": median(next_) if next_ else None,
-        "native_off": median(off),
+        "native_off": median(off) if off else None,
         "floor": case.floor() if case.floor else None,
         "baseline": {
             **median(one),
