@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_baseline import TINY, tiny
+from test_baseline import tiny
 
 from torch_influence import InfluenceModule
 
@@ -18,7 +18,7 @@ import choice
 import scaling
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", list(all_queries.WORKLOADS))
 def test_lines_run_and_the_table_shows_them(name: str) -> None:
     work = tiny(name, torch.float32)
     about = {"problem": name, "title": work.title, "parameters": work.parameters, "tolerance": work.rtol}
