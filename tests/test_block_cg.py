@@ -168,12 +168,12 @@ def test_the_block_shrinks_when_rows_are_done() -> None:
 def test_rows_close_to_each_other_in_float32_give_an_orthonormal_basis(gap: float) -> None:
     """At a condition number of 1e5 a Gram matrix in float32 has no digits left, and one pass leaves two of them."""
     rows = (ordinary()[:1] + gap * ordinary()).float()
-    block = _block_cg._Block(Dense(positive_definite().float()), rows, None, 1e-4 * rows.double().norm(dim=1), False)
+    block = _block_cg._Block(Dense(positive_definite().float()), rows, None, (1e-4, 0.0), False)
     assert block.q.shape == rows.shape
     half_of_the_digits = torch.finfo(torch.float32).eps ** 0.5
     identity = torch.eye(K, dtype=torch.float64)
     assert_close(block.q.double() @ block.q.double().mT, identity, operations=D, inherent=half_of_the_digits)
-    scaled = rows.double() / block.scale.double()
+    scaled = rows.double() / block.unit.double()
     # Each coefficient has passed two products with d or m terms in float32.
     assert_close((block.coefficients @ block.q.double()).float(), scaled, operations=2 * K)
 

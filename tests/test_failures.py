@@ -24,6 +24,7 @@ from torch_influence import (
     NondeterminismWarning,
 )
 from torch_influence.linop import Dense
+from torch_influence.plan import agree
 from torch_influence.solvers import (
     ConvergenceWarning,
     DivergenceWarning,
@@ -33,6 +34,7 @@ from torch_influence.solvers import (
     block_cg,
     cg,
     direct,
+    lissa,
     minres,
 )
 
@@ -135,11 +137,14 @@ def cases() -> list[Case]:
         long = {"maxiter": 100 * D} if iterates else {}
         smallest = 1e-5 if solver is minres else 1e-6  # beyond, MINRES takes the matrix for singular, and says that
         case("ill-conditioned", spectrum(smallest=smallest), fine, hard, [], dtype=torch.float32, options=long)
-        if solver is block_cg:
+        if solver is not minres:  # it squares products in float32
             case("huge in float32", 1e25 * spectrum(), 1e25 * fine, [], EVERY, dtype=torch.float32)
-        if solver is cg:
+        if iterates:
             over = [(ConvergenceWarning, NOT_FINITE.format(3) + r".* an overflow of torch\.float32")]
-            case("float32 overflow", 1e25 * spectrum(), 1e25 * fine, over, [], unknown=EVERY, dtype=torch.float32)
+            ones = 1e38 * (torch.ones(D, D) + torch.eye(D)).double()
+            case("float32 overflow", ones, fine.abs(), over, [], unknown=EVERY, dtype=torch.float32)
+            large = [(ConvergenceWarning, r"for 3 of 3 .* beyond the range of torch\.float32: NaN where .* too large")]
+            case("huge solution", 1e-25 * spectrum(), 1e25 * fine, large, [], unknown=EVERY, dtype=torch.float32)
     return table
 
 
@@ -229,13 +234,13 @@ class Concave(Classification):
 
 
 class Huge(Classification):
-    """Gradients of 1e25, products of 1e50."""
+    """Products with the curvature beyond what float32 holds."""
 
     def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
-        return 1e25 * super().train_loss_on_outputs(outputs, batch)
+        return 3e38 * super().train_loss_on_outputs(outputs, batch)
 
     def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
-        return 1e25 * super().test_loss(model, params, batch)
+        return 3e38 * super().test_loss(model, params, batch)
 
 
 def with_nan() -> dict[str, Any]:
@@ -279,7 +284,7 @@ MODULES: list[tuple[str, Any, Callable[[], dict[str, Any]], type, str]] = [
     ("indefinite", LiSSAInfluenceModule, lambda: {"objective": Concave(), "scale": 20.0, "depth": 200}, DivergenceWarning, "negative eigenvalue"),
     ("too small depth", LiSSAInfluenceModule, lambda: {"scale": 1000.0, "depth": 20}, ConvergenceWarning, "depth"),
     ("NaN in the data", LiSSAInfluenceModule, lambda: with_nan() | {"depth": 50}, ConvergenceWarning, "NaN"),
-    ("float32 overflow", LiSSAInfluenceModule, in_float32, ConvergenceWarning, "torch.float32"),
+    ("float32 overflow", LiSSAInfluenceModule, lambda: in_float32() | {"scale": "auto"}, ConvergenceWarning, "torch.float32"),
     ("float32 overflow", CGInfluenceModule, in_float32, ConvergenceWarning, "overflow of torch.float32"),
 ]  # fmt: skip
 
@@ -326,3 +331,77 @@ def test_an_unknown_policy_is_refused() -> None:
         module(LiSSAInfluenceModule, on_failure="error")
     with pytest.raises(ValueError, match="on_failure"):
         cg(spectrum(), right_hand_sides(), on_failure="error")  # type: ignore[arg-type]
+
+
+# -- the ends of a dtype's range --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [cg, block_cg, minres, lissa], ids=lambda solver: solver.__name__)
+@pytest.mark.parametrize("end", ["too large", "too small"])
+def test_a_solution_beyond_the_range_says_so(solver: Any, end: str) -> None:
+    """One that fits, with the same digits, if its right-hand side were of another size."""
+    options = {"depth": 300} if solver is lissa else {}
+    largest, fine = torch.finfo(torch.float64).max, right_hand_sides()
+    factor, by = (1e-3, 1e-2 * largest) if end == "too large" else (1e3, torch.finfo(torch.float64).tiny)
+    matrix = factor * spectrum(smallest=0.5)
+    rows = fine.clone()
+    rows[1] *= by / rows[1].abs().max()
+    expected, _ = solver(matrix, fine, **options)
+    with pytest.warns(ConvergenceWarning, match=r"1 of 3 .* beyond the range of torch\.float64.* too small .* digits"):
+        x, report = solver(matrix, rows, **options)
+    assert report.converged.tolist() == [True, False, True]
+    assert report.residual.isnan().tolist() == [False, True, False]
+    assert x[1].isnan().all() if end == "too large" else (x[1].abs() < torch.finfo(torch.float64).tiny).all()
+    assert torch.equal(x[[0, 2]], expected[[0, 2]]) or solver is block_cg  # where a row's answer depends on the others
+    with pytest.raises(SolveError, match="beyond the range") as caught:
+        solver(matrix, rows, on_failure="raise", **options)
+    torch.testing.assert_close(caught.value.solution, x, rtol=0, atol=0, equal_nan=True)
+    assert not caught.value.report.converged[1]
+
+
+@pytest.mark.parametrize("solver", [cg, block_cg, minres], ids=lambda solver: solver.__name__)
+def test_tolerance_guess_and_callback_are_in_the_users_units(solver: Any) -> None:
+    """Also where the solver takes other ones: beyond 2^256 in float64."""
+    matrix, rows = spectrum(), right_hand_sides()
+    large = 2.0**600
+    seen: list[Tensor] = []
+    options: dict[str, Any] = {"callback": lambda x: seen.append(torch.from_numpy(x).clone())} if solver is cg else {}
+    guess = torch.linalg.solve(matrix, rows, left=False)
+    guess[0] = 0.0
+    for size in (1.0, large):
+        x, report = solver(matrix, rows * size, x0=guess * size, atol=1e-3 * size, rtol=0.0, **options)
+        assert report.iterations[1:].tolist() == [0, 0]
+        assert report.iterations[0] > 0
+        assert 1e-9 < float((rows[0] - x[0] / size @ matrix).norm()) <= 1e-3
+        _, report = solver(matrix, rows * size, atol=1e3 * size)
+        assert report.iterations.tolist() == [0, 0, 0]
+    half = len(seen) // 2
+    assert (len(seen) > 0) == (solver is cg)
+    for small, other in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(small * large, other)
+
+
+def test_lissas_callbacks_are_in_the_users_units() -> None:
+    matrix, rows = spectrum(), right_hand_sides()
+    seen: list[Tensor] = []
+
+    def see(*where: Any) -> None:
+        seen.append(where[-1].clone())
+
+    for chosen in (rows, rows[0]):
+        seen.clear()
+        for size in (1.0, 2.0**-600):
+            lissa(matrix, chosen * size, depth=3, scale=1.0, callback=see, after_repeat=see, on_failure="ignore")
+        assert len(seen) == 2 * (3 + 1)
+        for plain, small in zip(seen[:4], seen[4:], strict=True):
+            assert torch.equal(plain * 2.0**-600, small)
+
+
+def test_two_computations_of_tiny_gradients_are_told_apart() -> None:
+    """Squares of 1e-30 are 0 in float32, and so would be what they differ by."""
+    rows = 1e-30 * torch.randn(3, 7)
+    assert agree(rows, rows * (1 + 1e-7), torch.float32)
+    assert not agree(rows, 1.1 * rows, torch.float32)
+    assert not agree(rows, torch.zeros_like(rows), torch.float32)
+    assert not agree(torch.zeros_like(rows), rows, torch.float32)
+    assert agree(torch.zeros_like(rows), torch.zeros_like(rows), torch.float32)

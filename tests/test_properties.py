@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule
-from torch_influence.linop import Dense
-from torch_influence.solvers import block_cg, cg, direct
+from torch_influence.linop import Dense, Dual
+from torch_influence.solvers import DualFactor, Jacobi, block_cg, cg, direct, lissa, minres
 
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -82,6 +83,65 @@ def test_the_order_of_rows_and_their_sizes_do_not_matter(
     allowed = 2 * condition * (rtol + tolerance(rows.dtype, operations=d + 1, condition=condition))
     for mine, other in zip(x[order], y, strict=True):
         assert (4.0 * mine - other).norm() <= allowed * (4.0 * mine).norm()
+
+
+def shifted(rows: Tensor, by: int) -> Tensor:
+    """Rows times 2^by, which may be beyond float64 itself."""
+    return torch.from_numpy(np.ldexp(rows.numpy(), by))
+
+
+EVERY_SOLVER: dict[str, Any] = {
+    "cg": cg,
+    "cg with Jacobi": lambda A, B, **options: cg(A, B, M=Jacobi(), **options),
+    "block_cg": block_cg,
+    "minres": minres,
+    "direct": lambda A, B, rtol, **options: direct(A, B, **options),
+    "dual": lambda A, B, **options: DualFactor(Whole(A).damped(0.5 * float(A.diagonal().min()))).solve(B, **options),
+    "lissa": lambda A, B, rtol, **options: lissa(A, B, depth=20, scale=float(A.norm()), repeat=2, **options),
+}
+
+
+class Whole(Dual):
+    """A matrix as GᵀG with G = Lᵀ of its Cholesky factor."""
+
+    multiple = 0.0
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.lower = matrix, torch.linalg.cholesky(matrix)
+        self.size = self.rank = len(matrix)
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def product(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def push(self, rows: Tensor) -> Tensor:
+        return rows @ self.lower
+
+    def pull(self, rows: Tensor) -> Tensor:
+        return rows @ self.lower.mT
+
+    def assemble(self) -> Tensor:
+        return self.lower.mT @ self.lower
+
+
+@pytest.mark.parametrize("name", EVERY_SOLVER)
+@hypothesis.given(system=systems(), share=st.floats(-1, 1))
+@hypothesis.settings(max_examples=20)
+def test_a_power_of_two_changes_no_digit(name: str, system: tuple[Tensor, Tensor, float], share: float) -> None:
+    """Though squares of such rows are 0 or infinite: float64 ends at 2^±1022, float32 at 2^±126."""
+    matrix, rows, _ = system
+    matrix = matrix / matrix.diagonal().mean()  # so that x is about as large as b
+    rows = torch.where(rows.abs() > 1e6, rows * 1e-12, rows)
+    by = int(share * (80 if rows.dtype == torch.float32 else 900))
+    solver = EVERY_SOLVER[name]
+    x, report = solver(matrix, rows, rtol=1e-3, on_failure="ignore")
+    y, shifted_report = solver(matrix, shifted(rows, by), rtol=1e-3, on_failure="ignore")
+    assert torch.equal(y, shifted(x, by))
+    assert torch.equal(shifted_report.iterations, report.iterations)
+    assert torch.equal(shifted_report.converged, report.converged)
+    torch.testing.assert_close(shifted_report.residual, report.residual, rtol=1e-14, atol=0, equal_nan=True)
+    if report.standard_error is not None:
+        torch.testing.assert_close(shifted_report.standard_error, report.standard_error, rtol=1e-14, atol=0)
 
 
 @hypothesis.given(systems(most_rows=3), st.floats(0, 10))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.linop import LinearOperator
-from torch_influence.solvers import Progress, lanczos, rounding
+from torch_influence.solvers import Progress, lanczos, norms, rounding
 
 __all__ = ["Damping", "Spectrum", "spectrum", "suggest_damping"]
 
@@ -202,7 +202,7 @@ def _judged(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
     products, rows = operator.product(rows).detach().double(), rows.double()
     squares = rows.square().sum(dim=1)
     values = (rows * products).sum(dim=1) / squares
-    residuals = (products - values[:, None] * rows).norm(dim=1) / squares.sqrt()
+    residuals = norms(products - values[:, None] * rows) / squares.sqrt()
     order = values.argsort()
     return values[order].cpu(), residuals[order].cpu()
 

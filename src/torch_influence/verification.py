@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_influence.diagnostics import Spectrum
 from torch_influence.linop import Damped
-from torch_influence.solvers import SolveReport, rounding
+from torch_influence.solvers import SolveReport, norms, rounding
 
 __all__ = ["Check", "Refits", "Verification"]
 
@@ -237,7 +237,7 @@ def _by_residuals(
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return rows.double().norm(dim=-1).cpu()
+    return norms(rows.double()).cpu()
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:

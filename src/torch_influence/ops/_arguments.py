@@ -65,7 +65,7 @@ def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_n
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:
     """A tensor that can be written to: an expanded one holds the same memory several times."""
-    if 0 not in tensor.stride():  # the usual case, quickly
+    if 0 not in tensor.stride() or not tensor.numel():  # the usual case, quickly
         return
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{op}: {name}: expected a tensor with memory of its own, got an expanded one; clone() it")

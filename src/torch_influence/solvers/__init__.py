@@ -1,6 +1,6 @@
 """Solvers of A x = b for many right-hand sides at once. They see a linear operator, never a model or data."""
 
-from torch_influence.solvers._base import Progress, rounding
+from torch_influence.solvers._base import Progress, norms, rounding
 from torch_influence.solvers._block_cg import block_cg
 from torch_influence.solvers._cg import cg
 from torch_influence.solvers._direct import Factor, direct
@@ -46,5 +46,6 @@ __all__ = [
     "lanczos",
     "lissa",
     "minres",
+    "norms",
     "rounding",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -47,8 +48,41 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
     return limit
 
 
-def first_guess(x0: Any, rows: Tensor) -> Tensor | None:
-    """x0, [d] or [k, d], as a new tensor [k, d] like ``rows``."""
+def units(rows: Tensor) -> Tensor:
+    """The power of 2 up to each row's largest entry, [k, 1]; 1 where the row is 0 or not finite.
+
+    To divide by it changes no digit, but of entries so small beside the largest that they make no difference.
+    """
+    if not rows.numel():
+        return rows.new_ones(len(rows), 1)
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float64)
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where(power.isfinite(), power, 1.0).to(rows.dtype)
+
+
+def in_range(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows [k, d] of sizes that can be squared, and their ``units`` [k, 1]; all as it is, and None, where it can be.
+
+    Exponents may take a quarter of the dtype's range: then what is smaller by a tolerance or a condition number can be
+    squared, too.
+    """
+    unit = units(rows)
+    most = math.frexp(torch.finfo(rows.dtype).max)[1] // 4
+    far = torch.frexp(unit.double()).exponent.abs() > most
+    if not far.any():
+        return rows, None
+    unit = torch.where(far, unit, 1.0)
+    return rows / unit, unit
+
+
+def tolerances(rows: Tensor, unit: Tensor | None, rtol: float, atol: float) -> Tensor:
+    """Of each row max(rtol·|b|, atol), [k], in its unit."""
+    relative = rtol * norms(rows)
+    return relative.clamp(min=atol) if unit is None else torch.maximum(relative, atol / unit.double().flatten())
+
+
+def first_guess(x0: Any, rows: Tensor, unit: Tensor | None = None) -> Tensor | None:
+    """x0, [d] or [k, d], in the rows' units, as a new tensor [k, d] like ``rows``."""
     if x0 is None:
         return None
     guess = torch.as_tensor(x0).to(rows)
@@ -56,7 +90,7 @@ def first_guess(x0: Any, rows: Tensor) -> Tensor | None:
         raise ValueError(f"x0: expected shape [{rows.shape[1]}] or {list(rows.shape)}, got {list(guess.shape)}")
     guess = guess.expand_as(rows).clone()
     guess[(rows == 0).all(dim=1)] = 0.0  # the solution, as in SciPy, whatever the guess
-    return guess
+    return guess if unit is None else guess.div_(unit)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -66,7 +100,10 @@ def rounding(dtype: torch.dtype) -> float:
 
 def norms(a: Tensor) -> Tensor:
     """|a| of each row, float64."""
-    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+    if a.dtype != torch.float64:  # its squares fit into float64
+        return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+    unit = units(a)
+    return torch.linalg.vector_norm(a / unit, dim=-1) * unit.squeeze(-1)
 
 
 def smallest_residual(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
@@ -94,6 +131,7 @@ def conclude(
     preconditioned: bool = False,
     takes_indefinite: bool = False,
     least: Tensor | None = None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """What an iterative solver returns: x, NaN where nothing is known of it, and the report, after all is told.
 
@@ -106,12 +144,17 @@ def conclude(
         preconditioned: whether the report's eigenvalues are of M A.
         takes_indefinite: negative curvature is told, but no failure.
         least: [k], on the CPU, the relative residual that any x leaves; 0 where that is not known.
+        unit: [k, 1], of the rows that x is a solution of, see ``in_range``; x is brought back from it.
     """
     found: list[Warning] = []
     k = len(report.residual)
+    lost = torch.zeros(k, dtype=torch.bool)
+    if unit is not None and (lost := brought_back(x, unit)).any():
+        found.append(out_of_range(report.method, x, lost))
+        report = report.without(lost)
     usable = report.residual <= torch.finfo(x.dtype).eps ** 0.5  # half of the digits
     failed = ~(report.converged | report.precision_limit & usable)
-    unknown = ~report.residual.isfinite()
+    unknown = ~report.residual.isfinite() & ~lost
     if unknown.any():
         x[unknown.to(x.device)] = torch.nan
         found.append(
@@ -123,7 +166,7 @@ def conclude(
         )
     if report.negative_curvature.any():
         found.append(_negative_curvature(report, k, cures, preconditioned))
-    failed &= ~unknown
+    failed &= ~(unknown | lost)
     if least is not None and (hopeless := failed & (least > 0)).any():
         failed &= ~hopeless
         worst = int(torch.where(hopeless, report.residual, -1.0).argmax())
@@ -153,6 +196,27 @@ def conclude(
         on_failure = "warn"
     fail(found, on_failure, x, report)
     return x, report
+
+
+def brought_back(x: Tensor, unit: Tensor) -> Tensor:
+    """Multiplies x [k, d] by its units; tells, on the CPU, which rows [k] the dtype can't hold: NaN if too large."""
+    if not x.numel():
+        return torch.zeros(len(x), dtype=torch.bool)
+    before = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    after = before * unit
+    x.mul_(unit)
+    too_large = before.isfinite() & ~after.isfinite()
+    x.masked_fill_(too_large, torch.nan)
+    return (too_large | (before > 0) & (after < torch.finfo(x.dtype).tiny)).flatten().cpu()
+
+
+def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
+    """Of the rows that ``brought_back`` tells of."""
+    return ConvergenceWarning(
+        f"{method}: the solutions for {int(lost.sum())} of {len(lost)} right-hand sides are beyond the range of "
+        f"{x.dtype}: NaN where they are too large, and where they are too small (below "
+        f"{torch.finfo(x.dtype).tiny:.1e}) digits are lost, or all of them. Scale the query's loss, or use float64"
+    )
 
 
 def _negative_curvature(report: SolveReport, k: int, cures: str, preconditioned: bool) -> Warning:

@@ -22,6 +22,8 @@ from torch_influence.solvers._base import (
     rounding,
     smallest_residual,
     system,
+    tolerances,
+    units,
 )
 from torch_influence.solvers._block_tridiagonal import BlockTridiagonal
 from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
@@ -93,7 +95,7 @@ def block_cg(
     check_on_failure(on_failure)
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
-    block = _Block(operator, rows, first_guess(x0, rows), torch.clamp(rtol * norms(rows), min=atol), history)
+    block = _Block(operator, rows, first_guess(x0, rows), (rtol, atol), history)
     steps: Iterable[int] = range(limit)
     if progress is not None:
         steps = progress(steps, "block conjugate gradients", None)  # no total: it stops long before the limit
@@ -105,9 +107,13 @@ def block_cg(
             block.settle()
     block.finish(limit)
     report = dataclasses.replace(block.report(time.perf_counter() - start), rtol=rtol)
-    x = block.x.mul_(block.scale)
-    conclude(
-        x, report, limit=limit, on_failure=on_failure, cures=', and minres (solver="minres") takes indefinite matrices'
+    x, report = conclude(
+        block.x,
+        report,
+        limit=limit,
+        on_failure=on_failure,
+        cures=', and minres (solver="minres") takes indefinite matrices',
+        unit=block.unit,
     )
     return x.reshape(torch.as_tensor(B).shape), report
 
@@ -116,7 +122,7 @@ class _Block:
     """Rows in units of their own size, and the block's recurrence. What is [k] or [m, m] is on the host, in float64.
 
     Attributes:
-        scale: [k, 1], powers of 2, which change no digit: the solver sees b / scale and x / scale.
+        unit: [k, 1], powers of 2, which change no digit: the solver sees b / unit and x / unit.
         x: [k, d].
         q, p: [m, d], m <= k, the bases of residuals and of directions.
         coefficients: T [k, m]; zero for rows that aren't going.
@@ -127,21 +133,25 @@ class _Block:
         history: relative residual norms [k] of each step, if kept.
     """
 
-    def __init__(self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, history: bool) -> None:
-        self.operator, self.b = operator, b
+    def __init__(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        x: Tensor | None,
+        limits: tuple[float, float],
+        history: bool,
+    ) -> None:
+        self.operator, self.b, self.unit = operator, b, units(b)
         self.products = self.steps = 0
         self.krylov = BlockTridiagonal()
         self.history: list[Tensor] | None = [] if history else None
         self.single: Extremes | None = None
-        size = norms(b)
-        exponent = torch.frexp(size).exponent.clamp(-126, 126)  # float32 holds them and their inverses
-        scale = torch.ldexp(torch.ones_like(size), exponent)
-        self.scale = scale.to(b.dtype)[:, None]
-        self.size, self.tolerance = (size / scale).cpu(), (tolerance / scale).cpu()
-        self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
-        self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.scale)
-
         k = len(b)
+        scaled = self.scaled(torch.arange(k))
+        self.size, self.tolerance = norms(scaled).cpu(), tolerances(scaled, self.unit, *limits).cpu()
+        del scaled
+        self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
+        self.x = torch.zeros_like(b, memory_format=torch.contiguous_format) if x is None else x.div_(self.unit)
         self.residual = self.size.clone()
         self.converged = self.size == 0
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
@@ -160,7 +170,7 @@ class _Block:
 
     def scaled(self, which: Tensor) -> Tensor:
         which = which.to(self.b.device)
-        return self.b[which].div_(self.scale[which])
+        return self.b[which].div_(self.unit[which])
 
     def true_residual(self, which: Tensor) -> Tensor:
         return self.product(self.x[which.to(self.x.device)]).neg_().add_(self.scaled(which))
@@ -270,7 +280,7 @@ class _Block:
         if self.history is not None and self.steps >= len(self.history):
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
         if self.steps % LOOKS_EVERY == 0:
-            self.floor = smallest_residual(self.largest, self.x, self.b / self.scale).cpu()
+            self.floor = smallest_residual(self.largest, self.x, self.b / self.unit).cpu()
         self.going &= ~(norm <= torch.maximum(self.aim, self.floor))
         self.coefficients[~self.going] = 0.0
         if not self.going.any():

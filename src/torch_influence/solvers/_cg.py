@@ -17,10 +17,12 @@ from torch_influence.solvers._base import (
     Progress,
     conclude,
     first_guess,
+    in_range,
     iteration_limit,
     norms,
     rounding,
     system,
+    tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
@@ -98,28 +100,30 @@ def cg(
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     start = time.perf_counter()
     precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
-    tolerance = torch.clamp(rtol * norms(rows), min=atol)
+    rows, unit = in_range(rows)
     x, report = iterate(
         operator,
         rows,
-        first_guess(x0, rows),
-        tolerance,
+        first_guess(x0, rows, unit),
+        tolerances(rows, unit, rtol, atol),
         limit,
         precondition,
         callback,
         progress,
         truncate=truncate,
         history=history,
+        unit=unit,
     )
     seconds = time.perf_counter() - start
     report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products, seconds=seconds)
-    conclude(
+    x, report = conclude(
         x,
         report,
         limit=limit,
         on_failure=on_failure,
         cures=', and minres (solver="minres") takes indefinite matrices',
         preconditioned=M is not None,
+        unit=unit,
     )
     return x.reshape(torch.as_tensor(B).shape), report
 
@@ -136,10 +140,15 @@ def iterate(
     *,
     truncate: bool = False,
     history: bool = False,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of."""
+    """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of.
+
+    Rows and x stay in their ``unit``; a callback gets iterates without it.
+    """
     start = time.perf_counter()
     state = _State(operator, rows, x, tolerance, precondition, truncate, history)
+    state.unit = unit
     state.run(limit, progress, "conjugate gradients", callback)
     negative = (CGScalars(*state.all_scalars).negative != 0).cpu()
     if negative.any() and not truncate:

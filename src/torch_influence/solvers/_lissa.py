@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_influence.solvers._base import Progress
+from torch_influence.solvers._base import Progress, brought_back, in_range, out_of_range
 from torch_influence.solvers._minibatches import (
     SAMPLED,
     AutoScale,
@@ -131,6 +131,9 @@ def lissa(
     start = time.perf_counter()
     check_on_failure(on_failure)
     source, shift, rows = system_of_minibatches(A, B)
+    rows, unit = in_range(rows)
+    if unit is not None:
+        callback, after_repeat = _in_users_units(callback, unit), _in_users_units(after_repeat, unit)
     auto = AutoScale() if scale == "auto" else scale if isinstance(scale, AutoScale) else None
     given = math.nan if auto is not None else _checked_scale(scale)
     _check_counts(repeat, depth, rtol)
@@ -176,8 +179,18 @@ def lissa(
     )
     found = _failures(series, method, spectrum) + _shortcomings(series, report, changing, noisy, spectrum)
     x = series.solution()
+    if unit is not None and (lost := brought_back(x, unit)).any():
+        found.append(out_of_range(method, x, lost))
+        report = report.without(lost)
     fail(found, on_failure, x, report)
     return x.reshape(torch.as_tensor(B).shape), report
+
+
+def _in_users_units(callback: Callable[..., None] | None, unit: Tensor) -> Callable[..., None] | None:
+    """For one whose last argument is in ``unit`` [k, 1], and of the rows' shape."""
+    if callback is None:
+        return None
+    return lambda *where: callback(*where[:-1], where[-1] * (unit if where[-1].dim() == 2 else unit[0]))
 
 
 def _checked_scale(scale: Any) -> float:

@@ -15,10 +15,12 @@ from torch_influence.solvers._base import (
     Progress,
     conclude,
     first_guess,
+    in_range,
     iteration_limit,
     norms,
     rounding,
     system,
+    tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner
@@ -106,8 +108,9 @@ def minres(
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     start = time.perf_counter()
     precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
-    tolerance = torch.clamp(rtol * norms(rows), min=atol)
-    state = _State(operator, rows, first_guess(x0, rows), tolerance, precondition, history)
+    rows, unit = in_range(rows)
+    tolerance = tolerances(rows, unit, rtol, atol)
+    state = _State(operator, rows, first_guess(x0, rows, unit), tolerance, precondition, history)
     state.run(limit, progress, "MINRES")
     report = state.report(time.perf_counter() - start, "MINRES", state.indefinite(), history)
     x, report = conclude(
@@ -118,6 +121,7 @@ def minres(
         preconditioned=M is not None,
         takes_indefinite=True,
         least=(state.unavoidable / norms(rows)).nan_to_num(nan=0.0).cpu(),
+        unit=unit,
     )
     return x.reshape(torch.as_tensor(B).shape), report
 

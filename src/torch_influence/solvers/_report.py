@@ -65,7 +65,7 @@ class SolveReport:
         method: the solver's name.
         iterations: [k], int64.
         residual: [k], float64, |b - Ax| / |b| computed from its definition at the end (|b - Ax| where b = 0); LiSSA's
-            is an estimate. NaN where it is not known.
+            is an estimate. NaN where it is not known, and where x is beyond the range of its dtype.
         converged: [k], bool, residual within the tolerance.
         precision_limit: [k], bool, stopped above the tolerance because the arithmetic reaches no further.
         negative_curvature: [k], bool, p'Ap < 0 (MINRES: a Ritz value < 0) was met on the way, beyond rounding.
@@ -160,6 +160,12 @@ class SolveReport:
         ax.legend()
         return ax
 
+    def without(self, lost: Tensor) -> SolveReport:
+        """The same, where some solutions [k] did not survive what came after the iterations."""
+        return dataclasses.replace(
+            self, converged=self.converged & ~lost, residual=self.residual.masked_fill(lost, torch.nan)
+        )
+
     def condensed(self) -> SolveReport:
         """The same, with the eigenvalues in place of what they are computed from."""
         return self if self.krylov is None else dataclasses.replace(self, krylov=Seen([], self.eigenvalues))
@@ -235,7 +241,7 @@ class SolveReport:
         if self.converged[row]:
             state = "converged"
         elif self.residual[row].isnan():
-            state = "NOT FINITE"
+            state = "NOT KNOWN"
         else:
             state = "limit of the arithmetic" if self.precision_limit[row] else "NOT CONVERGED"
         return state + (", negative curvature" if self.negative_curvature[row] else "")

@@ -100,6 +100,7 @@ class RowIteration(abc.ABC, Generic[S]):
     """
 
     vectors: tuple[str, ...]  # names of the attributes [k, d] that the rows at work have
+    unit: Tensor | None = None  # of the rows, [k, 1], where they have been brought into range
 
     def __init__(
         self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, log: StepLog[S], scalars: Tensor
@@ -193,7 +194,8 @@ class RowIteration(abc.ABC, Generic[S]):
 
     def stepped(self) -> Tensor:
         """The iterates of the last step, without the rows that broke down in it."""
-        return self.x[(self.row.active != 0) | self.done()]
+        which = (self.row.active != 0) | self.done()
+        return self.x[which] if self.unit is None else self.x[which] * self.unit[self.at_work[which]]
 
     def record(self, history: bool) -> None:
         """To be called after each step."""
