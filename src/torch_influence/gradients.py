@@ -150,14 +150,14 @@ class PullBack:
         outs = [outputs[i] for i in live]
         cots = [cotangents[i].detach().to(outputs[i].dtype) for i in live]
 
+        def one(*rows: Tensor) -> tuple[Tensor, ...]:
+            grads = torch.autograd.grad(outs, inputs, rows, retain_graph=True, allow_unused=True)
+            return tuple(x.new_zeros(x.shape) if g is None else g for g, x in zip(grads, inputs, strict=True))
+
+        # Not autograd's own is_grads_batched: that does many operators (tanh's, log_softmax's) a row at a time.
         def backward(at: int | slice, batched: bool) -> tuple[Tensor, ...]:
-            rows = [c[at] for c in cots]
             with quiet_vmap():
-                grads = torch.autograd.grad(
-                    outs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=batched
-                )
-            lead = rows[0].shape[:1] if batched else ()  # materialize_grads=True would forget it
-            return tuple(x.new_zeros((*lead, *x.shape)) if g is None else g for g, x in zip(grads, inputs, strict=True))
+                return (torch.func.vmap(one) if batched else one)(*(c[at] for c in cots))
 
         if k > 1 and stage not in self._batched:
             self._batched[stage] = self._probe(stage, backward)
