@@ -22,7 +22,7 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev lint types bench bench-all gpu wheel clean
+.PHONY: help demo test dev lint types bench bench-all bench-peers gpu wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,19 @@ bench-all: bench ## those, then many queries at once, what solver="auto" takes, 
 	  $(PY) benchmarks/$$bench.py --json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"; done
 	$(PY) benchmarks/top_k.py --json "$(RESULTS)/top_k.json"
 	$(PY) benchmarks/report.py "$(RESULTS)"
+
+# The extra "peers" of pyproject.toml beside .venv, whose packages build/peers sees. Without their dependencies: those want
+# another torch and another numpy. What they import in fact is the second list.
+bench-peers: PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 pyDVL==0.10.0
+bench-peers: PEERS_IMPORT = accelerate==1.15.0 dask distributed "zarr>=3,<4" more-itertools pyDeprecate pandas
+bench-peers: dev ## the same questions to pyDVL, captum, kronfluence, dattri and curvlinops, in build/peers: minutes
+	$(PYTHON) -m venv build/peers
+	echo "import site; site.addsitedir('$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')')" \
+	  >"$$(build/peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/dev.pth"
+	$(PY) -m pip freeze --exclude-editable | grep -E '^(torch|numpy|scipy)==' >build/peers/constraints.txt
+	build/peers/bin/python -m pip install -c build/peers/constraints.txt $(PEERS_IMPORT)
+	build/peers/bin/python -m pip install --no-deps $(PEERS)
+	build/peers/bin/python benchmarks/peers.py --json "$(RESULTS)/peers.json" --markdown "$(RESULTS)/peers.md"
 
 # Uses the current python and downloads nothing: it must have torch with CUDA, pytest and the build tools. A stage has ten
 # minutes; STAGES="build tests" runs some of them, DEVICE=cpu QUICK=1 rehearses them without a GPU: see the script.
