@@ -42,7 +42,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, queries: int = 3) -> Wor
 
 
 def oracle(work: Workload, curvature: str) -> tuple[Tensor, dict[str, float]]:
-    """Scores by definition, and what a solve of relative residual RTOL may deviate by: condition·RTOL of |g| |s| / n."""
+    """Scores by definition, and how far a solve of relative residual RTOL may be off: condition·RTOL of |g| |s| / n."""
     dense = dense_gauss_newton if curvature == GAUSS_NEWTON else dense_hessian
     matrix = dense(work.model, work.objective, loader_batches(work.train_loader()))
     matrix = matrix + work.damp * torch.eye(len(matrix), dtype=torch.float64)
