@@ -191,7 +191,7 @@ def test_a_product_of_kept_graphs_launches_as_much_for_any_number_of_rows_and_ex
 
 
 @needs_native
-def test_a_step_of_lissa_with_a_linear_head_takes_nine_operations_and_a_wait() -> None:
+def test_a_step_of_lissa_with_a_linear_head_takes_ten_operations_and_a_wait() -> None:
     counted = Counted(LiSSAInfluenceModule, repeat=1, depth=8, scale=20.0)
     rows = rows_like(counted.module)
     with counted.module._evaluation.session():
