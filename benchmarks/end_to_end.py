@@ -354,7 +354,7 @@ class Request:
     @property
     def seconds(self) -> float:
         """For a line, about."""
-        return 4.0 if self.quick else 30.0
+        return 4.0 if self.quick else 20.0
 
 
 def run(request: Request) -> dict[str, list[Any]]:

@@ -109,6 +109,8 @@ def tables(records: dict[str, Record]) -> Iterator[Table]:
             yield end_to_end(records[name])
     if "all_queries" in records:
         yield all_queries(records["all_queries"])
+    if "peers" in records:
+        yield peers(records["peers"])
     if found := ops(records):
         yield native_ops(found)
     if records.get("cuda_graphs", {}).get("rows"):
@@ -167,6 +169,33 @@ def all_queries(record: Record) -> Table:
         )
     header = ["", "asked for", "against", "its time", "way taken", "time", "faster", "error"]
     return Table("Many queries at once", "The same problems. *: extrapolated from fewer queries.", header, rows)
+
+
+def peers(record: Record) -> Table:
+    """Of each package its most exact way, and how far its defaults are from the exact scores."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["problem"], row["peer"]), []).append(row)
+    rows = []
+    for (name, peer), lines in groups.items():
+        done = [line for line in lines if not line["failure"]]
+        by_default = [f"{line['error']:.1g}" for line in done if line["setting"] == "defaults"]
+        failed = f"{len(lines) - len(done)} of {len(lines)}" if len(done) < len(lines) else "-"
+        best = min((line for line in done), key=lambda line: line["error"], default=None)
+        found = ["-"] * 5
+        if best:
+            error, rank = f"{best['error']:.0e}", f"{best['spearman']:.3f}"
+            found = [best["method"], str(best["queries"]), duration(best["seconds"]), error, rank]
+        rows.append([name, peer, *found, ", ".join(by_default) or "-", failed])
+    note = (
+        "Scores converted to ours, then compared with a dense float64 solve: relative error and rank correlation. "
+        "Of each package the line with the least error; what its defaults leave, maybe answering another question; how "
+        "many of its lines failed or took too long: all of them are in peers.md. "
+        + "; ".join(f"{it['problem']}: {it['title']}" for it in record["problems"])
+        + "."
+    )
+    header = ["", "package", "most exact", "queries", "time", "error", "rank", "by default", "failed"]
+    return Table("Other packages", note, header, rows)
 
 
 def native_ops(found: list[Record]) -> Table:
