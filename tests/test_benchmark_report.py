@@ -64,23 +64,28 @@ def test_an_op_is_compared_with_the_fastest_in_torch_at_its_largest_size():
     assert over_all == "2.0x to 2.0x"
 
 
-def test_of_each_package_the_most_exact_way_is_shown_with_its_defaults_and_failures():
-    def line(peer: str, method: str, error: float | None, setting: str = "same damping") -> report.Record:
+def test_of_each_package_the_fastest_exact_way_is_shown_with_its_defaults_and_failures():
+    def line(
+        peer: str, method: str, error: float | None, setting: str = "same damping", seconds: float = 1.0
+    ) -> report.Record:
         failure = None if error else "gave up after 10 s"
-        seconds = error and 1.0
         names = {"problem": "B", "peer": peer, "method": method, "setting": setting, "queries": 5}
         return names | {"failure": failure, "error": error, "spearman": error and 1.0 - error, "seconds": seconds}
 
     lines = [
-        line("one", "worse", 0.5),
-        line("one", "better", 0.001),
+        line("one", "quick and wrong", 0.5, seconds=0.1),
+        line("one", "quick", 0.008, seconds=2.0),
+        line("one", "slow", 0.001, seconds=3.0),
         line("one", "unasked", 0.9, "defaults"),
         line("two", "slow", None),
+        line("three", "near", 0.2),
+        line("three", "far", 0.3, seconds=0.1),
     ]
     table = report.peers({"rows": lines, "problems": [{"problem": "B", "title": "b"}]})
     assert [list(row) for row in table.rows] == [
-        ["B", "one", "better", "5", "1 s", "1e-03", "0.999", "0.9", "-"],
+        ["B", "one", "quick", "5", "2 s", "8e-03", "0.992", "0.9", "-"],
         ["B", "two", "-", "-", "-", "-", "-", "-", "1 of 1"],
+        ["B", "three", "near", "5", "1 s", "2e-01", "0.800", "-", "-"],
     ]
 
 
