@@ -40,12 +40,16 @@ MAY_IMPORT = {
         "gradients",
         "convolutions",
     },
-    "solvers": {"caller", "linop", "ops"},
+    "exhibits": set(),
+    # Its functions draw what solvers, diagnostics and checks have found; these import it when they are asked to plot().
+    "plot": {"exhibits", "ranking", "solvers", "diagnostics", "verification"},
+    "page": {"exhibits"},
+    "solvers": {"caller", "linop", "ops", "plot"},
     "examples": {"batches", "contraction", "evaluation", "gradients", "leaves", "plan"},
     "scores": {"caller", "examples", "batches", "plan", "ops"},
     "ranking": {"scores"},
     "influences": {"batches", "evaluation", "examples", "parameters", "ranking", "resident", "scores"},
-    "diagnostics": {"linop", "solvers"},
+    "diagnostics": {"linop", "solvers", "plot"},
     "verification": {"linop", "solvers", "diagnostics"},
     "checks": {
         "batches",
@@ -60,6 +64,7 @@ MAY_IMPORT = {
         "solvers",
         "verification",
     },
+    "reporting": {"batches", "evaluation", "exhibits", "page", "parameters", "plan", "ranking", "scores", "solvers"},
     "estimates": {"influences", "ranking"},
     "legacy": {"parameters", "batches", "evaluation", "curvature"},
 }

@@ -20,6 +20,7 @@ from torch_influence.estimates import Estimate
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.auto import InfluenceModule
+from torch_influence import plot
 
 __version__ = _version("torch-influence")
 
@@ -45,5 +46,6 @@ __all__ = [
     "TopInfluences",
     "Verification",
     "backend_info",
+    "plot",
     "self_test",
 ]

@@ -23,13 +23,14 @@ from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Plan, Step
+from torch_influence.reporting import ReportMethods
 from torch_influence.resident import Cache, budget
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on_failure
 
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
 
-class BaseInfluenceModule(InfluenceMethods, CheckMethods, LegacyHelpers, abc.ABC):
+class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyHelpers, abc.ABC):
     """Influence of training examples on the test loss; a subclass says how to multiply by the inverse curvature.
 
     With n training examples, training objective L(θ) = (1/n) Σᵢ ℓᵢ(θ) + reg(θ) and curvature A = ∇²L(θ) + damp·I,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule
+from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, TopInfluences, plot
 
 WEIGHT_DECAY = 1e-3
 DAMP = 1e-3
@@ -82,45 +82,27 @@ def report_ranking(name: str, scores: Tensor, flipped: Tensor) -> None:
     print(f"  {name:<24}{roc_auc_score(flipped, scores):>8.3f}{precisions}")
 
 
-def draw(path: Path, data: dict[str, Any], per_side: int = 3) -> None:
-    """Misclassified test digits in one row; under each its most helpful and most harmful training digits."""
+def draw(path: Path, data: dict[str, Any], top: TopInfluences) -> None:
+    """Misclassified test digits, each with its most helpful and most harmful training digits."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    queries = data["queries"][:8]
-    rows = 1 + 2 * per_side
-    figure, axes = plt.subplots(rows, len(queries), figsize=(1.55 * len(queries) + 1.0, 1.62 * rows), squeeze=False)
-    for column, query in enumerate(queries):
-        scores = data["scores"][:, column]
-        helpful, harmful = scores.argsort(descending=True)[:per_side], scores.argsort()[:per_side]
-        cell = axes[0][column]
-        cell.imshow(data["test_x"][query].reshape(8, 8), cmap="gray_r")
-        cell.set_title(
-            f"is {data['test_y'][query]}, taken for {data['predicted'][query]}", fontsize=8.5, fontweight="bold"
-        )
-        for row, i in enumerate([*helpful.tolist(), *harmful.tolist()], start=1):
-            cell = axes[row][column]
-            cell.imshow(data["train_x"][i].reshape(8, 8), cmap="gray_r")
-            flipped = bool(data["flipped"][i])
-            label = f"label {data['train_y'][i]}" + (" (wrong)" if flipped else "")
-            cell.set_title(f"{label}\n{scores[i]:+.2f}", fontsize=7.5, color="crimson" if flipped else "black")
-    for cell in axes.flat:
-        cell.set_xticks([])
-        cell.set_yticks([])
-    for row, text in (
-        (0, "test digit"),
-        (1 + per_side // 2, "most helpful"),
-        (1 + per_side + per_side // 2, "most harmful"),
-    ):
-        axes[row][0].set_ylabel(text, fontsize=10, fontweight="bold", labelpad=10)
-    figure.suptitle(
-        "Why are these test digits misclassified?  Below each: the training digits whose removal would\n"
-        "raise its loss most (helpful, +) and lower it most (harmful, -), by so much.  Red: a label made wrong.",
-        fontsize=10,
+    queries = data["queries"]
+    figure = plot.examples(
+        data["test_x"][queries].reshape(-1, 8, 8),
+        data["train_x"].reshape(-1, 8, 8),
+        top,
+        query_labels=[f"is {data['test_y'][q]}, taken for {data['predicted'][q]}" for q in queries],
+        train_labels=[
+            f"label {y}" + (" (wrong)" if flipped else "")
+            for y, flipped in zip(data["train_y"], data["flipped"].tolist(), strict=True)
+        ],
+        highlight=set(data["flipped"].nonzero().flatten().tolist()),
+        cmap="gray_r",
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.suptitle("Why are these test digits misclassified?  Red: a training label made wrong.", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -187,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     report_ranking("by training loss", losses, flipped)
     print(f"  {'at random':<24}{0.5:>8.3f}" + f"{options.flip:>10.2f}" * 3)
 
-    shown = {"queries": wrong, "scores": scores, "flipped": flipped, "predicted": predicted.tolist()}
+    shown = {"queries": wrong[:8], "flipped": flipped, "predicted": predicted.tolist()}
     shown |= {"train_x": train_x, "train_y": train_y.tolist(), "test_x": test_x, "test_y": test_y.tolist()}
-    draw(options.out, shown)
+    draw(options.out, shown, module.influence_matrix(test_idxs=wrong[:8], top_k=3))
     print(f"\nPicture: {options.out.resolve()}\nTook {time.perf_counter() - start:.1f} s in all.")
     return 0

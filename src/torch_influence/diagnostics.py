@@ -90,21 +90,9 @@ class Spectrum:
         Raises:
             ImportError: matplotlib is not installed: ``pip install 'torch-influence[plot]'``.
         """
-        if ax is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ImportError as error:
-                raise ImportError("Spectrum.plot needs matplotlib: pip install 'torch-influence[plot]'") from error
-            ax = plt.subplots()[1]
-        values = torch.cat([self.smallest, self.largest])
-        errors = torch.cat([self.smallest_errors, self.largest_errors])
-        ax.errorbar(values, torch.arange(len(values)), xerr=errors, fmt="o", color="tab:blue", label="eigenvalues")
-        ax.axvline(-self.damp, color="tab:red", linestyle="--", linewidth=1, label=f"-damp = {-self.damp:g}")
-        ax.set_xscale("symlog", linthresh=max(float(errors.max()), torch.finfo(torch.float64).tiny))
-        ax.set_xlabel("eigenvalue of the undamped curvature")
-        ax.set_yticks([])
-        ax.legend()
-        return ax
+        from torch_influence import plot  # when asked to draw
+
+        return plot.spectrum(self, ax=ax)
 
     def _verdict(self) -> str:
         least, error = float(self.smallest[0]) + self.damp, float(self.smallest_errors[0])

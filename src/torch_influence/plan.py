@@ -25,6 +25,10 @@ class Step:
     nbytes: int
     why_not: Sequence[tuple[str, str]] = ()
 
+    def summary(self) -> str:
+        """The way and its memory."""
+        return f"{self.path}; {_size(self.nbytes)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -38,7 +42,7 @@ class Plan:
     def __str__(self) -> str:
         lines = []
         for step in self.steps:
-            lines.append(f"{step.part + ':':<11}{step.path}; {_size(step.nbytes)}")
+            lines.append(f"{step.part + ':':<11}{step.summary()}")
             lines += [f"{'':<13}not {way}: {reason}" for way, reason in step.why_not]
         return "\n".join(lines)
 

@@ -128,37 +128,9 @@ class SolveReport:
         Raises:
             ImportError: matplotlib is not installed: ``pip install 'torch-influence[plot]'``.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("SolveReport.plot needs matplotlib: pip install 'torch-influence[plot]'") from error
-        if ax is None:
-            ax = plt.subplots()[1]
-        if self.history is not None:
-            ax.semilogy(
-                self.history.numpy(), color="tab:blue", linewidth=1, alpha=max(0.2, 1 / len(self.iterations) ** 0.5)
-            )
-            ax.set_xlabel("iteration")
-            ax.set_ylabel("|b - Ax| / |b|, by the recurrence")
-        limited = self.precision_limit
-        for which, marker, color, label in (
-            (self.converged, "o", "tab:green", "converged"),
-            (limited, "s", "tab:orange", "limit of the arithmetic"),
-            (~(self.converged | limited), "x", "tab:red", "not converged"),
-        ):
-            if which.any():
-                across = self.iterations if self.history is not None else torch.arange(len(which))
-                ax.semilogy(
-                    across[which], self.residual[which], marker, color=color, label=f"{label} ({int(which.sum())})"
-                )
-        if self.history is None:
-            ax.set_xlabel("right-hand side")
-            ax.set_ylabel("|b - Ax| / |b|")
-        if self.rtol == self.rtol:
-            ax.axhline(self.rtol, color="gray", linestyle="--", linewidth=1, label=f"rtol = {self.rtol:g}")
-        ax.set_title(self.method)
-        ax.legend()
-        return ax
+        from torch_influence import plot  # when asked to draw
+
+        return plot.solves(self, ax=ax)
 
     def without(self, lost: Tensor) -> SolveReport:
         """The same, where some solutions [k] did not survive what came after the iterations."""
