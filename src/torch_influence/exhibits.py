@@ -77,11 +77,9 @@ def split(example: Any) -> tuple[Any, str]:
     if isinstance(example, Mapping) and not all(_is_number(value) for value in example.values()):
         label = next((label_of(example[name]) for name in _LABELS if name in example), "")
         rest = {name: value for name, value in example.items() if name not in _LABELS}
-        for wanted in (lambda value: isinstance(value, str), _has_axes):
-            for value in rest.values():
-                if wanted(value):
-                    return value, label
-        return rest, label
+        found = [value for value in rest.values() if isinstance(value, str)]
+        found = found or [value for value in rest.values() if _has_axes(value)]
+        return (found[0] if found else rest), label
     if isinstance(example, tuple | list) and len(example) > 1 and not all(_is_number(item) for item in example):
         return example[0], label_of(example[-1])
     if isinstance(example, tuple | list) and len(example) == 1:
@@ -127,9 +125,7 @@ def binned(scores: Any, bins: int) -> Bins:
     finite = values[np.isfinite(values)]
     helpful, harmful = finite[finite > 0], finite[finite < 0]
     high, low = helpful.max(initial=0.0), -harmful.min(initial=0.0)
-    width = (high + low) / bins
-    if width == 0 or not np.isfinite(width):
-        width = 1.0 if width == 0 else max(high, low) / bins
+    width = (high / bins + low / bins) or 1.0
     # Counted away from zero: multiplying by the width again could otherwise put a score on the other side of it.
     sides = [
         np.bincount(np.minimum((np.abs(side) / width).astype(np.int64), count - 1), minlength=count)
