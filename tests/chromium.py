@@ -34,7 +34,8 @@ class Chromium:
         self._read, from_child = os.pipe()
         # The protocol's pipes are file descriptors 3 and 4 of the browser.
         shell = f'exec "$@" 3<&{to_child} 4>&{from_child}'
-        options = ["--headless=new", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
+        options = ["--headless=new", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
+        options += ["--remote-debugging-pipe"]
         options += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses to start for root otherwise
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", program, *options, f"--user-data-dir={folder / 'profile'}"],
