@@ -128,23 +128,59 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     @abc.abstractmethod
     def inverse_hvp(self, vec: Tensor) -> Tensor:
-        """A⁻¹ v for a vector [d], and for rows [k, d] where the class sets ``batched = True``."""
+        """A⁻¹ v for a vector [d], and for rows [k, d] where the class sets ``batched = True``.
+
+        Args:
+            vec: v, [d] or [k, d], in the order of ``params_names``.
+
+        Returns:
+            A⁻¹ v, of the same shape.
+        """
 
     # -- gradients and curvature --------------------------------------------------------------------------------------
 
     def train_loss_grad(self, train_idxs: Sequence[int]) -> Tensor:
         """Gradient of the mean training loss, regulariser included, over these training examples: [d].
 
+            ∇ (1/m) Σᵢ ℓᵢ(θ) + ∇reg(θ)                  i over the m examples, in batches of the loader's size
+
         Args:
             train_idxs: distinct indices into the training data, at least one.
 
+        Returns:
+            [d], on the module's device.
+
         Raises:
-            ValueError: no index, or one twice. IndexError: one out of range.
+            ValueError: no index, or one twice.
+            IndexError: one out of range.
+            TypeError: indices that are not integers.
+
+        Cost:
+            one pass over these examples.
+
+        Example:
+            >>> gradient = module.train_loss_grad([0, 1, 2])
         """
         return self._mean_gradient("train_loss", self._train, self._train.indices(train_idxs, "train_idxs"))
 
     def test_loss_grad(self, test_idxs: Sequence[int]) -> Tensor:
-        """Gradient of the mean test loss over these test examples: [d]. Arguments and errors as in train_loss_grad."""
+        """Gradient of the mean test loss over these test examples: [d].
+
+        Args:
+            test_idxs: distinct indices into the test data, at least one.
+
+        Returns:
+            [d], on the module's device.
+
+        Raises:
+            ValueError, IndexError, TypeError: as ``train_loss_grad``; TypeError where there are no test data.
+
+        Cost:
+            one pass over these examples.
+
+        Example:
+            >>> gradient = module.test_loss_grad([0])
+        """
         return self._mean_gradient("test_loss", self._test, self._test.indices(test_idxs, "test_idxs"))
 
     def hvp(self, vecs: Tensor) -> Tensor:
@@ -152,14 +188,38 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
         H v = (1/n) Σᵢ ∇²ℓᵢ(θ) v + ∇²reg(θ) v, or Gauss-Newton in place of ∇²ℓ when the module has ``gnh=True``.
 
-        Cost: one pass over the training data, however many rows.
+        Args:
+            vecs: v, [d] or [k, d].
+
+        Returns:
+            H v, of the same shape, in the parameters' dtype on the module's device.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: another shape.
+
+        Cost:
+            one pass over the training data, however many rows.
+
+        Source:
+            Pearlmutter (1994), by reverse over reverse differentiation.
+
+        Example:
+            >>> products = module.hvp(torch.ones(2, module.flat_parameters().numel()))
         """
         rows = self._as_rows(vecs, "vecs")
         with self._evaluation.session():
             return self._curvature().product(rows).reshape(vecs.shape)
 
     def flat_parameters(self) -> Tensor:
-        """The selected parameters as one vector [d], detached, in the order of ``params_names``."""
+        """The selected parameters as one vector [d], detached, in the order of ``params_names``.
+
+        Returns:
+            [d], a copy.
+
+        Example:
+            >>> d = module.flat_parameters().numel()
+        """
         return self._space.flatten([p.detach() for p in self._space.current()])
 
     def batches(
@@ -179,6 +239,18 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             idxs: only these examples, in this order.
             sample: so many batches of examples drawn with replacement, instead of one pass in order.
             generator: where these are drawn from; torch's default generator if None.
+
+        Returns:
+            An iterator over pairs (batch, size).
+
+        Raises:
+            ValueError, IndexError, TypeError: ``idxs`` as in ``train_loss_grad``.
+
+        Cost:
+            a pass over the examples named; where the data are kept, they are not read from the data set again.
+
+        Example:
+            >>> total = sum(size for batch, size in module.batches(train=True, batch_size=10))
         """
         batches = self._train if train else self._test
         if not self._evaluation.is_open:
@@ -202,6 +274,9 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
         Raises:
             ValueError: queries is less than 1.
+
+        Cost:
+            up to a pass over the training data, which the first solve saves.
 
         Example:
             >>> print(module.explain(queries=100))
@@ -244,7 +319,11 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         )
 
     def clear_cache(self) -> None:
-        """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache)."""
+        """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache).
+
+        Example:
+            >>> module.clear_cache()
+        """
         for batches in self._opened():
             batches.clear()
         self._forget()
@@ -252,12 +331,51 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     # -- solves; the scores made of them are in influences.py ---------------------------------------------------------
 
     def stest(self, test_idxs: Sequence[int]) -> Tensor:
-        """The vector s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d]."""
+        """The vector s = A⁻¹ ∇f(θ), f the mean test loss over these test examples: [d].
+
+        Args:
+            test_idxs: distinct indices into the test data, at least one.
+
+        Returns:
+            [d], on the module's device; ``influences(train_idxs, None, stest=s)`` takes it.
+
+        Raises:
+            ValueError, IndexError, TypeError: as ``test_loss_grad``.
+            SolveError: with ``on_failure="raise"``, a solve that fails.
+
+        Cost:
+            one pass over these examples, and one solve.
+
+        Source:
+            Koh and Liang (2017), section 3, s_test.
+
+        Example:
+            >>> s = module.stest([0])
+            >>> scores = module.influences([0, 1, 2], None, stest=s)
+        """
         with self._evaluation.session():
             return self.inverse_hvp(self.test_loss_grad(test_idxs))
 
     def stests(self, test_idxs: Sequence[int] | None = None) -> Tensor:
-        """One s_q per test example (default: all of them): [k, d], solved together where the solver can."""
+        """One s_q = A⁻¹ ∇f_q(θ) per test example, solved together where the solver can: [k, d].
+
+        Args:
+            test_idxs: distinct indices into the test data (default: all).
+
+        Returns:
+            [k, d], on the module's device, in the order given.
+
+        Raises:
+            ValueError, IndexError, TypeError: as ``test_loss_grad``, but no index is allowed.
+            SolveError: with ``on_failure="raise"``, a solve that fails.
+
+        Cost:
+            one pass over these examples, and one solve of k right-hand sides, all in memory; ``influence_matrix`` takes
+            as many at once as fit.
+
+        Example:
+            >>> rows = module.stests([0, 1])
+        """
         indices = self._test.indices(test_idxs, "test_idxs")
         with self._evaluation.session():
             if not indices:

@@ -75,6 +75,9 @@ class CheckMethods:
             maxiter: products with H at the most; by default 300, or as many vectors as a quarter of the free memory
                 holds. With d up to that, all eigenvalues are computed.
 
+        Returns:
+            A ``Spectrum``: ``print`` it, or look at ``.smallest``, ``.largest``, ``.definite``, ``.condition``.
+
         Raises:
             ValueError: k or maxiter less than 1, rtol negative; a product that is not finite.
 
@@ -89,7 +92,8 @@ class CheckMethods:
         Example:
             >>> found = module.spectrum()
             >>> print(found)
-            >>> found.condition, found.definite
+            >>> found.definite
+            True
         """
         with self._evaluation.session():
             return self._ends(self._curvature(), k, rtol, maxiter)
@@ -109,9 +113,11 @@ class CheckMethods:
         Returns:
             A ``Damping``: ``print`` it for the reasons with their numbers, ``float()`` it for the number.
 
-        Cost: ``spectrum(1)``, unless ``found`` is given.
+        Cost:
+            ``spectrum(1)``, unless ``found`` is given.
 
-        Source: as argued in ``torch_influence.diagnostics.suggest_damping``.
+        Source:
+            as argued in ``torch_influence.diagnostics.suggest_damping``.
 
         Example:
             >>> print(module.suggest_damping())
@@ -165,11 +171,13 @@ class CheckMethods:
             some passes over the training data, a solve, and where d <= 2000 the dense matrix, d³; beyond, a
             ``spectrum(1)``. With ``fit``: another solve, scores of all examples and refits + 2 trainings.
 
-        Source: leave-one-out as in Koh and Liang (2017), section 4.1.
+        Source:
+            leave-one-out as in Koh and Liang (2017), section 4.1.
 
         Example:
-            >>> module.verify().passed
-            >>> module.verify(fit=train_my_model, refits=6)
+            >>> module.verify(print=False).passed
+            True
+            >>> report = module.verify(fit=train_my_model, refits=6)
         """
         say = builtins.print if print else _silent
         if queries < 1 or refits < 3:

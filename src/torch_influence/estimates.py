@@ -149,6 +149,9 @@ class EstimateMethods(InfluenceMethods):
         Cost:
             with standard errors, a pass over the training examples for each repeat of each solve, and the memory of
             three more matrices.
+
+        Example:
+            >>> scores, error = module.influence_matrix(test_idxs=[0, 1], standard_error=True)
         """
         if not standard_error:
             if top_k is None:

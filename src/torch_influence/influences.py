@@ -70,6 +70,9 @@ class InfluenceMethods:
 
         Source:
             Koh and Liang 2017, eq. 2, with the sign of removal and the factor 1/n.
+
+        Example:
+            >>> scores = module.influences(train_idxs=range(5), test_idxs=[0])
         """
         indices = self._train.indices([] if train_idxs is None else train_idxs, "train_idxs")
         if train_idxs is None:
@@ -157,8 +160,11 @@ class InfluenceMethods:
         Returns:
             ``(values, indices)``, each [n_query, k] on the CPU; indices are those of the training data.
 
-        Raises, warns, costs:
-            what influence_matrix does with ``top_k=k``, which is this and ``harmful`` in one.
+        Raises:
+            ValueError, IndexError, TypeError: as ``influence_matrix`` does with ``top_k=k``.
+
+        Cost:
+            that of ``influence_matrix`` with ``top_k=k``, which is this and ``harmful`` in one.
 
         Example:
             >>> values, indices = module.helpful([0], k=5)  # both [1, 5]
@@ -171,7 +177,21 @@ class InfluenceMethods:
         """The k training examples that harm each query most: removing them lowers its test loss most.
 
         Row q has the smallest score[i, q], most negative first. Where fewer than k examples are harmful, others follow:
-        those of ``values`` that are not negative. Everything else is as in ``helpful``.
+        those of ``values`` that are not negative.
+
+        Args:
+            test_idxs: distinct indices of test examples, each of them a query (default: all).
+            k: how many; all, where there are fewer training examples.
+            train_idxs: the training examples to choose from (default: all).
+
+        Returns:
+            ``(values, indices)``, as ``helpful``.
+
+        Raises:
+            ValueError, IndexError, TypeError: as ``helpful``.
+
+        Cost:
+            that of ``helpful``; ``influence_matrix(..., top_k=k)`` is both for the price of one.
 
         Example:
             >>> values, indices = module.harmful([0, 1], k=5)  # both [2, 5]
@@ -184,7 +204,25 @@ class InfluenceMethods:
         By how much the model's loss on example i grows when i is removed: large for examples that the rest of the
         data does not explain, mislabelled ones first. Never negative where A is positive definite.
 
-        Cost: a right-hand side per example.
+        Args:
+            train_idxs: distinct indices of training examples.
+
+        Returns:
+            [n_train] on the CPU, in the order given.
+
+        Raises:
+            ValueError: duplicates.
+            IndexError: an index out of range.
+            TypeError: indices that are not integers.
+
+        Cost:
+            a right-hand side per example, and a pass over these examples.
+
+        Source:
+            Koh and Liang (2017), section 5.4, for mislabelled examples.
+
+        Example:
+            >>> suspects = module.self_influences().argsort(descending=True)[:10]
         """
         indices = self._train.indices(train_idxs, "train_idxs")
         scores = torch.empty(len(indices), dtype=self._space.dtype)

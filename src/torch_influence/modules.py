@@ -273,7 +273,7 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
 
     Example:
         >>> module = LiSSAInfluenceModule(
-        ...     model, objective, train_loader, test_loader, "cpu", damp=1e-2, repeat=4, depth=1000
+        ...     model, objective, train_loader, test_loader, "cpu", damp=0.1, repeat=4, depth=100
         ... )
         >>> scores, error = module.influences([0, 1, 2], [0], standard_error=True)
         >>> print(module.last_report)

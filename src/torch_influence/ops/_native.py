@@ -141,6 +141,9 @@ def runs_natively(op: str, tensor: Tensor) -> bool:
 def backend_info() -> BackendInfo:
     """Says what runs natively, on which devices, and why not otherwise.
 
+    Returns:
+        A ``BackendInfo``: ``print`` it, or look at ``.ops``, ``.cpu``, ``.cuda``.
+
     Example:
         >>> import torch_influence
         >>> print(torch_influence.backend_info())  # doctest: +ELLIPSIS

@@ -72,6 +72,12 @@ class Factor:
 
     Cost:
         d³/3 multiplications once, d² per right-hand side; memory 2 d².
+
+    Example:
+        >>> factor = Factor(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+        >>> x, report = factor.solve(torch.ones(1, 3))
+        >>> x.tolist(), factor.definite
+        ([[1.0, 0.5, 0.25]], True)
     """
 
     def __init__(self, matrix: Tensor, *, on_failure: OnFailure = "warn") -> None:
@@ -108,6 +114,12 @@ class Factor:
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report.
 
+        Args:
+            rows: [k, d], in the matrix's dtype, on its device.
+
+        Returns:
+            x [k, d], and the report.
+
         Warns:
             ConvergenceWarning: a residual has lost half of the digits, or b is not finite.
         """
@@ -140,7 +152,11 @@ class Factor:
         return rows.max() if len(rows) else rows.sum()
 
     def inverse(self) -> Tensor:
-        """The inverse itself, [d, d]."""
+        """The inverse itself, [d, d].
+
+        Returns:
+            [d, d], a new tensor.
+        """
         return self._solve(torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device))
 
     def _solve(self, rows: Tensor) -> Tensor:

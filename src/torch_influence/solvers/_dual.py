@@ -36,6 +36,22 @@ class DualFactor:
     Source:
         The matrix inversion lemma (Woodbury 1950); refinement as in Higham, Accuracy and Stability of Numerical
         Algorithms (2002), chapter 12.
+
+    Example:
+        >>> class Ones(Dual):  # the matrix of ones, GᵀG with G = [1, 1]
+        ...     rank, multiple, size, dtype, device = 1, 0.0, 2, torch.float64, torch.device("cpu")
+        ...     G = torch.ones(1, 2, dtype=torch.float64)
+        ...     def push(self, rows):
+        ...         return rows @ self.G.mT
+        ...     def pull(self, rows):
+        ...         return rows @ self.G
+        ...     def product(self, rows):
+        ...         return self.pull(self.push(rows))
+        ...     def assemble(self):
+        ...         return self.G @ self.G.mT
+        >>> x, report = DualFactor(Ones().damped(1.0)).solve(torch.tensor([[3.0, 0.0]], dtype=torch.float64))
+        >>> [round(entry, 4) for entry in x[0].tolist()], report.method
+        ([2.0, -1.0], 'dual Cholesky')
     """
 
     def __init__(self, operator: Damped) -> None:
@@ -71,6 +87,15 @@ class DualFactor:
         """A⁻¹ b for each row b of [k, d], to |b - Ax| <= max(rtol·|b|, atol), and the report.
 
         Its iterations are rounds of refinement.
+
+        Args:
+            rows: [k, d], in the operator's dtype, on its device.
+            rtol: relative tolerance.
+            atol: absolute tolerance.
+            on_failure: "warn", "raise" (a ``SolveError``) or "ignore".
+
+        Returns:
+            x [k, d], and the report.
 
         Warns:
             ConvergenceWarning: some row is neither within tolerance nor at the limit of the arithmetic with at least

@@ -120,6 +120,9 @@ def lanczos(
         vectors: whether Ritz vectors are wanted.
         progress: wraps the steps in a progress bar.
 
+    Returns:
+        The ``RitzValues`` with their errors.
+
     Raises:
         ValueError: a product that is not finite; k or maxiter less than 1.
 
@@ -130,6 +133,12 @@ def lanczos(
     Source:
         Lanczos (1950); Golub and Van Loan, Matrix Computations, sections 10.1 and 10.3; when to orthogonalise a second
         time: Daniel, Gragg, Kaufman and Stewart (1976).
+
+    Example:
+        >>> from torch_influence.linop import Dense
+        >>> ends = lanczos(Dense(torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))))
+        >>> [round(value, 4) for value in ends.values.tolist()]
+        [1.0, 2.0, 4.0]
     """
     d = operator.size
     limit = d if maxiter is None else min(maxiter, d)

@@ -19,15 +19,15 @@ _ROWS_SHOWN = 8
 
 
 class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped before it reached the tolerance it was asked for."""
+    """A solver did not reach the tolerance it was asked for, or an estimate is too rough; the text says what helps."""
 
 
 class DivergenceWarning(ConvergenceWarning):
-    """An iteration grew without bound; its result is not usable."""
+    """An iteration grew without bound: what is lost is NaN. The text names the scale or the damping that cures it."""
 
 
 class NegativeCurvatureWarning(UserWarning):
-    """The matrix is not positive definite: influence is then not that of a minimum."""
+    """The matrix is not positive definite: scores are not those of a minimum. The text names the damping it takes."""
 
 
 class SolveError(RuntimeError):

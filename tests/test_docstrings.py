@@ -1,0 +1,150 @@
+"""What is public is documented: which sections a docstring has follows from what it is of.
+
+- a function, and a method where it is first defined: Args with every parameter, Returns unless it returns nothing,
+  Cost, an example;
+- a class that users construct: Args with every parameter of the constructor, an example;
+- a class of results: Attributes with every field;
+- an error, a warning, a protocol, a property: a sentence.
+
+Formulas, Raises, Warns and Source are where there is something to say. That they are true is for reviews, and that
+examples run for test_docs.py. Sections name parameters in groups ("rtol, atol: ..."), which is enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torch_influence
+from torch_influence import BaseInfluenceModule, BaseObjective, solvers
+from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
+
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns", "Cost", "Source", "Example")
+MODULES = [BaseInfluenceModule, AutogradInfluenceModule, CGInfluenceModule, torch_influence.InfluenceModule]
+MODULES += [LiSSAInfluenceModule]
+
+# What the modules of this package share with its solvers: exported, but not what users call.
+PLUMBING = {"AutoScale", "Kept", "check_on_failure", "fail", "is_recipe", "rounding"}
+# Of these the user writes the body, or they do next to nothing.
+WITHOUT_COST = {"backend_info", "clear_cache", "flat_parameters", "inverse_hvp", "solve", "inverse"}
+WITHOUT_EXAMPLE = {"inverse_hvp", "solve", "inverse"}  # their classes have one
+
+
+def sections(documented: Any) -> dict[str, str]:
+    """The text of each section of a docstring, by its heading."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    parts = re.split(rf"^({'|'.join(SECTIONS)}):", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def named(section: str) -> set[str]:
+    """What a section explains: the words before the colons of its entries, without asterisks."""
+    entries = re.findall(r"^    (\S[^:\n]*):", section, flags=re.MULTILINE)
+    return {name.strip(" *`") for entry in entries for name in entry.split(",")}
+
+
+def parameters(function: Callable[..., Any]) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
+
+
+def is_result(kind: type) -> bool:
+    return dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+
+
+def fields(kind: type) -> set[str]:
+    if dataclasses.is_dataclass(kind):
+        return {field.name for field in dataclasses.fields(kind)}
+    return set(kind._fields)  # type: ignore[attr-defined]
+
+
+def public() -> dict[str, Any]:
+    """Classes and functions that are exported, by their names."""
+    names = {name: getattr(torch_influence, name) for name in torch_influence.__all__}
+    names |= {name: getattr(solvers, name) for name in solvers.__all__}
+    return {name: it for name, it in sorted(names.items()) if inspect.isclass(it) or inspect.isfunction(it)}
+
+
+def methods() -> dict[str, Any]:
+    """Public methods of the classes of modules, each where it is defined; and those of results."""
+    found = {}
+    for kind in [*MODULES, BaseObjective, solvers.Factor, solvers.DualFactor]:
+        for base in kind.__mro__:
+            if not base.__module__.startswith("torch_influence"):
+                continue
+            for name, it in vars(base).items():
+                if not name.startswith("_") and (inspect.isfunction(it) or isinstance(it, property)):
+                    found[f"{base.__name__}.{name}"] = it
+    return found
+
+
+RECIPES = {"Jacobi", "Nystrom"}  # dataclasses, but users construct them
+FUNCTIONS = {name: it for name, it in public().items() if inspect.isfunction(it) and name not in PLUMBING}
+RESULTS = {name: it for name, it in public().items() if inspect.isclass(it) and is_result(it) and name not in RECIPES}
+CONSTRUCTED = {
+    name: it
+    for name, it in public().items()
+    if name in RECIPES or it in MODULES or it in (solvers.Factor, solvers.DualFactor)
+}
+METHODS = {name: it for name, it in methods().items() if inspect.isfunction(it)}
+# A method that a mixin or a base class has already explained says only what is different.
+FIRST = {
+    name: it
+    for name, it in METHODS.items()
+    if not name.startswith(("CGI", "Autograd", "LiSSA", "InfluenceModule.")) and not name.startswith("BaseObjective.")
+}
+
+
+@pytest.mark.parametrize("name", [*public(), *methods()])
+def test_everything_public_is_explained_in_a_sentence(name: str) -> None:
+    it = (public() | methods())[name]
+    own = it.__doc__ if not inspect.isclass(it) else vars(it).get("__doc__")
+    first = (own or "").strip().partition("\n")[0]
+    assert first.endswith((".", ":", "]", ")")), "the first line is a whole sentence"
+    assert not first.startswith(f"{name}("), "not the one that dataclasses make"
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *FIRST])
+def test_functions_explain_parameters_results_and_cost(name: str) -> None:
+    function = (FUNCTIONS | FIRST)[name]
+    short, found = name.rpartition(".")[2], sections(function)
+    assert named(found.get("Args", "")) == parameters(function)
+    if inspect.signature(function).return_annotation not in ("None", None):
+        assert "Returns" in found or "Yields" in found
+    if short not in WITHOUT_COST:
+        assert "Cost" in found
+    if short not in WITHOUT_EXAMPLE:
+        assert ">>>" in found.get("Example", "")
+
+
+@pytest.mark.parametrize("name", CONSTRUCTED)
+def test_classes_explain_the_parameters_of_their_constructors(name: str) -> None:
+    found = sections(CONSTRUCTED[name])
+    assert named(found["Args"]) == parameters(CONSTRUCTED[name])
+    assert ">>>" in found["Example"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_explain_their_fields(name: str) -> None:
+    explained = named(sections(RESULTS[name])["Attributes"])
+    assert explained >= fields(RESULTS[name])
+    assert all(hasattr(RESULTS[name], it) or it in fields(RESULTS[name]) for it in explained)
+
+
+def test_the_page_on_choosing_has_cures_for_every_warning() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
+    found = {name for name, it in public().items() if inspect.isclass(it) and issubclass(it, Warning)}
+    assert "NondeterminismWarning" in found
+    assert all(f"| {name}" in page for name in found), "a row of its table begins with it"
+
+
+def test_the_rules_see_something() -> None:
+    assert {"cg", "lissa", "self_test"} <= FUNCTIONS.keys()
+    assert {"SolveReport", "Ranking", "RitzValues"} <= RESULTS.keys()
+    assert {"Nystrom", "InfluenceModule", "Factor"} <= CONSTRUCTED.keys()
+    assert {"InfluenceMethods.influences", "CheckMethods.verify", "Factor.solve"} <= FIRST.keys()
