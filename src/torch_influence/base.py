@@ -247,7 +247,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             ValueError, IndexError, TypeError: ``idxs`` as in ``train_loss_grad``.
 
         Cost:
-            a pass over the examples named; where the data are kept, they are not read from the data set again.
+            a pass over the examples named.
 
         Example:
             >>> total = sum(size for batch, size in module.batches(train=True, batch_size=10))
