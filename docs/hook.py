@@ -19,7 +19,7 @@ Written from the results of record in `benchmarks/results/cpu` when this site is
 machine; `benchmarks/` has every size, variant and problem, and CONTRIBUTING.md says what each file asks.
 
 Every ratio is against a baseline that is named, on the same machine in the same run, taken in turns, with the error
-of the scores beside it. Old scores are those of the algorithm of torch-influence 0.1.0.
+of the scores beside it.
 """
 
 WHY = """

@@ -25,15 +25,16 @@ import torch_influence
 from torch_influence import BaseInfluenceModule, BaseObjective, solvers
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 
-SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns", "Cost", "Source", "Example")
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns", "Cost", "Source", "Examples")
 MODULES = [BaseInfluenceModule, AutogradInfluenceModule, CGInfluenceModule, torch_influence.InfluenceModule]
 MODULES += [LiSSAInfluenceModule]
 
 # What the modules of this package share with its solvers: exported, but not what users call.
 PLUMBING = {"AutoScale", "Kept", "check_on_failure", "fail", "is_recipe", "rounding"}
+OBJECTIVE = {name for name in vars(BaseObjective) if not name.startswith("_")}
 # Of these the user writes the body, or they do next to nothing.
-WITHOUT_COST = {"backend_info", "clear_cache", "flat_parameters", "inverse_hvp", "solve", "inverse"}
-WITHOUT_EXAMPLE = {"inverse_hvp", "solve", "inverse"}  # their classes have one
+WITHOUT_COST = {"backend_info", "clear_cache", "flat_parameters", "inverse_hvp", "solve", "inverse"} | OBJECTIVE
+WITHOUT_EXAMPLE = {"inverse_hvp", "solve", "inverse"} | OBJECTIVE  # their classes have one
 
 
 def sections(documented: Any) -> dict[str, str]:
@@ -53,6 +54,10 @@ def parameters(function: Callable[..., Any]) -> set[str]:
     return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
 
 
+def is_class(it: Any) -> bool:
+    return inspect.isclass(it) and not hasattr(it, "__origin__")  # an alias is none, whatever Python 3.10 says
+
+
 def is_result(kind: type) -> bool:
     return dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
 
@@ -67,11 +72,11 @@ def public() -> dict[str, Any]:
     """Classes and functions that are exported, by their names."""
     names = {name: getattr(torch_influence, name) for name in torch_influence.__all__}
     names |= {name: getattr(solvers, name) for name in solvers.__all__}
-    return {name: it for name, it in sorted(names.items()) if inspect.isclass(it) or inspect.isfunction(it)}
+    return {name: it for name, it in sorted(names.items()) if is_class(it) or inspect.isfunction(it)}
 
 
 def methods() -> dict[str, Any]:
-    """Public methods of the classes of modules, each where it is defined; and those of results."""
+    """Public methods of objectives, modules and factors, each where it is defined."""
     found = {}
     for kind in [*MODULES, BaseObjective, solvers.Factor, solvers.DualFactor]:
         for base in kind.__mro__:
@@ -85,7 +90,7 @@ def methods() -> dict[str, Any]:
 
 RECIPES = {"Jacobi", "Nystrom"}  # dataclasses, but users construct them
 FUNCTIONS = {name: it for name, it in public().items() if inspect.isfunction(it) and name not in PLUMBING}
-RESULTS = {name: it for name, it in public().items() if inspect.isclass(it) and is_result(it) and name not in RECIPES}
+RESULTS = {name: it for name, it in public().items() if is_class(it) and is_result(it) and name not in RECIPES}
 CONSTRUCTED = {
     name: it
     for name, it in public().items()
@@ -94,9 +99,7 @@ CONSTRUCTED = {
 METHODS = {name: it for name, it in methods().items() if inspect.isfunction(it)}
 # A method that a mixin or a base class has already explained says only what is different.
 FIRST = {
-    name: it
-    for name, it in METHODS.items()
-    if not name.startswith(("CGI", "Autograd", "LiSSA", "InfluenceModule.")) and not name.startswith("BaseObjective.")
+    name: it for name, it in METHODS.items() if not name.startswith(("CGI", "Autograd", "LiSSA", "InfluenceModule."))
 }
 
 
@@ -119,14 +122,14 @@ def test_functions_explain_parameters_results_and_cost(name: str) -> None:
     if short not in WITHOUT_COST:
         assert "Cost" in found
     if short not in WITHOUT_EXAMPLE:
-        assert ">>>" in found.get("Example", "")
+        assert ">>>" in found.get("Examples", "")
 
 
 @pytest.mark.parametrize("name", CONSTRUCTED)
 def test_classes_explain_the_parameters_of_their_constructors(name: str) -> None:
     found = sections(CONSTRUCTED[name])
     assert named(found["Args"]) == parameters(CONSTRUCTED[name])
-    assert ">>>" in found["Example"]
+    assert ">>>" in found["Examples"]
 
 
 @pytest.mark.parametrize("name", RESULTS)

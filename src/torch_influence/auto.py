@@ -69,7 +69,7 @@ class InfluenceModule(BaseInfluenceModule):
     Cost:
         that of the solver: ``explain()``.
 
-    Example:
+    Examples:
         >>> module = InfluenceModule(model, objective, train_loader, test_loader, "cpu", damp=1e-3)
         >>> scores = module.influence_matrix()
         >>> print(module.explain(queries=10)["solver"].path)

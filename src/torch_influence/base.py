@@ -70,7 +70,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     A subclass implements ``inverse_hvp``. It gets one vector [d] at a time, or rows [k, d] if it sets the class
     attribute ``batched = True``. ``hvp``, ``batches`` and ``flat_parameters`` are there to build it from.
 
-    Example:
+    Examples:
         >>> class Identity(BaseInfluenceModule):      # A = I: gradient products, "TracIn" at the last checkpoint
         ...     batched = True
         ...     def inverse_hvp(self, vec):
@@ -158,7 +158,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Cost:
             one pass over these examples.
 
-        Example:
+        Examples:
             >>> gradient = module.train_loss_grad([0, 1, 2])
         """
         return self._mean_gradient("train_loss", self._train, self._train.indices(train_idxs, "train_idxs"))
@@ -178,7 +178,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Cost:
             one pass over these examples.
 
-        Example:
+        Examples:
             >>> gradient = module.test_loss_grad([0])
         """
         return self._mean_gradient("test_loss", self._test, self._test.indices(test_idxs, "test_idxs"))
@@ -204,7 +204,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Source:
             Pearlmutter (1994), by reverse over reverse differentiation.
 
-        Example:
+        Examples:
             >>> products = module.hvp(torch.ones(2, module.flat_parameters().numel()))
         """
         rows = self._as_rows(vecs, "vecs")
@@ -217,7 +217,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Returns:
             [d], a copy.
 
-        Example:
+        Examples:
             >>> d = module.flat_parameters().numel()
         """
         return self._space.flatten([p.detach() for p in self._space.current()])
@@ -249,7 +249,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Cost:
             a pass over the examples named.
 
-        Example:
+        Examples:
             >>> total = sum(size for batch, size in module.batches(train=True, batch_size=10))
         """
         batches = self._train if train else self._test
@@ -278,7 +278,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Cost:
             up to a pass over the training data, which the first solve saves.
 
-        Example:
+        Examples:
             >>> print(module.explain(queries=100))
             >>> module.explain()["curvature"].path
         """
@@ -321,7 +321,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     def clear_cache(self) -> None:
         """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache).
 
-        Example:
+        Examples:
             >>> module.clear_cache()
         """
         for batches in self._opened():
@@ -349,7 +349,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Source:
             Koh and Liang (2017), section 3, s_test.
 
-        Example:
+        Examples:
             >>> s = module.stest([0])
             >>> scores = module.influences([0, 1, 2], None, stest=s)
         """
@@ -373,7 +373,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             one pass over these examples, and one solve of k right-hand sides, all in memory; ``influence_matrix`` takes
             as many at once as fit.
 
-        Example:
+        Examples:
             >>> rows = module.stests([0, 1])
         """
         indices = self._test.indices(test_idxs, "test_idxs")

@@ -89,7 +89,7 @@ class CheckMethods:
             Lanczos (1950), with full reorthogonalisation. Ritz values lie within the spectrum: it reaches at least as
             far as they do; see ``torch_influence.solvers.lanczos`` for what may be missed.
 
-        Example:
+        Examples:
             >>> found = module.spectrum()
             >>> print(found)
             >>> found.definite
@@ -119,7 +119,7 @@ class CheckMethods:
         Source:
             as argued in ``torch_influence.diagnostics.suggest_damping``.
 
-        Example:
+        Examples:
             >>> print(module.suggest_damping())
         """
         return suggest_damping(self.spectrum(1) if found is None else found)
@@ -174,7 +174,7 @@ class CheckMethods:
         Source:
             leave-one-out as in Koh and Liang (2017), section 4.1.
 
-        Example:
+        Examples:
             >>> module.verify(print=False).passed
             True
             >>> report = module.verify(fit=train_my_model, refits=6)

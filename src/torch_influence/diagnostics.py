@@ -139,6 +139,9 @@ def spectrum(
         dtype: in which products are computed, if that is less precise than H's.
         progress: wraps the steps in a progress bar.
 
+    Returns:
+        The ``Spectrum``.
+
     Raises:
         ValueError: k, maxiter less than 1; rtol negative; a product that is not finite.
 
@@ -255,7 +258,10 @@ def suggest_damping(found: Spectrum) -> Damping:
     Args:
         found: the ends of the spectrum; its ``damp`` is the present one.
 
-    Example:
+    Returns:
+        A ``Damping``, with its reasons.
+
+    Examples:
         >>> from torch_influence.linop import Dense
         >>> found = spectrum(Dense(torch.diag(torch.tensor([-0.5, 1.0, 2.0], dtype=torch.float64))))
         >>> suggest_damping(found).damp

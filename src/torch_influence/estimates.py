@@ -82,7 +82,7 @@ class EstimateMethods(InfluenceMethods):
         Cost:
             with standard errors, a pass over the training examples named for each repeat besides.
 
-        Example:
+        Examples:
             >>> scores, error = module.influences(range(10), [0], standard_error=True)
         """
         if not standard_error:
@@ -150,7 +150,7 @@ class EstimateMethods(InfluenceMethods):
             with standard errors, a pass over the training examples for each repeat of each solve, and the memory of
             three more matrices.
 
-        Example:
+        Examples:
             >>> scores, error = module.influence_matrix(test_idxs=[0, 1], standard_error=True)
         """
         if not standard_error:

@@ -71,7 +71,7 @@ class InfluenceMethods:
         Source:
             Koh and Liang 2017, eq. 2, with the sign of removal and the factor 1/n.
 
-        Example:
+        Examples:
             >>> scores = module.influences(train_idxs=range(5), test_idxs=[0])
         """
         indices = self._train.indices([] if train_idxs is None else train_idxs, "train_idxs")
@@ -131,7 +131,7 @@ class InfluenceMethods:
             at the most, and one pass over the other side for each tile. Memory: the matrix; with ``top_k`` a tile of
             it, of at most 2048 examples and the queries of a solve, and 24 top_k n_query bytes in float32.
 
-        Example:
+        Examples:
             >>> top = module.influence_matrix(test_idxs=[0, 1], top_k=10)
             >>> values, indices = top.harmful  # both [2, 10]
         """
@@ -166,7 +166,7 @@ class InfluenceMethods:
         Cost:
             that of ``influence_matrix`` with ``top_k=k``, which is this and ``harmful`` in one.
 
-        Example:
+        Examples:
             >>> values, indices = module.helpful([0], k=5)  # both [1, 5]
         """
         return self.influence_matrix(train_idxs, test_idxs, top_k=k).helpful
@@ -193,7 +193,7 @@ class InfluenceMethods:
         Cost:
             that of ``helpful``; ``influence_matrix(..., top_k=k)`` is both for the price of one.
 
-        Example:
+        Examples:
             >>> values, indices = module.harmful([0, 1], k=5)  # both [2, 5]
         """
         return self.influence_matrix(train_idxs, test_idxs, top_k=k).harmful
@@ -221,7 +221,7 @@ class InfluenceMethods:
         Source:
             Koh and Liang (2017), section 5.4, for mislabelled examples.
 
-        Example:
+        Examples:
             >>> suspects = module.self_influences().argsort(descending=True)[:10]
         """
         indices = self._train.indices(train_idxs, "train_idxs")

@@ -106,11 +106,14 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
             operators), on the host; or a callable from rows [k, d] to rows [k, d].
         like: of the rows' d, dtype and device.
 
+    Returns:
+        The operator; A itself if it is one of this package.
+
     Raises:
         TypeError: none of these; complex numbers.
         ValueError: a size, dtype or device other than the rows'.
 
-    Example:
+    Examples:
         >>> operator = aslinearoperator(lambda rows: 2.0 * rows, like=torch.ones(1, 3))
         >>> operator.damped(0.5).product(torch.ones(1, 3)).tolist()
         [[2.5, 2.5, 2.5]]

@@ -45,7 +45,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     Cost:
         one pass over the data with d rows, d³/3; memory 3 d² (d = 10,000 in float32: 1.2 GB).
 
-    Example:
+    Examples:
         >>> module = AutogradInfluenceModule(model, objective, train_loader, test_loader, "cpu", damp=1e-3)
         >>> scores = module.influences(train_idxs=range(5), test_idxs=[0])
     """
@@ -165,7 +165,7 @@ class CGInfluenceModule(BaseInfluenceModule):
     Cost:
         one pass over the training data per iteration, however many right-hand sides; memory 4 k d, and that of M.
 
-    Example:
+    Examples:
         >>> module = CGInfluenceModule(model, objective, train_loader, test_loader, "cpu", damp=1e-3, rtol=1e-6)
         >>> matrix = module.influence_matrix(test_idxs=[0, 1, 2])
     """
@@ -271,7 +271,7 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
         repeat x depth minibatch products, however many right-hand sides, and up to 160 once for the scale; memory
         6 k d, whatever the depth, about 40 d for the scale.
 
-    Example:
+    Examples:
         >>> module = LiSSAInfluenceModule(
         ...     model, objective, train_loader, test_loader, "cpu", damp=0.1, repeat=4, depth=100
         ... )

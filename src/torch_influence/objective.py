@@ -22,7 +22,7 @@ class BaseObjective(abc.ABC):
     parameters that are being differentiated, whichever way the method reaches them (``model(x)``, ``model.fc.weight``,
     ``model.features(x)``, ``model.parameters()``).
 
-    Example:
+    Examples:
         >>> class Classification(BaseObjective):
         ...     def train_outputs(self, model, batch):
         ...         return model(batch[0])
@@ -40,28 +40,66 @@ class BaseObjective(abc.ABC):
 
         With ``gnh=True`` the outputs are a tensor, and they are where the Gauss-Newton matrix JᵀH_outJ is split:
         the part before them is linearised, the part after them keeps its exact second derivative.
+
+        Args:
+            model: yours, in eval mode, with the parameters that are being differentiated.
+            batch: as the train loader collates it, on the module's device.
+
+        Returns:
+            Whatever ``train_loss_on_outputs`` takes; a tensor if ``gnh=True`` is to be used.
         """
 
     @abc.abstractmethod
     def train_loss_on_outputs(self, outputs: Any, batch: Any) -> torch.Tensor:
-        """Mean loss of these outputs over the batch, a scalar. Convex in the outputs if ``gnh=True`` is to be PSD."""
+        """Mean loss of these outputs over the batch, without regularisation.
+
+        Convex in the outputs if the Gauss-Newton matrix is to be positive semi-definite.
+
+        Args:
+            outputs: of ``train_outputs``, of the same batch.
+            batch: as the train loader collates it.
+
+        Returns:
+            A scalar tensor, the mean over the examples; a sum is noticed and warned of.
+        """
 
     @abc.abstractmethod
     def train_regularization(self, params: torch.Tensor) -> torch.Tensor | float:
         """Regularisation at a flat vector of all trainable parameters, a scalar; a plain number is fine.
 
-        ``params`` is in the order of ``model.named_parameters()``, without frozen ones. Its dtype is that of the
-        parameters, float32 for half-precision models.
+        Args:
+            params: [d], in the order of ``model.named_parameters()``, without frozen ones. Its dtype is that of the
+                parameters, float32 for half-precision models.
+
+        Returns:
+            A scalar tensor, or a number. ``SGD(weight_decay=w)`` is ``0.5 * w * params.square().sum()``.
         """
 
     def train_loss(self, model: nn.Module, params: torch.Tensor, batch: Any) -> torch.Tensor:
         """Mean regularised training loss over the batch. Override only if it doesn't split into the parts above.
 
         The Hessian and all gradients use this method; the Gauss-Newton matrix can't (it needs the parts).
+
+        Args:
+            model: as in ``train_outputs``.
+            params: as in ``train_regularization``.
+            batch: as in ``train_outputs``.
+
+        Returns:
+            A scalar tensor.
         """
         outputs = self.train_outputs(model, batch)
         return self.train_loss_on_outputs(outputs, batch) + self.train_regularization(params)
 
     @abc.abstractmethod
     def test_loss(self, model: nn.Module, params: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Mean loss over a batch of test data, a scalar: the quantity whose change the scores predict."""
+        """Mean loss over a batch of test data: the quantity whose change the scores predict.
+
+        Args:
+            model: as in ``train_outputs``.
+            params: as in ``train_regularization``, for a test loss that has them in it.
+            batch: as the test loader collates it, on the module's device.
+
+        Returns:
+            A scalar tensor, the mean over the examples. Any measurement will do: see docs/meaning.md.
+        """

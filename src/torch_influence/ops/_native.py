@@ -144,7 +144,7 @@ def backend_info() -> BackendInfo:
     Returns:
         A ``BackendInfo``: ``print`` it, or look at ``.ops``, ``.cpu``, ``.cuda``.
 
-    Example:
+    Examples:
         >>> import torch_influence
         >>> print(torch_influence.backend_info())  # doctest: +ELLIPSIS
         native ops: ...

@@ -82,7 +82,7 @@ def self_test() -> SelfTest:
     Cost:
         A second or so; a few megabytes.
 
-    Example:
+    Examples:
         >>> import torch_influence
         >>> assert torch_influence.self_test().passed
     """

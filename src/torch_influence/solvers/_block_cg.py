@@ -91,7 +91,7 @@ def block_cg(
         (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015) with Gram matrices of float64, so that a basis in float32
         can be had at any condition number; its second pass is left out where the first has lost no digits.
 
-    Example:
+    Examples:
         >>> x, report = block_cg(torch.diag(torch.tensor([1.0, 2.0, 4.0, 8.0])), torch.eye(4))
         >>> [round(entry, 4) for entry in x.diagonal().tolist()]
         [1.0, 0.5, 0.25, 0.125]

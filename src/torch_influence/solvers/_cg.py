@@ -90,7 +90,7 @@ def cg(
     Source:
         Hestenes and Stiefel (1952), section 3.
 
-    Example:
+    Examples:
         >>> x, report = cg(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
         >>> [round(entry, 4) for entry in x.tolist()], report.products
         ([1.0, 0.5, 0.25], 4)

@@ -42,7 +42,7 @@ def direct(A: Any, B: Any, *, on_failure: OnFailure = "warn") -> tuple[Tensor, S
     Cost:
         d³/3 multiplications, d² more per right-hand side; memory 2 d².
 
-    Example:
+    Examples:
         >>> x, report = direct(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3))
         >>> x.tolist(), report.method
         ([1.0, 0.5, 0.25], 'Cholesky')
@@ -73,7 +73,7 @@ class Factor:
     Cost:
         d³/3 multiplications once, d² per right-hand side; memory 2 d².
 
-    Example:
+    Examples:
         >>> factor = Factor(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
         >>> x, report = factor.solve(torch.ones(1, 3))
         >>> x.tolist(), factor.definite

@@ -37,7 +37,7 @@ class DualFactor:
         The matrix inversion lemma (Woodbury 1950); refinement as in Higham, Accuracy and Stability of Numerical
         Algorithms (2002), chapter 12.
 
-    Example:
+    Examples:
         >>> class Ones(Dual):  # the matrix of ones, GᵀG with G = [1, 1]
         ...     rank, multiple, size, dtype, device = 1, 0.0, 2, torch.float64, torch.device("cpu")
         ...     G = torch.ones(1, 2, dtype=torch.float64)

@@ -134,7 +134,7 @@ def lanczos(
         Lanczos (1950); Golub and Van Loan, Matrix Computations, sections 10.1 and 10.3; when to orthogonalise a second
         time: Daniel, Gragg, Kaufman and Stewart (1976).
 
-    Example:
+    Examples:
         >>> from torch_influence.linop import Dense
         >>> ends = lanczos(Dense(torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))))
         >>> [round(value, 4) for value in ends.values.tolist()]

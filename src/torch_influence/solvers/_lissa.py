@@ -120,7 +120,7 @@ def lissa(
     Source:
         Agarwal, Bullins and Hazan (2017), section 3; Koh and Liang (2017), section 3.
 
-    Example:
+    Examples:
         >>> minibatches = [torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([3.0, 2.0]))]
         >>> x, report = lissa(minibatches, torch.ones(2), repeat=400, depth=30, generator=torch.Generator())
         >>> [round(value, 1) for value in x.tolist()]

@@ -98,7 +98,7 @@ def minres(
         van der Vorst and Modersitzki (2000). Dot products are summed pairwise in the rows' dtype, those of 16-bit rows
         in float64; rotations are in float64.
 
-    Example:
+    Examples:
         >>> x, report = minres(torch.diag(torch.tensor([1.0, -2.0, 4.0])), torch.ones(3), on_failure="ignore")
         >>> [round(entry, 4) for entry in x.tolist()], report.iterations.tolist()
         ([1.0, -0.5, 0.25], [3])

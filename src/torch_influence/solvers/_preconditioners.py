@@ -54,7 +54,7 @@ class Jacobi:
     Source:
         Bekas, Kokiopoulou and Saad (2007), An estimator for the diagonal of a matrix, equation (1). Lifting is ours.
 
-    Example:
+    Examples:
         >>> from torch_influence.solvers import Jacobi, cg
         >>> x, report = cg(torch.diag(torch.tensor([8.0, 2.0, 0.5])), torch.ones(3), M=Jacobi())
         >>> x.tolist(), report.iterations.tolist()
@@ -119,7 +119,7 @@ class Nystrom:
         Frangella, Tropp and Udell (2023), Randomized Nyström preconditioning: algorithm 2.1 with its stabilising shift,
         M by equation (5.3), bounds by proposition 5.3 and theorem 5.1. The larger shift for indefinite H is ours.
 
-    Example:
+    Examples:
         >>> from torch_influence.linop import Dense
         >>> from torch_influence.solvers import Nystrom, cg
         >>> H = torch.diag(torch.tensor([90.0, 40.0, 7.0, 0.0, 0.0], dtype=torch.float64))
