@@ -140,6 +140,18 @@ def test_the_example_of_a_docstring_runs(test: doctest.DocTest, trained: nn.Modu
     assert outcome.failed == 0, "".join(said)
 
 
+# -- quotes -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_warnings_that_the_table_quotes_are_in_the_code() -> None:
+    code = "\n".join(path.read_text() for path in (DOCS.parent / "src").rglob("*.py"))
+    code = re.sub(r'"\n\s*f?"', "", code)  # literals that follow each other
+    rows = re.findall(r'^\| \w+(?:Warning|Error)[^|"]*"([^"|]+)"', (DOCS / "choosing.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 10
+    for quoted in rows:
+        assert all(part in code for part in quoted.split(" ... ")), quoted
+
+
 # -- links -------------------------------------------------------------------------------------------------------------
 
 

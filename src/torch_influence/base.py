@@ -202,7 +202,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             one pass over the training data, however many rows.
 
         Source:
-            Pearlmutter (1994), by reverse over reverse differentiation.
+            Pearlmutter (1994), by reverse over reverse differentiation; Gauss-Newton: Schraudolph (2002), eq. 6.
 
         Examples:
             >>> products = module.hvp(torch.ones(2, module.flat_parameters().numel()))
