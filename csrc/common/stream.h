@@ -6,8 +6,8 @@
 
 // Lives in libtorch_cuda.so, which a CPU build of torch lacks: a weak reference is null there, a strong one would keep the
 // library from loading.
-extern "C" __attribute__((weak, visibility("default"))) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace torch_influence {
 

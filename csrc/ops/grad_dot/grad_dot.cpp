@@ -46,7 +46,8 @@ Tensor shaped(const Tensor& scratch, const std::array<int64_t, 3>& shape) {
 
 // Examples [example, example + examples) and positions of a or g. Without scratch a view; else a copy there, without gaps and
 // in the type of the arithmetic.
-Tensor tile_of(const Tensor& t, int64_t example, int64_t examples, int64_t position, int64_t positions, const Tensor* scratch) {
+Tensor tile_of(const Tensor& t, int64_t example, int64_t examples, int64_t position, int64_t positions,
+               const Tensor* scratch) {
   const Tensor tile = part(part(t, 0, example, examples), 1, position, positions);
   if (!scratch) return tile;
   Tensor copy = shaped(*scratch, {examples, positions, t.size(2)});
@@ -138,9 +139,10 @@ void vectors_first(const GradDot& x) {
     for_tiles(x, examples, positions, [&](int64_t example, int64_t n, int64_t position, int64_t s) {
       const Tensor products = shaped(u, {1, n * s, k * x.o});
       if (few) {
-        few_products({element_at(x.a, example * x.a.stride(0) + position * x.a.stride(1)), element_at(x.v, j * x.v.stride(0)),
-                      products.mutable_data_ptr(), x.a.stride(0), x.a.stride(1), x.v.stride(0), s, k, x.o, x.f, x.dtype},
-                     n * s);
+        few_products(
+            {element_at(x.a, example * x.a.stride(0) + position * x.a.stride(1)), element_at(x.v, j * x.v.stride(0)),
+             products.mutable_data_ptr(), x.a.stride(0), x.a.stride(1), x.v.stride(0), s, k, x.o, x.f, x.dtype},
+            n * s);
       } else {
         const Tensor a = tile_of(x.a, example, n, position, s, copy_a ? &a_copy : nullptr);
         call_out("aten::mm", st::view(a, {n * s, x.f}), matrix, st::view(products, {n * s, k * x.o}));
@@ -179,9 +181,8 @@ void gradients_first(const GradDot& x) {
     auto add = [&](const Tensor& left, int64_t first_column, int64_t columns) {
       const Tensor products = shaped(dots, {1, n, x.k});
       call_out("aten::mm", left, st::transpose(part(x.v, 1, first_column, columns), 0, 1), st::view(products, {n, x.k}));
-      add_sums({products.const_data_ptr(), nullptr, nullptr,
-                const_cast<void*>(element_at(x.out, example * x.out.stride(0))), 0, 0, 0, x.out.stride(0), n, 1, x.k, 1,
-                dtype},
+      add_sums({products.const_data_ptr(), nullptr, nullptr, const_cast<void*>(element_at(x.out, example * x.out.stride(0))),
+                0, 0, 0, x.out.stride(0), n, 1, x.k, 1, dtype},
                x.out);
     };
     for (int64_t p = 0; p < x.o; p += outputs) {

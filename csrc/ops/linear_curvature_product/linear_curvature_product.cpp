@@ -91,15 +91,16 @@ void cpu_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, b
     }
   };
   W* out = static_cast<W*>(s.out);
-  st::parallel_for(0, s.columns(), std::max<int64_t>(32768 / std::max<int64_t>(s.f, 1), 1), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      put(out + linear_curvature_weight_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.product) + row * s.f,
-          s.f);
-      if (s.bias) {
-        put(out + linear_curvature_bias_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.bias_sums) + row, 1);
-      }
-    }
-  });
+  st::parallel_for(
+      0, s.columns(), std::max<int64_t>(32768 / std::max<int64_t>(s.f, 1), 1), [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+          put(out + linear_curvature_weight_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.product) + row * s.f,
+              s.f);
+          if (s.bias) {
+            put(out + linear_curvature_bias_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.bias_sums) + row, 1);
+          }
+        }
+      });
 }
 
 // What comes between the products, where the tensors are.
@@ -119,10 +120,22 @@ class Between {
   // t <- B t for the examples from `first` on.
   void softmax(const LinearCurvatureTile& tile, int64_t first) const {
     const int64_t element = s_.dtype == DType::float64 ? 8 : 4, m = s_.columns();
-    const auto at = [element](const void* rows, int64_t offset) { return static_cast<const char*>(rows) + offset * element; };
-    const SoftmaxCurvature p{at(s_.curvature, first * s_.curvature_stride), tile.t,
-                             s_.weights ? at(s_.weights, first) : nullptr, tile.t, s_.curvature_stride, m, m, s_.c, s_.c,
-                             s_.k, tile.rows, s_.c, s_.dtype};
+    const auto at = [element](const void* rows, int64_t offset) {
+      return static_cast<const char*>(rows) + offset * element;
+    };
+    const SoftmaxCurvature p{at(s_.curvature, first * s_.curvature_stride),
+                             tile.t,
+                             s_.weights ? at(s_.weights, first) : nullptr,
+                             tile.t,
+                             s_.curvature_stride,
+                             m,
+                             m,
+                             s_.c,
+                             s_.c,
+                             s_.k,
+                             tile.rows,
+                             s_.c,
+                             s_.dtype};
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
     if (is_cuda_) return check(softmax_curvature_cuda(p, stream_));
 #endif
@@ -253,8 +266,8 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
   const Tensor weights_row = weights ? st::contiguous(*weights) : v;
   run({x_rows.const_data_ptr(), v_rows.const_data_ptr(), curvature_rows.const_data_ptr(),
-       weights ? weights_row.const_data_ptr() : nullptr, out_rows.mutable_data_ptr(), x_rows.stride(0),
-       v_rows.stride(0), curvature_rows.stride(0), out_rows.stride(0), n, f, c, k, blocks, bias, x_dtype, dtype},
+       weights ? weights_row.const_data_ptr() : nullptr, out_rows.mutable_data_ptr(), x_rows.stride(0), v_rows.stride(0),
+       curvature_rows.stride(0), out_rows.stride(0), n, f, c, k, blocks, bias, x_dtype, dtype},
       x_rows, v_rows, curvature_rows);
   if (out_rows.mutable_data_ptr() != out.mutable_data_ptr()) st::copy_(out, out_rows);
 }
@@ -263,8 +276,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
 }  // namespace torch_influence
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_influence, m) {
-  m.def(
-      "linear_curvature_product(Tensor x, Tensor v, Tensor curvature, Tensor? weights, bool bias, Tensor(a!) out) -> ()");
+  m.def("linear_curvature_product(Tensor x, Tensor v, Tensor curvature, Tensor? weights, bool bias, Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(torch_influence, CPU, m) {
   m.impl("linear_curvature_product", TORCH_BOX(&torch_influence::linear_curvature_product));

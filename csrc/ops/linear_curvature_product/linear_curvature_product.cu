@@ -53,8 +53,8 @@ template <class W>
 const char* launch_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first, void* stream) {
   const unsigned rows = static_cast<unsigned>(s.columns() < kMostRows ? s.columns() : kMostRows);
   const dim3 grid(blocks_for(s.f > 0 ? s.f : 1, kMostBlocks), rows);
-  add_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      s, static_cast<const W*>(tile.product), static_cast<const W*>(tile.bias_sums), first);
+  add_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<const W*>(tile.product),
+                                                                       static_cast<const W*>(tile.bias_sums), first);
   return launch_error();
 }
 

@@ -58,8 +58,8 @@ struct LinearCurvatureTile {
 // is wrong with the launch.
 const char* linear_curvature_product_cuda_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile,
                                                void* stream);
-const char* linear_curvature_product_cuda_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile,
-                                              bool first, void* stream);
+const char* linear_curvature_product_cuda_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first,
+                                              void* stream);
 
 // Where element j of row `row` of `product` belongs in `out`, and of `bias_sums`, for both devices.
 TORCH_INFLUENCE_INLINE int64_t linear_curvature_weight_at(int64_t row, int64_t c, int64_t f, int64_t out_stride) {

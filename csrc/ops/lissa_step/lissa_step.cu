@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, doubl
 
 // A block owns a row's partial sums, a thread every kThreads-th of them. Reads 8 bytes per block of step_kernel, writes 8
 // per row. Order of summation: a thread from left to right, then block_sum's tree.
-__global__ void __launch_bounds__(kThreads) sum_partials(const double* __restrict__ partials, int64_t blocks,
-                                                         double* __restrict__ norms) {
+__global__ void __launch_bounds__(kThreads)
+    sum_partials(const double* __restrict__ partials, int64_t blocks, double* __restrict__ norms) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
   sum = block_sum(sum);
@@ -94,8 +94,8 @@ const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms,
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.k < 65535 ? p.k : 65535));
   with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool packed = packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) &&
-                        packs_fit<T>(p.hvp, p.hvp_stride, p.k);
+    const bool packed =
+        packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) && packs_fit<T>(p.hvp, p.hvp_stride, p.k);
     if (packed) {
       step_kernel<T, kWidest<T>><<<grid, kThreads, 0, cuda_stream>>>(p, partials);
     } else {

@@ -133,8 +133,7 @@ __device__ W group_sum(W sum) {
 // far as `kept` packs per thread go, what is beyond is read a second time from the caches; writes out once:
 // (2 + 1 / k) * sizeof(T) bytes per element. Order of summation: a thread from left to right, then group_sum's tree.
 template <class T, int width, int group, int kept, bool any_length>
-__global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1)
-    rows_kernel(const SoftmaxCurvature s) {
+__global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_kernel(const SoftmaxCurvature s) {
   using W = Wide<T>;
   constexpr int kStep = group * width, kMostKept = kept * kStep;
   const int kept_columns = static_cast<int>(any_length && s.c > kMostKept ? kMostKept : s.c);

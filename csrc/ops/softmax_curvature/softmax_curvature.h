@@ -33,8 +33,7 @@ TORCH_INFLUENCE_INLINE W softmax_curvature_element(W weighted_p, W t, W mean) {
 
 // CPU: all of a range of examples for a range of tangents.
 TORCH_INFLUENCE_SIMD_DECLARE(void softmax_curvature_block(const SoftmaxCurvature& s, int64_t first_example,
-                                                          int64_t last_example, int64_t first_tangent,
-                                                          int64_t last_tangent))
+                                                          int64_t last_example, int64_t first_tangent, int64_t last_tangent))
 
 // CUDA: enqueues everything on `stream`, a cudaStream_t. Returns null, or what is wrong with the launch.
 const char* softmax_curvature_cuda(const SoftmaxCurvature& s, void* stream);
