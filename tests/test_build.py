@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import abi
 import pytest
 import torch
 
@@ -75,42 +76,51 @@ def test_library_is_of_these_sources(build_info):
     assert build_info["csrc_sha256"] == hashlib.sha256(manifest.encode()).hexdigest()
 
 
-def symbols(library: Path) -> dict[str, str]:
-    """The undefined symbols of a library and their kinds: U, or w if weak."""
-    if shutil.which("nm") is None:
-        pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
-    return {line.split()[1].split("@")[0]: line.split()[0] for line in listing.stdout.splitlines()}
+needs_binutils = pytest.mark.skipif(
+    not all(map(shutil.which, ("nm", "readelf", "c++filt"))),
+    reason="nm, readelf or c++filt (binutils) is not installed",
+)
 
 
-def test_library_loads_without_libtorch_cuda(library):
-    """CPU builds of torch have no libtorch_cuda, so the library may ask for nothing of it but weakly. All else that it
-    takes of torch is the stable ABI's C interface, never a C++ symbol."""
-    undefined = symbols(library)
-    of_torch = {
-        name: kind for name, kind in undefined.items() if "torch" in name or "c10" in name or "cuda" in name.lower()
-    }
-    assert "aoti_torch_get_dtype" in of_torch
-    mangled = [name for name in of_torch if name.startswith("_Z")]
-    assert not mangled, f"C++ symbols of torch: {mangled}"
-    cuda = {
-        name: kind
-        for name, kind in of_torch.items()
-        if "cuda" in name.lower() and name != "aoti_torch_device_type_cuda"  # a constant, which CPU builds have too
-    }
-    assert set(cuda) <= {"aoti_torch_get_current_cuda_stream"}
-    assert all(kind == "w" for kind in cuda.values()), cuda
+@needs_binutils
+def test_the_libraries_ask_only_for_what_is_stable(library):
+    from torch_influence import _C
+
+    assert any(symbol.name == "aoti_torch_get_dtype" for symbol in abi.undefined_symbols(library))
+    assert abi.problems(library) == []
+    assert abi.problems(Path(_C.__file__)) == []
 
 
-def test_library_needs_libtorch_by_name_and_nothing_else_of_it(library):
-    if shutil.which("readelf") is None:
-        pytest.skip("readelf (binutils) is not installed")
-    listing = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listing)
-    assert "libtorch.so" in needed
-    assert not [name for name in needed if "cuda" in name or "c10" in name or "python" in name]
-    assert "RPATH" not in listing
-    assert "RUNPATH" not in listing
+@needs_binutils
+def test_what_is_not_stable_is_named(library, tmp_path):
+    """A library of torch's own asks for its C++ symbols, and our ops do what _C must not."""
+    found = abi.problems(Path(torch.__file__).with_name("lib") / "libshm.so")
+    assert "libshm.so: needs libc10.so" in found
+    assert any(re.match(r"libshm\.so: (c10|at)::\S+: a C\+\+ symbol from outside libstdc\+\+", line) for line in found)
+
+    as_module = tmp_path / "_C.so"
+    shutil.copy(library, as_module)
+    found = abi.problems(as_module)
+    assert "_C.so: needs libtorch.so" in found
+    assert "_C.so: aoti_torch_get_dtype: of torch, which _C must not use" in found
+
+
+@pytest.mark.parametrize(
+    ("symbol", "problem"),
+    [
+        (abi.Symbol("memcpy", "GLIBC_2.14", False), ""),
+        (abi.Symbol("_ZSt9terminatev", "GLIBCXX_3.4", False), ""),
+        (abi.Symbol("dlsym", "GLIBC_2.34", False), "newer than GLIBC_2.28"),
+        (abi.Symbol("aoti_torch_get_current_cuda_stream", "", True), ""),
+        (abi.Symbol("aoti_torch_get_current_cuda_stream", "", False), "not in CPU builds of torch"),
+        (abi.Symbol("_Py_Dealloc", "", False), "of Python"),
+        (abi.Symbol("cudaMalloc", "", False), "neither of torch's C interface"),
+    ],
+)
+def test_rules_of_the_audit(symbol, problem):
+    said = abi.symbol_problem(symbol, of_ops=True, limits=abi.LIMITS["manylinux_2_28"])
+    assert said.startswith(problem)
+    assert bool(said) == bool(problem)
 
 
 def test_references_give_the_same_answer(build_info):
