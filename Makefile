@@ -23,7 +23,7 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev lint types docs links bench bench-all bench-peers gpu wheel clean
+.PHONY: help demo test dev lint types docs links bench bench-all bench-peers gpu wheel check-wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +39,7 @@ dev: $(BUILT) ## create .venv with an editable install
 lint: dev ## style and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --style=file --dry-run -Werror $$(find csrc -type f)
 
 types: dev ## static types of the package
 	$(PY) -m mypy
@@ -82,6 +83,9 @@ gpu: ## on a GPU machine: build into the current python, run the CUDA tests and 
 wheel: dev ## sdist and native wheel in dist/
 	$(PY) -m build $(call NATIVE_ON,$(CUDA)) \
 	  -Ccmake.define.TORCH_INCLUDE_DIR=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch/include
+
+check-wheel: wheel ## audit what the wheel asks for, install it where there is no compiler and test it there
+	$(PY) .ci/check_wheel.py dist --torch $(patsubst torch==%,%,$(TORCH))
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -28,6 +28,8 @@ from typing import Any
 
 import abi
 import cuda_stand_ins
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
 QUICK_TESTS = ["tests/ops", "tests/test_api.py", "tests/test_closed_form.py", "tests/test_solvers.py"]
 TEST_REQUIREMENTS = ["pytest>=8", "pytest-xdist", "scipy"]
@@ -201,9 +203,10 @@ def main() -> int:
     """Audits, installs and tests; 1 if anything is wrong."""
     options = arguments()
     (sdist,) = options.dist.glob("*.tar.gz")
-    wheels = sorted(options.dist.glob("*.whl"))
+    here = set(sys_tags())
+    wheels = [wheel for wheel in sorted(options.dist.glob("*.whl")) if parse_wheel_filename(wheel.name)[3] & here]
     if not wheels:
-        sys.exit(f"no wheel in {options.dist}")
+        sys.exit(f"no wheel in {options.dist} is for this Python on this machine")
     found = []
     for wheel in wheels:
         found += abi.audit(wheel)
