@@ -75,10 +75,10 @@ class Environment:
         return subprocess.run([self.python, *arguments], env=self.variables, text=True, check=False, **options)
 
     def pip(self, *arguments: str) -> None:
-        """Installs binaries only; ends the run where that fails."""
+        """Installs binaries only; a RuntimeError says why not."""
         done = self.run("-m", "pip", "install", "-q", "--only-binary", ":all:", *arguments, capture_output=True)
         if done.returncode:
-            sys.exit(f"pip install {' '.join(arguments)}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            raise RuntimeError(f"pip install {' '.join(arguments)}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
     def install_torch(self, version: str, options: list[str], stand_ins: Path | None) -> None:
         """Installs a torch, with stand-ins for its CUDA libraries if a folder for them is given."""
@@ -115,8 +115,11 @@ def check(wheel: Path, sdist: Path, torch: str, pip_options: list[str], stand_in
     with tempfile.TemporaryDirectory(prefix="check-wheel-") as name:
         folder = Path(name)
         environment = Environment(folder)
-        environment.install_torch(torch, pip_options, folder / "stand-ins" if stand_ins else None)
-        environment.pip(str(wheel), *TEST_REQUIREMENTS)
+        try:
+            environment.install_torch(torch, pip_options, folder / "stand-ins" if stand_ins else None)
+            environment.pip(str(wheel), *TEST_REQUIREMENTS)
+        except RuntimeError as error:
+            return {"torch": torch, "wheel": wheel.name, "problem": str(error)}
         environment.refuse_compilers()
         said = environment.run("-c", REPORT, cwd=folder, capture_output=True)
         if said.returncode:
@@ -155,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if "passed" not in row:
-            lines.append(f"| {row['torch']} | | | does not import | | | |")
+            lines.append(f"| {row['torch']} | | | not installed, or not imported | | | |")
             continue
         cuda = f"{row['cuda']}{', stand-ins' if row['stand_ins'] else ''}" if row["cuda"] else "none"
         native = f"{len(row['ops'])}, {row['simd']}" if row["ops"] else "none: pure Python"
@@ -219,8 +222,8 @@ def main() -> int:
             print(table([row]).splitlines()[-1], f"{row.get('seconds', 0):.0f} s", flush=True)
             if row["problem"]:
                 found.append(f"{wheel.name} with torch {torch}: {row['problem']}")
-    if options.write:
-        write(options.write, rows)
+            if options.write:
+                write(options.write, rows)
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0

@@ -50,7 +50,7 @@ def test_the_table_goes_between_the_marks(tmp_path):
     text = page.read_text()
     assert text.startswith(f"before\n{check_wheel.BEGIN}\n")
     assert text.endswith(f"{check_wheel.END}\nafter\n")
-    assert "| 2.10.0 | | | does not import | | | |" in text
+    assert "| 2.10.0 | | | not installed, or not imported | | | |" in text
     assert "old" not in text
 
 
