@@ -13,8 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 REAL = ("cuda-runtime", "cuda-cupti")  # small, and called on import
-# Whose libraries have names of their own for the versions of their symbols, or none.
-UNVERSIONED = re.compile(r"nccl[A-Z]\w*|cusparseLt\w+|cuFile\w+|nvshmem\w+")
+# Symbols of libraries that give theirs no version.
+UNVERSIONED = re.compile(r"(nccl|cublas|cudnn|cufft|cuFile|curand|cusolver|cusparse|nvshmem)\w+")
 LIBRARY = re.compile(
     r"lib(cublas|cublasLt|cudnn|cufft|cufile|curand|cusolver|cusparse|cusparseLt|nccl|nvshmem_host)\.so\.\d+"
 )
