@@ -80,16 +80,17 @@ class Environment:
         if done.returncode:
             raise RuntimeError(f"pip install {' '.join(arguments)}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
-    def install_torch(self, version: str, options: list[str], stand_ins: Path | None) -> None:
-        """Installs a torch, with stand-ins for its CUDA libraries if a folder for them is given."""
+    def install(self, wheel: Path, torch: str, options: list[str], stand_ins: Path | None) -> None:
+        """Installs a wheel beside a torch, with stand-ins for its CUDA libraries if a folder for them is given."""
         if stand_ins is None:
-            self.pip(f"torch=={version}", *options)
+            self.pip(f"torch=={torch}", *options)
+            self.pip(str(wheel))
             return
-        self.pip(f"torch=={version}", "--no-deps", *options)
-        (package,) = self.python.parents[1].glob("lib/python*/site-packages/torch")
-        (metadata,) = package.parent.glob("torch-*.dist-info/METADATA")
-        self.pip(*cuda_stand_ins.requirements_without_cuda(metadata.read_text()), *options)
-        if cuda_stand_ins.build(package / "lib", stand_ins):
+        self.pip("--no-deps", f"torch=={torch}", str(wheel), *options)
+        (packages,) = self.python.parents[1].glob("lib/python*/site-packages")
+        for metadata in packages.glob("torch*-*.dist-info/METADATA"):
+            self.pip(*cuda_stand_ins.requirements_without_cuda(metadata.read_text()))
+        if cuda_stand_ins.build(packages / "torch" / "lib", stand_ins):
             self.variables["LD_LIBRARY_PATH"] = str(stand_ins)
 
 
@@ -116,8 +117,8 @@ def check(wheel: Path, sdist: Path, torch: str, pip_options: list[str], stand_in
         folder = Path(name)
         environment = Environment(folder)
         try:
-            environment.install_torch(torch, pip_options, folder / "stand-ins" if stand_ins else None)
-            environment.pip(str(wheel), *TEST_REQUIREMENTS)
+            environment.install(wheel, torch, pip_options, folder / "stand-ins" if stand_ins else None)
+            environment.pip(*TEST_REQUIREMENTS)
         except RuntimeError as error:
             return {"torch": torch, "wheel": wheel.name, "problem": str(error)}
         environment.refuse_compilers()

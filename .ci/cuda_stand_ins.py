@@ -21,7 +21,7 @@ LIBRARY = re.compile(
 
 
 def requirements_without_cuda(metadata: str) -> list[str]:
-    """What a torch's METADATA requires, of CUDA only the runtime and its profiling interface."""
+    """What a package's METADATA requires beside torch, of CUDA only the runtime and its profiling interface."""
     kept = []
     for requirement in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
         name = re.match(r"[\w.-]+", requirement)
@@ -29,7 +29,7 @@ def requirements_without_cuda(metadata: str) -> list[str]:
             continue
         if name[0] == "cuda-toolkit":
             kept.append(re.sub(r"\[.*?\]", "[cudart,cupti]", requirement))
-        elif not re.match(r"nvidia-|cuda-|triton", name[0]) or any(part in name[0] for part in REAL):
+        elif not re.match(r"nvidia-|cuda-|triton|torch$", name[0]) or any(part in name[0] for part in REAL):
             kept.append(requirement)
     return kept
 

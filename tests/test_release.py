@@ -56,6 +56,7 @@ def test_the_table_goes_between_the_marks(tmp_path):
 
 def test_of_cuda_only_the_runtime_is_required_where_there_are_stand_ins():
     metadata = """
+Requires-Dist: torch>=2.10
 Requires-Dist: sympy>=1.13.3
 Requires-Dist: cuda-bindings==12.9.4; platform_system == "Linux"
 Requires-Dist: nvidia-cuda-runtime-cu12==12.8.90; platform_system == "Linux"
