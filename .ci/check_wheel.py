@@ -105,8 +105,7 @@ def unpack_tests(sdist: Path, folder: Path) -> Path:
 
 def counts(pytest_output: str) -> dict[str, int]:
     """The last line of pytest in numbers: passed, skipped, failed, errors."""
-    lines = [line for line in pytest_output.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    found = re.findall(r"(\d+) (passed|skipped|failed|error)", lines[-1] if lines else "")
+    found = re.findall(r"(\d+) (passed|skipped|failed|error)", pytest_output.strip().rpartition("\n")[2])
     return {"passed": 0, "skipped": 0, "failed": 0, "error": 0} | {name: int(number) for number, name in found}
 
 
