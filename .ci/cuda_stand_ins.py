@@ -14,9 +14,9 @@ from pathlib import Path
 
 REAL = ("cuda-runtime", "cuda-cupti")  # small, and called on import
 # Symbols of libraries that give theirs no version.
-UNVERSIONED = re.compile(r"(nccl|cublas|cudnn|cufft|cuFile|curand|cusolver|cusparse|nvshmem)\w+")
+UNVERSIONED = re.compile(r"(nccl|cublas|cudnn|cufft|cuFile|curand|cusolver|cusparse|nvrtc|nvshmem)\w+")
 LIBRARY = re.compile(
-    r"lib(cublas|cublasLt|cudnn|cufft|cufile|curand|cusolver|cusparse|cusparseLt|nccl|nvshmem_host)\.so\.\d+"
+    r"lib(cublas|cublasLt|cudnn|cufft|cufile|curand|cusolver|cusparse|cusparseLt|nccl|nvrtc|nvshmem_host)\.so\.\d+"
 )
 
 
