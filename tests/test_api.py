@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import assert_close
 from problems import SOLVER_OPTIONS, Classification, loader, module, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -80,7 +81,8 @@ def test_influences_is_one_score_per_index_in_the_order_given(kind: type) -> Non
     swapped = it.influences([9, 4, 0], [1, 2])
     assert scores.shape == (3,)
     assert scores.device.type == "cpu"
-    assert torch.equal(scores[[2, 0, 1]], swapped)
+    # Where an example stands may change in which order BLAS sums the d products of its score, and nothing else.
+    assert_close(scores[[2, 0, 1]], swapped, operations=sum(p.numel() for p in it.model.parameters()))
 
 
 def test_influences_takes_an_stest_and_then_needs_no_queries() -> None:
