@@ -205,7 +205,9 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Audits, installs and tests; 1 if anything is wrong."""
     options = arguments()
-    (sdist,) = options.dist.glob("*.tar.gz")
+    sdists = sorted(options.dist.glob("*.tar.gz"))
+    if len(sdists) != 1:
+        sys.exit(f"{options.dist}: expected one sdist, got {len(sdists)}; `make clean` removes those of other versions")
     here = set(sys_tags())
     wheels = [wheel for wheel in sorted(options.dist.glob("*.whl")) if parse_wheel_filename(wheel.name)[3] & here]
     if not wheels:
@@ -217,7 +219,7 @@ def main() -> int:
     rows = []
     for wheel in wheels:
         for torch in options.torch:
-            row = check(wheel, sdist, torch, options.pip.split(), options.stand_ins)
+            row = check(wheel, sdists[0], torch, options.pip.split(), options.stand_ins)
             rows.append(row)
             print(table([row]).splitlines()[-1], f"{row.get('seconds', 0):.0f} s", flush=True)
             if row["problem"]:
