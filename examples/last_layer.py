@@ -3,6 +3,7 @@
 What one learns: there are two ways to it, with the same scores. Compute the features once with the frozen backbone and
 hand over the head alone, as a model of its own; or hand over the whole network with `params="head.*"`, which selects
 what is differentiated and leaves requires_grad alone. `print(module.explain())` says how each is computed.
+Needs scikit-learn, for the digits.
 
     python examples/last_layer.py
 """
@@ -38,11 +39,11 @@ class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = torch.nn.Sequential(
-            *(torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
-            *(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2)),
+            *(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)),
+            *(torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2)),
             *(torch.nn.Flatten(), torch.nn.Dropout(0.2)),
         )
-        self.head = torch.nn.Linear(128, 10)
+        self.head = torch.nn.Linear(64, 10)
 
     def forward(self, x):
         return self.head(self.backbone(x))

@@ -3,6 +3,7 @@
 What one learns: `self_influences` needs no clean data: it ranks examples by how little the rest of the data explains
 them. `influences` on a few digits whose labels are known to be right ranks by who harms these: negative is harmful.
 Both are compared with checking labels at random. With --picture the two curves are drawn (needs matplotlib).
+Needs scikit-learn, for the digits.
 
     python examples/mislabelled_digits.py --picture curves.png
 """
