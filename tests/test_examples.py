@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,8 @@ BY_CHANCE = 1e-6  # how likely a random ranking may find as many planted example
 
 def run(name: str, *flags: object) -> str:
     command = [sys.executable, f"examples/{name}.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside, and the problems are small
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -67,7 +69,9 @@ def exact(module: Any) -> tuple[Tensor, Tensor, float, float]:
     b = query_gradients(model, module.objective, module.test_loader)
     s, own = torch.linalg.solve(matrix, b.mT).mT, torch.linalg.solve(matrix, g.mT).mT
     size = float(g.norm(dim=1).max() * torch.cat([s, own]).norm(dim=1).max()) / len(g)
-    return g @ s.mT / len(g), (g * own).sum(dim=1) / len(g), float(torch.linalg.cond(matrix)), size
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    assert eigenvalues[0] > 0
+    return g @ s.mT / len(g), (g * own).sum(dim=1) / len(g), float(eigenvalues[-1] / eigenvalues[0]), size
 
 
 def check(module: Any, *others: Any) -> None:
@@ -118,15 +122,15 @@ def test_mislabelled_digits(tmp_path: Path) -> None:
             assert precision * k == pytest.approx(recall * planted, abs=0.005 * (k + planted))  # both rounded
             not_by_chance(round(precision * k), k, planted, n)
     example = load("mislabelled_digits")
-    train, clean, wrong = example.digits_with_wrong_labels(150, 0.1, 0)
+    train, clean, wrong = example.digits_with_wrong_labels(100, 0.1, 0)
     train, clean = double(train, TensorDataset(*clean[:20]))
     module = example.module_for(example.fit(train), train, clean)
     check(module)
     scores = example.suspicion(module, train, clean)
     precision, recall = example.precision_and_recall(scores["self-influence"], wrong)
-    for k in (1, 15, 150):
+    for k in (1, 10, 100):
         found = int(wrong[scores["self-influence"].topk(k).indices].sum())
-        assert (float(precision[k - 1]), float(recall[k - 1])) == pytest.approx((found / k, found / 15))
+        assert (float(precision[k - 1]), float(recall[k - 1])) == pytest.approx((found / k, found / 10))
 
 
 def refit_changes(objective: Any, train: Any, test: Any) -> Tensor:
@@ -234,7 +238,7 @@ def test_dogfish(tmp_path: Path) -> None:
 
 def test_transformer() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-    n, planted = 150, 6
+    n, planted = 300, 10
     output = run("transformer", "--count", n, "--wrong", planted)
     found = re.search(r"among the (\d+) largest self-influences: (\d+) of (\d+)", output)
     assert found is not None
@@ -284,7 +288,7 @@ def test_lora() -> None:
     means = [float(number) for number in re.findall(r"[+-]\d\.\d{5}", output)]
     assert means[0] < 0 < means[1]
     example = load("lora")
-    model, data, test, _ = example.adapted(40, 3, steps=30)
+    model, data, test, _ = example.adapted(20, 2, steps=30)
     data, test = double(data, TensorDataset(*test[:5]))
     module = example.module_for(model.double(), data, test)
     assert len(module.params_names) == 6
