@@ -31,6 +31,7 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
 OPTIONAL = {"curvlinops"}  # blocks that import these are left out where they are not installed
 GENERATED = {"performance.md"}  # written by docs/hook.py when the site is built
 NOT_IMPORTED = {"torch_influence.__main__", "torch_influence._C", "torch_influence._no_native"}
+NOT_IMPORTED |= {"torch_influence.libtorch_influence"}  # the ops: no module of Python's
 
 
 def name_of(page: Path) -> str:
@@ -131,7 +132,10 @@ def at_hand(test: doctest.DocTest, trained: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name.removeprefix("torch_influence."))
-def test_the_example_of_a_docstring_runs(test: doctest.DocTest, trained: nn.Module) -> None:
+def test_the_example_of_a_docstring_runs(
+    test: doctest.DocTest, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where one writes a file
     test.globs = test.globs | at_hand(test, trained)
     said: list[str] = []
     with without_warnings():

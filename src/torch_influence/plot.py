@@ -68,9 +68,10 @@ def examples(
         ValueError: the numbers of queries, their labels and the rows of ``top`` differ; there are none.
         ImportError: matplotlib is not installed.
 
-    Example:
-        >>> top = module.influence_matrix(test_idxs=[3, 14], top_k=4)
-        >>> figure = plot.examples(test_images[[3, 14]], train_images, top, train_labels=train_labels)
+    Examples:
+        >>> top = module.influence_matrix(test_idxs=[3, 4], top_k=4)
+        >>> (queries, _), (x, y) = test_loader.dataset[[3, 4]], train_loader.dataset[:]
+        >>> figure = plot.examples(queries, x, top, train_labels=y)
     """
     q, k = top.helpful.values.shape
     for name, given in (("queries", queries), ("query_labels", query_labels)):
@@ -123,7 +124,7 @@ def scores(values: Any, *, bins: int = 41, log: bool = True, ax: Axes | None = N
         ValueError: scores that are not of shape [n]; bins less than 1.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot.scores(module.influence_matrix(test_idxs=[3])[:, 0])
     """
     found = binned(values, bins)
@@ -169,9 +170,9 @@ def refits(found: Verification | Refits | Any, actual: Any = None, *, ax: Axes |
         ValueError: a ``Verification`` without refits; fewer than two changes, or not as many actual as predicted ones.
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> ax = plot.refits(module.verify(fit=train_my_model))
-        >>> ax = plot.refits(predicted, actual)
+        >>> ax = plot.refits([0.11, -0.20, 0.05], [0.12, -0.18, 0.04])  # predicted, actual
     """
     from torch_influence.verification import Refits, Verification  # here: it imports the solvers, which draw with this
 

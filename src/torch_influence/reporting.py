@@ -103,8 +103,9 @@ class ReportMethods:
             that of ``explain()``, of ``influence_matrix`` with its memory, n_train n_query numbers, and, if asked for,
             of ``self_influences``. The page: some kB for an image of 100 x 100.
 
-        Example:
-            >>> module.report("why.html", [3, 14], show=lambda example: (example[0].reshape(8, 8), example[1]))
+        Examples:
+            >>> path = module.report("why.html", test_idxs=[3, 4])
+            >>> path = module.report("why.html", [3, 4], show=lambda example: (example[0].reshape(2, 2), example[1]))
         """
         path = Path(path)
         if not path.parent.is_dir():
