@@ -123,8 +123,8 @@ def end_to_end(record: Record) -> Table:
     rows = []
     for row in record["rows"]:
         old, first, again = row["baseline"]["total"], row["cold"]["total"], row["warm"] and row["warm"]["total"]
-        off = row.get("native_off")
-        extrapolated = any(row["baseline"].get(f"extrapolated_from_{what}") for what in ("queries", "examples"))
+        off = row["native_off"]
+        extrapolated = any(row["baseline"][f"extrapolated_from_{what}"] for what in ("queries", "examples"))
         rows.append(
             [
                 row["problem"],

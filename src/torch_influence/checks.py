@@ -169,7 +169,7 @@ class CheckMethods:
             TypeError: ``fit`` does not return a model; there are no test data.
 
         Cost:
-            some passes over the training data, a solve, and where d <= 2000 the dense matrix, d³; beyond, a
+            some passes over the training data, three solves, and where d <= 2000 the dense matrix, d³; beyond, a
             ``spectrum(1)``. With ``fit``: another solve, scores of all examples and refits + 2 trainings.
 
         Source:
