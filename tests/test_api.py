@@ -400,6 +400,16 @@ def test_cg_takes_the_older_name_of_rtol() -> None:
     assert int(new_name.last_report.iterations) < int(module_report(module(), v).iterations)
 
 
+def test_cg_options_are_attributes_too() -> None:
+    v = torch.randn(43, dtype=torch.float64)
+    changed, asked = module(), module(rtol=1e-3, maxiter=3)
+    changed.cg_kwargs = {"tol": 1e-12}
+    assert (changed.rtol, changed.atol, changed.maxiter, changed.M) == (1e-12, 0.0, None, None)
+    changed.rtol, changed.maxiter = 1e-3, 3
+    assert changed.cg_kwargs == {"rtol": 1e-3, "maxiter": 3}
+    assert torch.equal(changed.inverse_hvp(v), asked.inverse_hvp(v))
+
+
 def module_report(it: Any, v: Tensor) -> Any:
     it.inverse_hvp(v)
     return it.last_report

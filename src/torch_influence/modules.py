@@ -144,6 +144,19 @@ def refuse_if_too_large(space: ParameterSpace, device: torch.device, who: str) -
         )
 
 
+def _option_of_cg(name: str) -> property:
+    """An entry of ``cg_kwargs`` as an attribute, for those who set it as they set InfluenceModule's."""
+    default = inspect.signature(cg).parameters[name].default
+
+    def read(self: CGInfluenceModule) -> Any:
+        return self._options().get(name, default)
+
+    def write(self: CGInfluenceModule, value: Any) -> None:
+        self.cg_kwargs = {**self._options(), name: value}
+
+    return property(read, write, doc=f"``cg_kwargs[{name!r}]``.")
+
+
 class CGInfluenceModule(BaseInfluenceModule):
     """Solves by conjugate gradients, all right-hand sides at once, on the device.
 
@@ -155,6 +168,9 @@ class CGInfluenceModule(BaseInfluenceModule):
         **kwargs: those of ``scipy.sparse.linalg.cg``: rtol (or its older name tol), atol, maxiter, x0, M, callback,
             with its meanings and defaults. See ``torch_influence.solvers.cg``. What M=Nystrom(rank) or M=Jacobi()
             makes is kept for later solves, until the curvature or damp changes.
+
+    Attributes:
+        cg_kwargs: the keywords. ``module.rtol = 1e-8`` and likewise atol, maxiter and M change them for later solves.
 
     Raises:
         TypeError: an unknown keyword.
@@ -172,6 +188,11 @@ class CGInfluenceModule(BaseInfluenceModule):
 
     batched: ClassVar[bool] = True
     either_side: ClassVar[bool] = True
+
+    rtol = _option_of_cg("rtol")
+    atol = _option_of_cg("atol")
+    maxiter = _option_of_cg("maxiter")
+    M = _option_of_cg("M")
 
     def __init__(
         self,
@@ -217,7 +238,7 @@ class CGInfluenceModule(BaseInfluenceModule):
     def inverse_hvp(self, vec: Tensor) -> Tensor:
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
-        options = {"rtol" if name == "tol" else name: value for name, value in self.cg_kwargs.items()}
+        options = self._options()
         with self._evaluation.session():
             operator = self._curvature().damped(self.damp)
             options["M"] = self._kept.instead_of(options.get("M"), self.damp)
@@ -225,8 +246,11 @@ class CGInfluenceModule(BaseInfluenceModule):
         return x.reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
-        path = "conjugate gradients, all rows at once" + preconditioned(M := self.cg_kwargs.get("M"))
-        return Step("solver", path, (5 * queries + getattr(M, "rank", 0)) * self._row_bytes)
+        path = "conjugate gradients, all rows at once" + preconditioned(self.M)
+        return Step("solver", path, (5 * queries + getattr(self.M, "rank", 0)) * self._row_bytes)
+
+    def _options(self) -> dict[str, Any]:
+        return {"rtol" if name == "tol" else name: value for name, value in self.cg_kwargs.items()}
 
     def _forget(self) -> None:
         super()._forget()
