@@ -16,7 +16,7 @@ PICTURES = {"speedups.png": "Speed-ups", "roofline.png": "Native ops", "scaling.
 INTRODUCTION = """# Performance
 
 Written from the results of record in `benchmarks/results/cpu` when this site is built. `make bench` measures on your
-machine; `benchmarks/` has every size, variant and problem, and CONTRIBUTING.md says what each file asks.
+machine; `benchmarks/` has every size, variant and problem, and its README says what each file asks.
 
 Every ratio is against a baseline that is named, on the same machine in the same run, taken in turns, with the error
 of the scores beside it.
