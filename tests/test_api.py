@@ -453,7 +453,7 @@ def test_direct_module_keeps_its_matrix_and_says_when_it_is_stale() -> None:
     torch.testing.assert_close(it.inverse_hess @ v, before)
     with torch.no_grad():
         model[0].bias.data[0] += 0.5  # bumps no version
-    with pytest.warns(UserWarning, match="have changed since this module was built"):
+    with pytest.warns(UserWarning, match="have changed since it was built"):
         assert torch.equal(it.inverse_hvp(v), before)
 
 

@@ -14,9 +14,9 @@ MAY_IMPORT = {
     "caller": set(),
     "parameters": set(),
     "leaves": set(),
-    "source": set(),
+    "source": {"caller"},
     "kept": {"leaves"},
-    "resident": {"leaves", "source", "kept"},
+    "resident": {"caller", "leaves", "source", "kept"},
     "batches": {"leaves", "source", "kept", "resident"},
     "linop": set(),
     "ops": {"_C", "_no_native"},  # the compiled part, and the note that stands in for it
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "composed": set(),
     "convolutions": set(),
     "evaluation": {"objective", "parameters", "composed"},
-    "gradients": {"parameters", "batches", "leaves", "evaluation", "plan", "ops"},
+    "gradients": {"caller", "parameters", "batches", "leaves", "evaluation", "plan", "ops"},
     "capture": {"evaluation"},
     "contraction": {"capture", "evaluation", "ops"},
     "curvature": {
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     },
     "reporting": {"batches", "evaluation", "exhibits", "page", "parameters", "plan", "ranking", "scores", "solvers"},
     "estimates": {"influences", "ranking"},
-    "legacy": {"parameters", "batches", "evaluation", "curvature"},
+    "legacy": {"objective", "parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them
 

@@ -267,7 +267,7 @@ class TwoThenRest:
 LOADERS: dict[str, Callable[[], DataLoader]] = {
     "shuffle": lambda: DataLoader(Pairs(), batch_size=BATCH, shuffle=True),
     "drop_last": lambda: DataLoader(Pairs(), batch_size=BATCH, drop_last=True),
-    "a sampler over a part": lambda: DataLoader(Pairs(), batch_size=BATCH, sampler=[3, 3, 1]),
+    "a sampler that repeats": lambda: DataLoader(Pairs(), batch_size=BATCH, sampler=[3, 3, *range(9)]),
     "batch_sampler": lambda: DataLoader(
         Pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, drop_last=True)
     ),

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from problems import Classification, loader, module, network
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from torch_influence import (
     AutogradInfluenceModule,
@@ -101,7 +110,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("no data", lambda: module(train_loader=loader(n=0)), ValueError, "train_loader: expected at least one example, got an empty data set"),
     # objective
     ("class for instance", lambda: module(objective=Classification), TypeError, "objective: expected an instance, got the class Classification; write Classification()"),
-    ("loss per example", lambda: module(objective=PerExampleLoss()).train_loss_grad([0, 1]), ValueError, "train_loss_on_outputs: expected a scalar (the mean loss over the batch), got shape (4,); reduce it with .mean()"),
+    ("loss per example", lambda: module(objective=PerExampleLoss()).train_loss_grad([0, 1]), ValueError, "train_loss_on_outputs: expected a scalar (the mean loss over the batch), got shape (5,); reduce it with .mean()"),
     ("detached loss", lambda: module(objective=DetachedLoss()).stest([0]), ValueError, "expected a loss that depends on what it is differentiated by"),
     ("detached loss, many queries", lambda: module(objective=DetachedLoss()).stests(), ValueError, "expected a loss that depends on what it is differentiated by"),
     ("loss as a number", lambda: module(objective=NumberLoss()).stest([0]), TypeError, "test_loss: expected a scalar tensor (the mean loss over the batch), got float"),
@@ -171,14 +180,113 @@ def test_summed_loss_is_noticed(objective: Classification, name: str, act: Calla
         act(it)
 
 
-def test_mean_loss_and_class_weights_are_not_taken_for_a_sum(recwarn: pytest.WarningsRecorder) -> None:
-    class Weighted(Classification):
-        def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
-            return F.cross_entropy(outputs, batch[1], weight=torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
-    for objective in (Classification(), Weighted()):
-        it = module(objective=objective)
+
+class ClassWeights(Classification):
+    """The loss of a batch is divided by the weights of its classes."""
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], weight=WEIGHTS)
+
+
+class ConstantDivisor(Classification):
+    """As the warning has it."""
+
+    def __init__(self, all_labels: Tensor) -> None:
+        self.mean = WEIGHTS[all_labels].mean()
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (F.cross_entropy(outputs, batch[1], weight=WEIGHTS, reduction="none") / self.mean).mean()
+
+
+class SkipsAClass(Classification):
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1], ignore_index=0).nan_to_num(0.0)
+
+
+class WeightedTest(Classification):
+    def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], weight=WEIGHTS)
+
+
+def by_class() -> DataLoader:
+    """Sorted by class, so that neighbours weigh the same."""
+    x, y = loader().dataset.tensors
+    order = y.argsort()
+    return DataLoader(TensorDataset(x[order], y[order]), batch_size=5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [(ClassWeights(), "train_loss"), (SkipsAClass(), "train_loss"), (WeightedTest(), "test_loss")],
+)
+@pytest.mark.parametrize("data", [loader, by_class])
+def test_a_loss_that_depends_on_the_rest_of_the_batch_is_noticed(objective: Any, name: str, data: Any) -> None:
+    it = module(objective=objective, train_loader=data(), test_loader=data())
+    with pytest.warns(
+        UserWarning, match=f"{name}: expected the mean loss over the batch, got something else: "
+    ) as caught:
         it.influences([0], [0])
+    assert caught[0].filename == __file__
+    checks = it.verify(print=False)
+    assert [check.name for check in checks.checks if not check.passed][:1] == ["mean"]
+
+
+def test_what_the_warning_advises_is_the_objective_of_the_whole_data(recwarn: pytest.WarningsRecorder) -> None:
+    x, y = loader().dataset.tensors
+    advised = module(objective=ConstantDivisor(y))
+    whole = module(objective=ClassWeights(), train_loader=DataLoader(TensorDataset(x, y), batch_size=23))
+    v = torch.randn(43, dtype=torch.float64)
+    torch.testing.assert_close(advised.hvp(v), whole.hvp(v).clone())  # what was trained, in one batch
+    recwarn.clear()
+    module(objective=Classification()).influences([0], [0])
+    module(objective=ConstantDivisor(y)).influences([0], [0])
+    assert module(objective=ConstantDivisor(y)).verify(print=False).passed
+    assert not recwarn.list
+
+
+def test_examples_that_fit_no_common_batch_are_no_mistake(recwarn: pytest.WarningsRecorder) -> None:
+    class Sequences(Classification):
+        def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[0]).mean(dim=1)
+
+        def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+            return self.train_loss_on_outputs(self.train_outputs(model, batch), batch)
+
+    lengths = [[1, 1, 2, 2], [1, 2, 3, 4]]  # neighbours fit; none do
+    for some in lengths:
+        data = [(torch.randn(length, 4, dtype=torch.float64), i % 3) for i, length in enumerate(some)]
+        batches = [[0, 1], [2, 3]] if some == lengths[0] else [[0], [1], [2], [3]]
+        ragged = DataLoader(data, batch_sampler=batches)  # type: ignore[arg-type]
+        it = module(objective=Sequences(), train_loader=ragged, test_loader=ragged)
+        assert it.influences([0, 3], [0]).isfinite().all()
+    assert not recwarn.list
+
+
+# -- samplers ----------------------------------------------------------------------------------------------------------
+
+SELECTING = {
+    "SubsetRandomSampler": lambda n: SubsetRandomSampler(range(n // 2)),
+    "WeightedRandomSampler": lambda n: WeightedRandomSampler([1.0] * n, n),
+    "list": lambda n: [0, 1],
+}
+
+
+@pytest.mark.parametrize("kind", SELECTING)
+def test_a_sampler_that_selects_is_said_to_be_ignored(kind: str) -> None:
+    dataset = loader().dataset
+    selecting = DataLoader(dataset, batch_size=5, sampler=SELECTING[kind](23))
+    with pytest.warns(UserWarning, match=f"train_loader: its {kind} is ignored, all 23 examples .*Subset") as caught:
+        module(train_loader=selecting)
+    assert caught[0].filename == module.__code__.co_filename  # where the constructor is called
+
+
+def test_a_sampler_that_only_orders_is_not_spoken_of(recwarn: pytest.WarningsRecorder) -> None:
+    dataset = loader().dataset
+    for sampler in (None, RandomSampler(dataset), SequentialSampler(dataset), list(range(22, -1, -1))):
+        module(train_loader=DataLoader(dataset, batch_size=5, sampler=sampler))
+    module(train_loader=DataLoader(dataset, batch_size=5, sampler=DistributedSampler(dataset, 4, 1)))
     assert not recwarn.list
 
 

@@ -33,7 +33,7 @@ from torch_influence.linop import Dense
 from torch_influence.solvers import cg
 
 ENOUGH = {"repeat": 8, "depth": 100, "scale": 5.0}  # of LiSSA for the small network
-BASE = ["repeatable", "curvature", "symmetric", "gradients", "solver", "scores"]
+BASE = ["repeatable", "curvature", "symmetric", "gradients", "mean", "solver", "scores"]
 REFIT = ["same refit", "same model", "correlation", "slope"]
 
 
@@ -219,7 +219,7 @@ def test_what_is_broken_on_purpose_fails(kind: type, expected: list[str], capsys
     for check, line in zip(found.checks, out, strict=False):
         assert line.startswith("ok  " if check.passed else "FAILED  ")
         assert f" {check.name} " in line
-    assert out[-1] == f"FAILED: {', '.join(expected)} ({6 - len(expected)} of 6 checks)"
+    assert out[-1] == f"FAILED: {', '.join(expected)} ({7 - len(expected)} of 7 checks)"
 
 
 @pytest.mark.parametrize("kind", [WrongEstimate, DampedTwice, OneByOneWrong])
@@ -399,7 +399,7 @@ def test_refits_show_what_was_predicted(
 
     out = capsys.readouterr().out
     assert f"refit 3 of 11: without example {refits.indices[0]}, predicted +" in out
-    assert out.rstrip().endswith("passed (10 of 10 checks)")
+    assert out.rstrip().endswith("passed (11 of 11 checks)")
     assert f"slope {refits.slope:.3f}" in str(found)
 
 

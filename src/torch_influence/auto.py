@@ -98,9 +98,7 @@ class InfluenceModule(BaseInfluenceModule):
         cache: Cache = "auto",
         on_failure: OnFailure = "warn",
     ) -> None:
-        if solver != "auto" and solver not in _SOLVERS:
-            known = ", ".join(repr(name) for name in ["auto", *_SOLVERS])
-            raise ValueError(f"solver: expected one of {known}, got {solver!r}")
+        self.solver = solver
         if M is not None and solver not in _TAKE_M:
             raise ValueError(
                 f'M: a preconditioner is for solver="cg" or "minres", got solver={solver!r}; name one, or leave M out'
@@ -118,7 +116,6 @@ class InfluenceModule(BaseInfluenceModule):
         )
         self.damp = damp
         self.gnh = gnh
-        self.solver = solver
         self.rtol = rtol
         self.atol = atol
         self.maxiter = maxiter
@@ -132,6 +129,18 @@ class InfluenceModule(BaseInfluenceModule):
         if solver == "direct":
             refuse_if_too_large(self._space, self.device, 'InfluenceModule with solver="direct"')
         self._warn_if_train_loss_is_overridden()
+
+    @property
+    def solver(self) -> str:
+        """Which solver is taken, or "auto"."""
+        return self._solver_name
+
+    @solver.setter
+    def solver(self, solver: str) -> None:
+        if solver != "auto" and solver not in _SOLVERS:
+            known = ", ".join(repr(name) for name in ["auto", *_SOLVERS])
+            raise ValueError(f"solver: expected one of {known}, got {solver!r}")
+        self._solver_name = solver
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
         """A⁻¹ v for [d] or rows [k, d]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
 from torch_influence.checks import CheckMethods
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
 from torch_influence.evaluation import Evaluation
@@ -81,7 +83,6 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     samples: ClassVar[bool] = False  # inverse_hvp reads a sample of the data, and they need not be read in whole
     either_side: ClassVar[bool] = False  # inverse_hvp is the product with one symmetric matrix, to its tolerance
     gnh: bool = False
-    damp: float = 0.0
 
     def __init__(
         self,
@@ -96,35 +97,64 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         cache: Cache = "auto",
         on_failure: OnFailure = "warn",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(objective, type):
-            raise TypeError(
-                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
-            )
         check_on_failure(on_failure)
         self.on_failure = on_failure
         self.device = torch.device(device)
-        self.model = model.to(self.device)
-        self.objective = objective
-        self.train_loader = train_loader
-        self.test_loader = test_loader
         self.progress = progress
+        self._params = params
         self._cache = cache
         self._reports: list[SolveReport] = []
         self._calls = self._call_of_reports = 0
-
-        self._space = ParameterSpace(model, params)
-        self._evaluation = Evaluation(model, objective, self._space)
-        self.params_names = self._space.names
-        self.params_shape = self._space.shapes
-        self._train = self._batches_of(train_loader, "train_loader")
         self._means_checked: set[str] = set()
         self._randomness_checked: set[str] = set()
         self._operator: Curvature | LinearHead | None = None
         self._why_no_head = ""
         self._valid_for: tuple[Any, ...] = ()
-        self._evaluation.on_open = self._refresh
+        self._evaluate(model, objective)
+        self.train_loader = train_loader
+        self.test_loader = test_loader
+
+    # -- what it is made of: another of each may be set; the model is in legacy.py ----------------------------
+
+    @property
+    def objective(self) -> BaseObjective:
+        """The losses."""
+        return self._evaluation.objective
+
+    @objective.setter
+    def objective(self, objective: BaseObjective) -> None:
+        self._evaluate(self.model, objective)
+
+    @property
+    def train_loader(self) -> Any:
+        """The loader of the training data."""
+        return self._train_loader
+
+    @train_loader.setter
+    def train_loader(self, loader: Any) -> None:
+        self._train = self._batches_of(loader, "train_loader")
+        self._train_loader = loader
+        self._start_anew()
+
+    @property
+    def test_loader(self) -> Any:
+        """The loader of the test data, or None."""
+        return self._test_loader
+
+    @test_loader.setter
+    def test_loader(self, loader: Any) -> None:
+        vars(self).pop("_test", None)
+        self._test_loader = loader
+        self._start_anew()
+
+    @property
+    def damp(self) -> float:
+        """λ, which is added once to the curvature; 0 where nothing else was set."""
+        return vars(self).get("_damp", 0.0)
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._damp = check_damp(damp)
 
     @abc.abstractmethod
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -457,7 +487,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
                 "objective.train_loss is overridden, but with gnh=True the curvature is built from train_outputs, "
                 "train_loss_on_outputs and train_regularization; scores still use train_loss",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=level_of_the_user(),
             )
 
     # -- private ------------------------------------------------------------------------------------------------------
@@ -465,6 +495,32 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     @functools.cached_property
     def _test(self) -> Batches:
         return self._batches_of(self.test_loader, "test_loader")
+
+    def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None:
+        """Looks at this model with this objective from now on."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(objective, type):
+            raise TypeError(
+                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
+            )
+        self._space = ParameterSpace(model.to(self.device), self._params)
+        self._evaluation = Evaluation(model, objective, self._space)
+        self._evaluation.on_open = self._refresh
+        self.params_names = self._space.names
+        self.params_shape = self._space.shapes
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Nothing that was found out or kept holds any longer."""
+        self._means_checked.clear()
+        self._valid_for = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept, so that modules can be copied and pickled; drops it here, too."""
+        self.clear_cache()
+        self._valid_for = ()
+        return vars(self)
 
     def _batches_of(self, loader: Any, name: str) -> Batches:
         return Batches(loader, name, self._transfer_to_device, self._bar, self._cache)
@@ -516,3 +572,16 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     def _overridden(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(BaseInfluenceModule, method)
+
+
+def check_damp(damp: Any) -> float:
+    """A finite number: of Python's, NumPy's, torch's, or a ``Damping``."""
+    try:
+        value = float("text" if isinstance(damp, str | bytes) else damp)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"damp: expected a number, got {damp!r} of {type(damp).__name__}; module.suggest_damping() finds one"
+        ) from None
+    if not math.isfinite(value):
+        raise ValueError(f"damp: expected a finite number, got {value}; module.suggest_damping() finds one")
+    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -284,7 +285,7 @@ def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
         except TypeError:
             raise TypeError(f"{argument}: expected integer indices, got {item!r} of {type(item).__name__}") from None
     if len(set(indices)) != len(indices):
-        twice = next(i for position, i in enumerate(indices) if i in indices[:position])
+        twice = next(i for i, count in Counter(indices).items() if count > 1)
         raise ValueError(f"{argument}: expected distinct indices, got {twice} more than once")
     for i in indices:
         if not 0 <= i < n:

@@ -14,7 +14,7 @@ from torch_influence.batches import Batches
 from torch_influence.curvature import plain_product
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness, warn_if_summed
+from torch_influence.gradients import NondeterminismWarning, in_one_batch, loss_gradient, randomness, warn_if_not_a_mean
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, norms, rounding
@@ -139,6 +139,7 @@ class CheckMethods:
 
         - *repeatable*: the loss of a batch, and the product of a vector, are the same twice.
         - *curvature*: H v is that of a plain double backward over data read anew; *symmetric*: u·Hv = v·Hu.
+        - *mean*: the gradient of a batch is the mean of those of its examples one by one.
         - *gradients*, *scores*: as made from gradients of batches of one, (1/n) ∇(ℓᵢ + reg)·s_q.
         - *solver*: A⁻¹∇f_q, of ``inverse_hvp``, is that of a dense solve in float64 where d <= 2000, else |b - Ax| is
           as small as the solver says. What is allowed follows from the residual that the solver reports and the
@@ -231,6 +232,7 @@ class CheckMethods:
             f"of {len(plain)} examples against a plain backward of each",
             "gradients are wrong, or of data that have changed since they were kept (clear_cache())",
         )
+        yield self._mean_check()
         before = list(self._reports)
         try:
             s = self._inverse_rows(b)
@@ -257,6 +259,26 @@ class CheckMethods:
             rounding(self._space.pass_dtype),
             "the loss of a batch and the product of a vector, twice",
             why or "products of one vector differ: something in the model is random",
+        )
+
+    def _mean_check(self) -> Check:
+        """Of both losses; a batch is compared with its examples one by one."""
+        leaves, dtype, worst, tested = self._evaluation.leaves(), self._space.pass_dtype, 0.0, 0
+        for which in ("train", "test"):
+            found = in_one_batch(self._anew(which))
+            if found is None:
+                continue
+            some, batch = found
+            together = loss_gradient(getattr(self._evaluation, f"{which}_loss"), self._space, leaves, batch)
+            ones = self._ones(which, some).double()
+            worst = max(worst, verification.deviation(together, ones.mean(dim=0), ones.norm(dim=1).mean()))
+            tested += len(some)
+        return verification.check(
+            "mean",
+            worst,
+            verification.half_of_the_digits(dtype),
+            f"the gradient of a batch against the mean of its examples' own, {tested} examples",
+            "the loss of a batch is not the mean of the losses of its examples (a sum? class weights? ignore_index?)",
         )
 
     def _curvature_checks(self, rows: Tensor, dense: Tensor | None) -> Iterator[Check]:
@@ -388,9 +410,9 @@ class CheckMethods:
             return float(self._test.mean(lambda batch: evaluation.test_loss(leaves, batch).detach().double(), queries))
 
     def _check_mean(self, loss: str, batches: Batches) -> None:
-        """Warns once of a loss that is a sum over the batch, or random: nothing else would show it."""
+        """Warns once of a loss that is no mean over the batch, or random: nothing else would show it."""
         if loss not in self._means_checked:
-            warn_if_summed(loss, self._evaluation, batches)
+            warn_if_not_a_mean(loss, self._evaluation, batches)
             self._means_checked.add(loss)  # now, and not when an exception has ended it
         if loss not in self._randomness_checked:
             why = randomness(loss, self._evaluation, batches)

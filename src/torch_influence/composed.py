@@ -7,7 +7,7 @@ in place, in eval mode too, and one with ``sparse`` has gradients of a layout th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ class Composed(TorchFunctionMode):
         return _COMPOSED.get(func, func)(*args, **(kwargs or {}))
 
 
-def wanted(model: nn.Module) -> bool:
-    """Whether the model uses one of these operators; the mode costs time at every call of torch."""
+def wanted(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module uses one of these operators; the mode costs time at every call of torch."""
     return any(
         isinstance(m, nn.EmbeddingBag)
         or (isinstance(m, nn.Embedding) and (m.max_norm is not None or m.sparse))
         or type(m).__name__ == "_WeightNorm"  # torch.nn.utils.parametrizations.weight_norm
         or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
-        for m in model.modules()
+        for m in modules
     )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,6 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_influence import composed
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace
+
+_DEPTH = 5  # from the objective to a list in a module in a list of it
+_ROOM = 2000  # containers and objects
+_LONGEST = 1000  # items of a container, beyond which it holds data and not settings
+_LARGEST_ARRAY = 2**20  # bytes, likewise
 
 
 class _Host(nn.Module):
@@ -74,13 +81,14 @@ class Evaluation:
     def settings(self) -> tuple[Any, ...]:
         """Numbers, texts and tensors that are attributes of the objective and of the model's modules.
 
-        Those of the objective may set its weight decay, say. What is deeper inside of them is not seen.
+        Those of the objective may set its weight decay, say; they are looked for in containers, arrays and plain
+        objects, too, some levels deep.
         """
-        owners = [vars(self.objective), *(vars(m) for m in self.model.modules())]
-        return tuple(
-            (name, _setting(value))
-            for owner in owners
-            for name, value in owner.items()
+        inside = _Settings()
+        return inside.of(self.objective, _DEPTH), tuple(
+            (name, inside.of(value, 0))
+            for module in self.model.modules()
+            for name, value in vars(module).items()
             if name != "training" and not (name.startswith("_") and isinstance(value, dict))
         )
 
@@ -145,20 +153,24 @@ class Evaluation:
     def session(self) -> Iterator[None]:
         """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
 
+        Modules that the objective holds (a frozen backbone, a teacher) are treated as the model is.
         cuDNN may use TF32 inside only where matrix products may, see ``_precise_convolutions``. Public calls open it
         once around all their work; nested ones cost nothing.
         """
         if self._open:
             yield
             return
+        networks = [self.model, *(m for m in vars(self.objective).values() if isinstance(m, nn.Module))]
         with contextlib.ExitStack() as stack:
-            stack.callback(_remember_modules(self.model))
+            for network in networks:
+                stack.callback(_remember_modules(network))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_precise_convolutions())
-            for flag in _twice_differentiable(self.model):
+            for flag in _twice_differentiable([m for network in networks for m in network.modules()]):
                 stack.enter_context(flag)
-            self.model.eval()
+            for network in networks:
+                network.eval()
             self._open = True
             stack.callback(setattr, self, "_open", False)
             if self.on_open is not None:
@@ -213,25 +225,57 @@ def _checksum(t: Tensor) -> Tensor:
     return by_column @ across + by_row @ down + rest @ across[: len(rest)]
 
 
-def _setting(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    return value if isinstance(value, int | float | str | bool) else id(value)
+class _Settings:
+    """What values come to, for comparison with later: plain ones themselves, others their contents, down to a depth.
+
+    Attributes:
+        room: how many more containers and objects are looked into; the rest is told apart by identity.
+    """
+
+    def __init__(self, room: int = _ROOM) -> None:
+        self.room = room
+
+    def of(self, value: Any, depth: int) -> Any:
+        """Equal to what it was as long as nothing that is seen of the value has changed."""
+        if isinstance(value, Tensor):
+            return id(value), value._version
+        if value is None or isinstance(value, int | float | str):
+            return value
+        if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY and not value.dtype.hasobject:
+            return id(value), value.tobytes()
+        inside = _inside(value) if depth and self.room > 0 else None
+        if inside is None:
+            return id(value)
+        self.room -= 1
+        return id(value), tuple((key, self.of(item, depth - 1)) for key, item in inside)
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Names or places, and what is there; None where nothing should be looked for."""
+    if isinstance(value, list | tuple | set | frozenset | dict) and len(value) > _LONGEST:
+        return None
+    if isinstance(value, dict):
+        return [(repr(key) if isinstance(key, int | float | str) else id(key), item) for key, item in value.items()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(enumerate(value))
+    if isinstance(value, type | ModuleType | FunctionType | MethodType) or not hasattr(value, "__dict__"):
+        return None
+    return [(name, item) for name, item in vars(value).items() if name != "training"]
 
 
 def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
     return {key: value for key, value in vars(module).items() if isinstance(value, Tensor | list)}
 
 
-def _twice_differentiable(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
+def _twice_differentiable(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[Any]]:
     """Switches off what has no second derivative.
 
     Fused attention, MHA's inference path, cuDNN and oneDNN RNNs, and code that torch.compile has compiled.
     """
     flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
-    if composed.wanted(model):
+    if composed.wanted(modules):
         flags.append(composed.Composed())
-    if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # only then: without cuDNN convolutions are slow
+    if any(isinstance(m, nn.RNNBase) for m in modules):  # only then: without cuDNN convolutions are slow
         flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
     if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
         flags.append(torch.compiler.set_stance("force_eager"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.batches import Batches, weighted_mean
+from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.leaves import map_leaves
@@ -190,37 +192,67 @@ def quiet_vmap() -> Iterator[None]:
         yield
 
 
-def warn_if_summed(loss: str, evaluation: Evaluation, batches: Batches) -> None:
-    """Warns if the loss of a batch is the sum, not the mean, of the losses of its examples; ``loss`` names it.
+def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | None:
+    """Up to so many examples, spread over the data, and one batch of them; None where no two make a batch.
 
-    Reads at most four examples, together and alone. The regulariser is left out, so an overridden train_loss, which
-    may not tell it apart, is not checked.
+    Spread, since neighbours may be of one class; where examples so far apart don't fit into one batch, neighbours.
     """
-    if batches.batch_size is None or (loss == "train_loss" and evaluation.overrides_train_loss):
-        return
-    some = range(min(4, batches.n))
-    if len(some) < 2:
+    if batches.batch_size is None:
+        return None
+    n, count = batches.n, min(count, max(batches.batch_size, 4), batches.n)
+    if count < 2:
+        return None
+    for some in ([i * (n - 1) // (count - 1) for i in range(count)], list(range(count))):
+        try:
+            return some, batches.peek(some)
+        except Exception:
+            continue
+    return None
+
+
+def warn_if_not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> None:
+    """Warns if the loss of a batch is not the mean of the losses of its examples; ``loss`` names it.
+
+    Evaluates up to eight examples, together and alone. The regulariser is left out, so an overridden train_loss, which
+    may not tell it apart, is not checked; nor is a loss that is random, which ``randomness`` finds.
+    """
+    if loss == "train_loss" and evaluation.overrides_train_loss:
         return
     leaves = evaluation.leaves()
 
-    def value(indices: Sequence[int]) -> float:
-        batch = batches.peek(indices)
+    def value(batch: Any) -> float:
         if loss == "test_loss":
             return evaluation.test_loss(leaves, batch).item()
         outputs = evaluation.train_outputs(leaves, batch)
         return evaluation.train_loss_on_outputs(leaves, outputs, batch).item()
 
-    with _undisturbed(batches, leaves[0].device):
-        together, alone = value(some), [value([i]) for i in some]
-    close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
-    if abs(together - sum(alone)) <= close < abs(together - sum(alone) / len(alone)):
-        warnings.warn(
-            f"{loss}: expected the mean loss over the batch, got what looks like the sum (the loss of {len(some)} "
-            "examples equals the sum of their losses); use reduction='mean', or scores are wrong by a factor of the "
-            "batch size",
-            UserWarning,
-            stacklevel=4,
+    with _undisturbed(batches, leaves[0].device) as drawn:
+        found = in_one_batch(batches)
+        if found is None:
+            return
+        some, batch = found
+        together, alone = value(batch), [value(batches.peek([i])) for i in some]
+        if drawn() or together != value(batches.peek(some)):
+            return
+    mean, close = sum(alone) / len(alone), torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
+    if abs(together - mean) <= close or not math.isfinite(together - mean):
+        return
+    if abs(together - sum(alone)) <= close:
+        problem = (
+            f"what looks like the sum (the loss of {len(some)} examples equals the sum of their losses); use "
+            "reduction='mean', or scores are wrong by a factor of the batch size"
         )
+    else:
+        problem = (
+            f"something else: {together:.6g} for {len(some)} examples together, and {mean:.6g} for the mean of their "
+            "losses one by one. Gradients are those of examples one by one, the curvature is that of batches, so that "
+            "scores are wrong. Where class weights (weight=), ignore_index or a count of tokens divides the loss, it "
+            "depends on what else is in the batch: divide by a constant, as in "
+            "(F.cross_entropy(outputs, y, weight=w, reduction='none') / w[all_labels].mean()).mean()"
+        )
+    warnings.warn(
+        f"{loss}: expected the mean loss over the batch, got {problem}", UserWarning, stacklevel=level_of_the_user()
+    )
 
 
 class NondeterminismWarning(RuntimeWarning):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch_influence.batches import Batches
     from torch_influence.evaluation import Evaluation
+    from torch_influence.objective import BaseObjective
     from torch_influence.parameters import ParameterSpace
 
 
@@ -34,17 +35,22 @@ class LegacyHelpers:
     _space: ParameterSpace
     _evaluation: Evaluation
     _train: Batches
-    _user_model: nn.Module
     _stand_in: nn.Module | None = None
+
+    if TYPE_CHECKING:  # what BaseInfluenceModule has
+
+        @property
+        def objective(self) -> BaseObjective: ...  # noqa: D102
+        def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None: ...
 
     @property
     def model(self) -> nn.Module:
         """The user's model."""
-        return self._user_model if self._stand_in is None else self._stand_in
+        return self._evaluation.model if self._stand_in is None else self._stand_in
 
     @model.setter
     def model(self, model: nn.Module) -> None:
-        self._user_model = model
+        self._evaluate(model, self.objective)
 
     @property
     def is_model_functional(self) -> bool:
@@ -56,7 +62,7 @@ class LegacyHelpers:
         return named if with_names else tuple(p for _, p in named)
 
     def _model_make_functional(self) -> tuple[Tensor, ...]:
-        self._stand_in = _sharing_copy(self._user_model).eval()
+        self._stand_in = _sharing_copy(self._evaluation.model).eval()
         return self._evaluation.leaves()
 
     def _model_reinsert_params(self, params: Sequence[Tensor], register: bool = False) -> None:
@@ -64,8 +70,8 @@ class LegacyHelpers:
             self._stand_in = None
             return
         if self._stand_in is None:
-            self._stand_in = _sharing_copy(self._user_model).eval()
-        places = _places(self._user_model)
+            self._stand_in = _sharing_copy(self._evaluation.model).eval()
+        places = _places(self._evaluation.model)
         for p, value in zip(self._space.current(), params, strict=True):
             for name in places[id(p)]:  # all names of a tied weight
                 path, _, attribute = name.rpartition(".")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence.base import BaseInfluenceModule
+from torch_influence.caller import level_of_the_user
 from torch_influence.estimates import EstimateMethods
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
@@ -83,7 +84,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         refuse_if_too_large(self._space, self.device, type(self).__name__)
         with self._evaluation.session():
             self.hess = self._curvature().dense()
-        self._built_at = self._evaluation.fingerprint()
+        self._built_at = self._made_of()
         damped = self._damped()
         if check_eigvals:
             smallest = float(torch.linalg.eigvalsh(damped)[0])
@@ -99,12 +100,12 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     def inverse_hvp(self, vec: Tensor) -> Tensor:
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
-        if self._evaluation.fingerprint() != self._built_at:
+        if self._made_of() != self._built_at:
             warnings.warn(
-                "parameters or buffers of the model have changed since this module was built: its Hessian is that of "
-                "the construction; build a new module for the new parameters",
+                "parameters or buffers of the model, or what this module is made of, have changed since it was built: "
+                "its Hessian is that of the construction; build a new module for what is new",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=level_of_the_user(),
             )
         with self._evaluation.session():
             return self._solved(self._current_factor().solve, rows).reshape(vec.shape)
@@ -112,6 +113,17 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     def _solver(self, queries: int) -> Step:
         kind = "Cholesky" if self._current_factor().definite else "LU"
         return Step("solver", f"dense matrix, factored once by {kind}", 3 * self._space.size * self._row_bytes)
+
+    def _made_of(self) -> tuple[Any, ...]:
+        return self._evaluation.fingerprint(), id(self.objective), id(self.train_loader)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for other modules; whether the Hessian was up to date, in place of when it was built."""
+        return {**super().__getstate__(), "_built_at": self._made_of() == self._built_at}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._built_at = self._made_of() if state["_built_at"] else ()
 
     @property
     def inverse_hess(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -93,8 +94,12 @@ class _Smallest:
 
 def check_top_k(top_k: object) -> int:
     """A number of examples, at least one."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
+    try:
+        k = operator.index(top_k)  # type: ignore[arg-type]
+    except TypeError:
+        k = None
+    if k is None or isinstance(top_k, bool):
         raise TypeError(f"top_k: expected an integer, got {top_k!r} of {type(top_k).__name__}")
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}; None for the whole matrix")
-    return top_k
+    if k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {k}; None for the whole matrix")
+    return k

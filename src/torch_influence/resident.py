@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from torch_influence.caller import level_of_the_user
 from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched, cannot_keep
 from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.source import Source, holdings, quiet, unchanged
@@ -254,7 +255,7 @@ class Resident:
             f"{name}: the data set gives other data each time it is read (random augmentation?), so scores are those "
             f"of random draws of it, and {draws}; give {name} a data set without random transforms, as for evaluation",
             UserWarning,
-            stacklevel=2,
+            stacklevel=level_of_the_user(),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
+
+from torch_influence.caller import level_of_the_user
 
 _FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
 
@@ -46,6 +49,7 @@ class Source:
         self._loader = loader
         self.n  # noqa: B018 - raises for an empty data set
         self.batch_size = _batch_size(loader)
+        self._warn_of_a_selection(getattr(loader.batch_sampler, "sampler", loader.sampler))
 
     @property
     def n(self) -> int:
@@ -54,6 +58,21 @@ class Source:
         if n == 0:
             raise ValueError(f"{self.name}: expected at least one example, got an empty data set")
         return n
+
+    def _warn_of_a_selection(self, sampler: Any) -> None:
+        """An order is of no matter to influence, a selection is: it was trained on something else than the data set."""
+        kind = type(sampler)
+        selects = kind in (data.SubsetRandomSampler, data.WeightedRandomSampler)
+        if not selects and (kind.__module__.startswith("torch.") or not hasattr(sampler, "__len__")):
+            return  # all of the data set, or this process's share of it
+        if selects or len(sampler) != self.n:
+            warnings.warn(
+                f"{self.name}: its {kind.__name__} is ignored, all {self.n} examples of the data set count, once each. "
+                "If the model was trained on some of them, give it torch.utils.data.Subset(dataset, indices); weights "
+                "of examples belong into the loss",
+                UserWarning,
+                stacklevel=level_of_the_user(),
+            )
 
     def through_loader(
         self,
