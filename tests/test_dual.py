@@ -16,7 +16,8 @@ from torch_influence.curvature import GaussNewton, LinearHead, dual, dual_cost
 from torch_influence.linop import Dense, Dual
 from torch_influence.solvers import ConvergenceWarning, DualFactor
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")
 
 SWEEPS = 4  # forward, backward, and the two of the second derivative
 ROOM = 2.0**30

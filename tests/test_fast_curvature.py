@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from torch_influence import AutogradInfluenceModule
 from torch_influence.curvature import Curvature, Hessian, LinearHead, linear_head
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")
 
 SWEEPS = 4  # forward, backward, and the two of the second derivative
 

@@ -50,7 +50,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         model: the trained model.
         objective: the losses.
         train_loader: the training data. Read in data-set order in batches of the loader's size, through its
-            collate_fn; shuffle, sampler and drop_last are ignored.
+            collate_fn; shuffle, sampler (with a warning, if it selects) and drop_last are ignored.
         test_loader: the test data, likewise; None if only stests of your own are used.
         device: where to compute.
         params: restricts the differentiated parameters: a name, a glob (``"head.*"``), a Parameter, a list of these,

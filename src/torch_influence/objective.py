@@ -60,7 +60,8 @@ class BaseObjective(abc.ABC):
             batch: as the train loader collates it.
 
         Returns:
-            A scalar tensor, the mean over the examples; a sum is noticed and warned of.
+            A scalar tensor, the mean over the examples. A sum is noticed and warned of, and so are class weights or
+            counts that divide a batch's loss (docs/meaning.md, "Weights and counts", has what to write instead).
         """
 
     @abc.abstractmethod
