@@ -32,7 +32,7 @@ demo: dev ## build and run the main job on real data
 	$(PY) -m torch_influence demo
 
 test: dev ## build what is missing and run the whole test suite
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist worksteal
 
 dev: $(BUILT) ## create .venv with an editable install
 

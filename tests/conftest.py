@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from torch_influence import backend_info
 
-# Many tiny problems, several processes of them: a thread pool in each would cost more than it gives.
+# Many tiny problems, several processes of them: a thread pool in each would cost more than it gives. The second is for
+# programs that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import ast
 import copy
 import functools
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -40,8 +39,7 @@ BY_CHANCE = 1e-6  # how likely a random ranking may find as many planted example
 
 def run(name: str, *flags: object) -> str:
     command = [sys.executable, f"examples/{name}.py", *map(str, flags)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside, and the problems are small
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
