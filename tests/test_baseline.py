@@ -166,7 +166,7 @@ def test_the_large_nets_have_the_parameters_they_say(
     assert f"{parameters:,} parameters" in workloads.LARGE[name].__doc__
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", ["A", "B", "T"])  # the others differ in size and layers alone
 def test_the_benchmark_runs_and_its_table_shows_its_record(name: str) -> None:
     work = tiny(name, torch.float32)
     rows = [end_to_end.measure(case, seconds=0.0) for case in cases.cases(work, quick=True)]
@@ -181,7 +181,7 @@ def test_the_benchmark_runs_and_its_table_shows_its_record(name: str) -> None:
         assert (row["baseline"]["extrapolated_from_queries"] is None) == (row["queries"] == 1)
     lines = end_to_end.report(record).splitlines()
     table = [line for line in lines if line.startswith("| " + name)]
-    assert len(table) == len(rows) == {"A": 1, "B": 4, "C": 2, "D": 1, "R": 2, "T": 2, "H": 2}[name]
+    assert len(table) == len(rows) == {"A": 1, "B": 4, "T": 2}[name]
     assert {line.count("|") for line in table} == {len(end_to_end.HEADER) + 1}
 
 

@@ -236,7 +236,7 @@ def test_dogfish(tmp_path: Path) -> None:
 
 def test_transformer() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-    n, planted = 300, 10
+    n, planted = 150, 8
     output = run("transformer", "--count", n, "--wrong", planted)
     found = re.search(r"among the (\d+) largest self-influences: (\d+) of (\d+)", output)
     assert found is not None
