@@ -64,6 +64,15 @@ def test_a_factored_hessian_is_said_to_be_old_when_something_else_is_set(name: s
         it.inverse_hvp(torch.ones(43, dtype=torch.float64))
 
 
+def test_a_factored_hessian_is_good_for_other_test_data(recwarn: pytest.WarningsRecorder) -> None:
+    it = module(AutogradInfluenceModule)
+    it.influence_matrix()
+    it.test_loader = OTHERS["test_loader"]()
+    again = module(AutogradInfluenceModule, test_loader=OTHERS["test_loader"]())
+    assert torch.equal(it.influence_matrix(), again.influence_matrix())
+    assert not recwarn.list
+
+
 def test_what_is_set_is_checked() -> None:
     it = module(InfluenceModule, damp=1.0)
     with pytest.raises(ValueError, match=r"solver: expected one of 'auto', .*, got 'foo'"):
@@ -141,8 +150,19 @@ class WithBackbone(Classification):
         return self.train_loss_on_outputs(self.train_outputs(model, batch), batch)
 
 
-def test_a_network_of_the_objective_is_evaluated_and_left_as_the_model_is(recwarn: pytest.WarningsRecorder) -> None:
-    objective = WithBackbone()
+class IsModule(nn.Module, WithBackbone):
+    """An objective that is a module itself, as criteria are."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        WithBackbone.__init__(self)
+
+
+@pytest.mark.parametrize("kind", [WithBackbone, IsModule])
+def test_a_network_of_the_objective_is_evaluated_and_left_as_the_model_is(
+    kind: type, recwarn: pytest.WarningsRecorder
+) -> None:
+    objective = kind()
     before = copy.deepcopy(objective.backbone.state_dict())
     scores = module(objective=objective).influence_matrix()
     assert all(torch.equal(before[name], value) for name, value in objective.backbone.state_dict().items())

@@ -105,6 +105,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         self._cache = cache
         self._reports: list[SolveReport] = []
         self._calls = self._call_of_reports = 0
+        self._makes = 0  # how often the model, the objective or the training data were set
         self._means_checked: set[str] = set()
         self._randomness_checked: set[str] = set()
         self._operator: Curvature | LinearHead | None = None
@@ -145,7 +146,8 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     def test_loader(self, loader: Any) -> None:
         vars(self).pop("_test", None)
         self._test_loader = loader
-        self._start_anew()
+        for checked in (self._means_checked, self._randomness_checked):
+            checked.discard("test_loss")
 
     @property
     def damp(self) -> float:
@@ -515,6 +517,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         """Nothing that was found out or kept holds any longer."""
         self._means_checked.clear()
         self._valid_for = ()
+        self._makes += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept, so that modules can be copied and pickled; drops it here, too."""

@@ -27,7 +27,7 @@ from torch_influence.parameters import ParameterSpace
 _DEPTH = 5  # from the objective to a list in a module in a list of it
 _ROOM = 2000  # containers and objects
 _LONGEST = 1000  # items of a container, beyond which it holds data and not settings
-_LARGEST_ARRAY = 2**20  # bytes, likewise
+_LARGEST_ARRAY = 2**16  # bytes, likewise
 
 
 class _Host(nn.Module):
@@ -160,7 +160,7 @@ class Evaluation:
         if self._open:
             yield
             return
-        networks = [self.model, *(m for m in vars(self.objective).values() if isinstance(m, nn.Module))]
+        networks = [m for m in (self.model, self.objective, *vars(self.objective).values()) if isinstance(m, nn.Module)]
         with contextlib.ExitStack() as stack:
             for network in networks:
                 stack.callback(_remember_modules(network))

@@ -232,10 +232,11 @@ def warn_if_not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> N
             return
         some, batch = found
         together, alone = value(batch), [value(batches.peek([i])) for i in some]
-        if drawn() or together != value(batches.peek(some)):
+        again = value(batches.peek(some))
+        if drawn():
             return
     mean, close = sum(alone) / len(alone), torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
-    if abs(together - mean) <= close or not math.isfinite(together - mean):
+    if abs(together - mean) <= close or abs(together - again) > close or not math.isfinite(together - mean):
         return
     if abs(together - sum(alone)) <= close:
         problem = (

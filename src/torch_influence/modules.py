@@ -115,7 +115,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         return Step("solver", f"dense matrix, factored once by {kind}", 3 * self._space.size * self._row_bytes)
 
     def _made_of(self) -> tuple[Any, ...]:
-        return self._evaluation.fingerprint(), id(self.objective), id(self.train_loader)
+        return self._evaluation.fingerprint(), self._makes
 
     def __getstate__(self) -> dict[str, Any]:
         """As for other modules; whether the Hessian was up to date, in place of when it was built."""
