@@ -142,13 +142,16 @@ def scores(values: Any, *, bins: int = 41, log: bool = True, ax: Axes | None = N
         (NEITHER, f"exactly zero: {found.zero}" if found.zero else ""),
         ("none", f"not finite, not drawn: {found.lost}" if found.lost else ""),
     ]
+    patches = [Patch(color=color, label=label) for color, label in told if label]
+    bottom, most = (0.5 if log else 0.0), max(float(max(found.counts, default=0)), found.zero, 1.0)
+    bars = 1 - 0.08 * len(patches)  # of the height; the legend is above them
     if log:
         ax.set_yscale("log", nonpositive="clip")
-        ax.set_ylim(bottom=0.5)
+    ax.set_ylim(bottom, bottom * (most / bottom) ** (1 / bars) if log else most / bars)
     ax.axvline(0.0, color="black", linewidth=0.8)
     ax.set_xlabel("score: predicted change of the test loss without the example")
     ax.set_ylabel("training examples")
-    ax.legend(handles=[Patch(color=color, label=label) for color, label in told if label], fontsize=8)
+    ax.legend(handles=patches, fontsize=8, loc="upper left")
     return ax
 
 
