@@ -66,6 +66,7 @@ MAY_IMPORT = {
     },
     "reporting": {"batches", "evaluation", "exhibits", "page", "parameters", "plan", "ranking", "scores", "solvers"},
     "estimates": {"influences", "ranking"},
+    "parts": {"batches", "evaluation", "objective", "parameters", "resident"},
     "legacy": {"objective", "parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them

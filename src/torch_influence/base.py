@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -17,13 +15,13 @@ from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.checks import CheckMethods
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
-from torch_influence.evaluation import Evaluation
 from torch_influence.examples import ExampleGradients
 from torch_influence.gradients import mean_gradient, regularizer_gradient
 from torch_influence.influences import InfluenceMethods
 from torch_influence.legacy import LegacyHelpers
 from torch_influence.objective import BaseObjective
-from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.parameters import Selection
+from torch_influence.parts import Parts
 from torch_influence.plan import Plan, Step
 from torch_influence.reporting import ReportMethods
 from torch_influence.resident import Cache, budget
@@ -32,7 +30,7 @@ from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
 
-class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyHelpers, abc.ABC):
+class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyHelpers, Parts, abc.ABC):
     """Influence of training examples on the test loss; a subclass says how to multiply by the inverse curvature.
 
     With n training examples, training objective L(θ) = (1/n) Σᵢ ℓᵢ(θ) + reg(θ) and curvature A = ∇²L(θ) + damp·I,
@@ -101,62 +99,11 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         self.on_failure = on_failure
         self.device = torch.device(device)
         self.progress = progress
-        self._params = params
-        self._cache = cache
         self._reports: list[SolveReport] = []
-        self._calls = self._call_of_reports = 0
-        self._makes = 0  # how often the model, the objective or the training data were set
-        self._means_checked: set[str] = set()
-        self._randomness_checked: set[str] = set()
+        self._call_of_reports = 0
         self._operator: Curvature | LinearHead | None = None
         self._why_no_head = ""
-        self._valid_for: tuple[Any, ...] = ()
-        self._evaluate(model, objective)
-        self.train_loader = train_loader
-        self.test_loader = test_loader
-
-    # -- what it is made of: another of each may be set; the model is in legacy.py ----------------------------
-
-    @property
-    def objective(self) -> BaseObjective:
-        """The losses."""
-        return self._evaluation.objective
-
-    @objective.setter
-    def objective(self, objective: BaseObjective) -> None:
-        self._evaluate(self.model, objective)
-
-    @property
-    def train_loader(self) -> Any:
-        """The loader of the training data."""
-        return self._train_loader
-
-    @train_loader.setter
-    def train_loader(self, loader: Any) -> None:
-        self._train = self._batches_of(loader, "train_loader")
-        self._train_loader = loader
-        self._start_anew()
-
-    @property
-    def test_loader(self) -> Any:
-        """The loader of the test data, or None."""
-        return self._test_loader
-
-    @test_loader.setter
-    def test_loader(self, loader: Any) -> None:
-        vars(self).pop("_test", None)
-        self._test_loader = loader
-        for checked in (self._means_checked, self._randomness_checked):
-            checked.discard("test_loss")
-
-    @property
-    def damp(self) -> float:
-        """λ, which is added once to the curvature; 0 where nothing else was set."""
-        return vars(self).get("_damp", 0.0)
-
-    @damp.setter
-    def damp(self, damp: float) -> None:
-        self._damp = check_damp(damp)
+        self._take(model, objective, train_loader, test_loader, params, cache)
 
     @abc.abstractmethod
     def inverse_hvp(self, vec: Tensor) -> Tensor:
@@ -494,58 +441,10 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _test(self) -> Batches:
-        return self._batches_of(self.test_loader, "test_loader")
-
-    def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None:
-        """Looks at this model with this objective from now on."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(objective, type):
-            raise TypeError(
-                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
-            )
-        self._space = ParameterSpace(model.to(self.device), self._params)
-        self._evaluation = Evaluation(model, objective, self._space)
-        self._evaluation.on_open = self._refresh
-        self.params_names = self._space.names
-        self.params_shape = self._space.shapes
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        """Nothing that was found out or kept holds any longer."""
-        self._means_checked.clear()
-        self._valid_for = ()
-        self._makes += 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept, so that modules can be copied and pickled; drops it here, too."""
-        self.clear_cache()
-        self._valid_for = ()
-        return vars(self)
-
-    def _batches_of(self, loader: Any, name: str) -> Batches:
-        return Batches(loader, name, self._transfer_to_device, self._bar, self._cache)
-
-    def _opened(self) -> list[Batches]:
-        """Of the two loaders, those in use so far."""
-        return [batches for name in ("_train", "_test") if (batches := vars(self).get(name)) is not None]
-
-    def _refresh(self) -> None:
-        """Drops what is kept and is no longer true. Called when a public method begins."""
-        self._calls += 1
-        for batches in self._opened():
-            batches.refresh()
-        now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)
-        if now != self._valid_for:
-            self._forget()
-            self._valid_for = now
-
     def _forget(self) -> None:
         """Drops the curvature, and in subclasses what they have made of it."""
+        super()._forget()
         self._operator = None
-        self._randomness_checked.clear()
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:
@@ -575,16 +474,3 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     def _overridden(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(BaseInfluenceModule, method)
-
-
-def check_damp(damp: Any) -> float:
-    """A finite number: of Python's, NumPy's, torch's, or a ``Damping``."""
-    try:
-        value = float("text" if isinstance(damp, str | bytes) else damp)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"damp: expected a number, got {damp!r} of {type(damp).__name__}; module.suggest_damping() finds one"
-        ) from None
-    if not math.isfinite(value):
-        raise ValueError(f"damp: expected a finite number, got {value}; module.suggest_damping() finds one")
-    return value

@@ -1,0 +1,160 @@
+"""What a module is made of, each of which may be set at any time: the model, the objective, the data, the damping."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torch_influence.batches import Batches
+from torch_influence.evaluation import Evaluation
+from torch_influence.objective import BaseObjective
+from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.resident import Cache
+
+
+class Parts:
+    """Mixed into BaseInfluenceModule; ``model`` itself is in legacy.py, which may have another in its place."""
+
+    device: torch.device
+
+    if TYPE_CHECKING:  # what BaseInfluenceModule has
+        gnh: bool
+        model: Any
+
+        def clear_cache(self) -> None: ...  # noqa: D102
+        def _transfer_to_device(self, batch: Any) -> Any: ...
+        def _bar(self, iterable: Iterable[Any], describe: str, total: int | None) -> Iterable[Any]: ...
+
+    def _take(
+        self,
+        model: nn.Module,
+        objective: BaseObjective,
+        train_loader: Any,
+        test_loader: Any,
+        params: Selection,
+        cache: Cache,
+    ) -> None:
+        """Once, in the constructor."""
+        self._params = params
+        self._cache = cache
+        self._calls = 0  # of public methods
+        self._makes = 0  # how often the model, the objective or the training data were set
+        self._means_checked: set[str] = set()
+        self._randomness_checked: set[str] = set()
+        self._valid_for: tuple[Any, ...] = ()
+        self._evaluate(model, objective)
+        self.train_loader = train_loader
+        self.test_loader = test_loader
+
+    @property
+    def objective(self) -> BaseObjective:
+        """The losses."""
+        return self._evaluation.objective
+
+    @objective.setter
+    def objective(self, objective: BaseObjective) -> None:
+        self._evaluate(self.model, objective)
+
+    @property
+    def train_loader(self) -> Any:
+        """The loader of the training data."""
+        return self._train_loader
+
+    @train_loader.setter
+    def train_loader(self, loader: Any) -> None:
+        self._train = self._batches_of(loader, "train_loader")
+        self._train_loader = loader
+        self._start_anew()
+
+    @property
+    def test_loader(self) -> Any:
+        """The loader of the test data, or None."""
+        return self._test_loader
+
+    @test_loader.setter
+    def test_loader(self, loader: Any) -> None:
+        vars(self).pop("_test", None)
+        self._test_loader = loader
+        for checked in (self._means_checked, self._randomness_checked):
+            checked.discard("test_loss")
+
+    @property
+    def damp(self) -> float:
+        """λ, which is added once to the curvature; 0 where nothing else was set."""
+        return vars(self).get("_damp", 0.0)
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._damp = check_damp(damp)
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _test(self) -> Batches:
+        return self._batches_of(self.test_loader, "test_loader")
+
+    def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None:
+        """Looks at this model with this objective from now on."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(objective, type):
+            raise TypeError(
+                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
+            )
+        self._space = ParameterSpace(model.to(self.device), self._params)
+        self._evaluation = Evaluation(model, objective, self._space)
+        self._evaluation.on_open = self._refresh
+        self.params_names = self._space.names
+        self.params_shape = self._space.shapes
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Nothing that was found out or kept holds any longer."""
+        self._means_checked.clear()
+        self._valid_for = ()
+        self._makes += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept, so that modules can be copied and pickled; drops it here, too."""
+        self.clear_cache()
+        self._valid_for = ()
+        return vars(self)
+
+    def _batches_of(self, loader: Any, name: str) -> Batches:
+        return Batches(loader, name, self._transfer_to_device, self._bar, self._cache)
+
+    def _opened(self) -> list[Batches]:
+        """Of the two loaders, those in use so far."""
+        return [batches for name in ("_train", "_test") if (batches := vars(self).get(name)) is not None]
+
+    def _refresh(self) -> None:
+        """Drops what is kept and is no longer true. Called when a public method begins."""
+        self._calls += 1
+        for batches in self._opened():
+            batches.refresh()
+        now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)
+        if now != self._valid_for:
+            self._forget()
+            self._valid_for = now
+
+    def _forget(self) -> None:
+        """Drops what was found out and kept; subclasses drop what they have made of it."""
+        self._randomness_checked.clear()
+
+
+def check_damp(damp: Any) -> float:
+    """A finite number: of Python's, NumPy's, torch's, or a ``Damping``."""
+    try:
+        value = float("text" if isinstance(damp, str | bytes) else damp)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"damp: expected a number, got {damp!r} of {type(damp).__name__}; module.suggest_damping() finds one"
+        ) from None
+    if not math.isfinite(value):
+        raise ValueError(f"damp: expected a finite number, got {value}; module.suggest_damping() finds one")
+    return value
