@@ -232,8 +232,8 @@ class _Settings:
         room: how many more containers and objects are looked into; the rest is told apart by identity.
     """
 
-    def __init__(self, room: int = _ROOM) -> None:
-        self.room = room
+    def __init__(self) -> None:
+        self.room = _ROOM
 
     def of(self, value: Any, depth: int) -> Any:
         """Equal to what it was as long as nothing that is seen of the value has changed."""

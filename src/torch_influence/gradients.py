@@ -205,7 +205,7 @@ def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | No
     for some in ([i * (n - 1) // (count - 1) for i in range(count)], list(range(count))):
         try:
             return some, batches.peek(some)
-        except Exception:
+        except Exception:  # whatever a collate_fn says of ragged examples; mistakes show in the loader's own batches
             continue
     return None
 

@@ -24,7 +24,6 @@ class Parts:
 
     if TYPE_CHECKING:  # what BaseInfluenceModule has
         gnh: bool
-        model: Any
 
         def clear_cache(self) -> None: ...  # noqa: D102
         def _transfer_to_device(self, batch: Any) -> Any: ...
@@ -58,7 +57,7 @@ class Parts:
 
     @objective.setter
     def objective(self, objective: BaseObjective) -> None:
-        self._evaluate(self.model, objective)
+        self._evaluate(self._evaluation.model, objective)  # not the stand-in that ``model`` may be
 
     @property
     def train_loader(self) -> Any:
@@ -150,11 +149,13 @@ class Parts:
 def check_damp(damp: Any) -> float:
     """A finite number: of Python's, NumPy's, torch's, or a ``Damping``."""
     try:
-        value = float("text" if isinstance(damp, str | bytes) else damp)
+        value = None if isinstance(damp, str | bytes) else float(damp)
     except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is None:
         raise TypeError(
             f"damp: expected a number, got {damp!r} of {type(damp).__name__}; module.suggest_damping() finds one"
-        ) from None
+        )
     if not math.isfinite(value):
         raise ValueError(f"damp: expected a finite number, got {value}; module.suggest_damping() finds one")
     return value
