@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from torch_influence.objective import BaseObjective
 from torch_influence.ops import backend_info, self_test
 from torch_influence.gradients import NondeterminismWarning
+from torch_influence.curvature import CurvatureWarning
 from torch_influence.solvers import (
     ConvergenceWarning,
     DivergenceWarning,
@@ -31,6 +32,7 @@ __all__ = [
     "CGInfluenceModule",
     "Check",
     "ConvergenceWarning",
+    "CurvatureWarning",
     "Damping",
     "DivergenceWarning",
     "Estimate",

@@ -14,18 +14,19 @@ from torch.utils import data
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.checks import CheckMethods
-from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, linear_head
+from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead, doubts, linear_head
 from torch_influence.examples import ExampleGradients
 from torch_influence.gradients import mean_gradient, regularizer_gradient
 from torch_influence.influences import InfluenceMethods
 from torch_influence.legacy import LegacyHelpers
+from torch_influence.losses import Means
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.parts import Parts
 from torch_influence.plan import Plan, Step
 from torch_influence.reporting import ReportMethods
-from torch_influence.resident import Cache, budget
-from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on_failure
+from torch_influence.resident import Cache, budget, free_memory
+from torch_influence.solvers import OnFailure, SolveError, SolveReport, check_on_failure, fail
 
 __all__ = ["BaseInfluenceModule", "BaseObjective"]
 
@@ -386,9 +387,12 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         self._check_mean("train_loss", self._train)
         if self._operator is None:
             allowed = budget(self._cache, self.device) - self._train.kept_bytes
-            plain = (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device, allowed)
+            told = bool(self._means_checked["train_loss"])
+            plain = (GaussNewton if self.gnh else Hessian)(self._evaluation, self._train, self.device, allowed, told)
             head = linear_head(plain, streamed=not self.samples)
             self._operator, self._why_no_head = (plain, head) if isinstance(head, str) else (head, "")
+            if found := doubts(plain, self._operator, free_memory(self.device) / 4):
+                fail(found, self.on_failure)
         return self._operator
 
     def _solved(self, solve: Callable[..., tuple[Tensor, SolveReport]], *args: Any, **options: Any) -> Tensor:
@@ -453,7 +457,11 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             )
         with self._evaluation.session():
             self._check_mean(loss, batches)
-            return mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices)
+            means = Means(loss, self._evaluation, batches)
+            look = None if self._means_checked[loss] else means.add
+            gradient = mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices, look)
+            means.conclude()
+            return gradient
 
     def _examples(self) -> ExampleGradients:
         evaluation = self._evaluation

@@ -141,6 +141,14 @@ class Batches:
         with quiet():
             return self._source.read(indices)
 
+    def draws(self, indices: Sequence[int]) -> bool:
+        """Whether random numbers are drawn when these examples are read, so that they are others each time."""
+        if isinstance(self._resident.now(), Stacked):
+            return False
+        with quiet() as drawn:
+            self._source.read(indices)
+            return drawn()
+
     def mean(
         self, term: Callable[[Any], Tensor], indices: Sequence[int] | None = None, describe: str | None = None
     ) -> Tensor:

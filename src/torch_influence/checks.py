@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from torch_influence import verification
 from torch_influence.batches import Batches
-from torch_influence.curvature import plain_product
+from torch_influence.curvature import plain_product, second_derivative
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import NondeterminismWarning, in_one_batch, loss_gradient, randomness, warn_if_not_a_mean
+from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness
+from torch_influence.losses import departs_most, not_a_mean, tell
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, norms, rounding
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _STEPS = 300  # of the Lanczos process, where memory allows
 _LARGEST_DENSE = 2000  # parameters up to which solutions are compared with a dense solve
 _EXAMPLES = 5  # whose scores are compared
+_EXAMPLES_OF_A_BATCH = 32  # of which differences of gradients are made
 
 
 class CheckMethods:
@@ -44,7 +46,7 @@ class CheckMethods:
     _evaluation: Evaluation
     _train: Batches
     _reports: list[SolveReport]
-    _means_checked: set[str]
+    _means_checked: dict[str, str]
     _randomness_checked: set[str]
 
     if TYPE_CHECKING:  # what BaseInfluenceModule has
@@ -138,8 +140,11 @@ class CheckMethods:
         """Compares products, solutions, scores and, if wanted, refits with numbers made in another way, on your data.
 
         - *repeatable*: the loss of a batch, and the product of a vector, are the same twice.
-        - *curvature*: H v is that of a plain double backward over data read anew; *symmetric*: u·Hv = v·Hu.
-        - *mean*: the gradient of a batch is the mean of those of its examples one by one.
+        - *curvature*: H v is that of a plain double backward over data read anew; *symmetric*: u·Hv = v·Hu;
+          *differences*: for up to 32 examples it is a central difference of gradients, (∇ℓ(θ + hv) - ∇ℓ(θ - hv)) / 2h,
+          in float64 where the model runs in it, and where two steps h agree (they don't across kinks).
+        - *mean*: the gradient of a batch is the mean of those of its examples one by one; of the batch, of all data,
+          whose loss departs most from its examples'.
         - *gradients*, *scores*: as made from gradients of batches of one, (1/n) ∇(ℓᵢ + reg)·s_q.
         - *solver*: A⁻¹∇f_q, of ``inverse_hvp``, is that of a dense solve in float64 where d <= 2000, else |b - Ax| is
           as small as the solver says. What is allowed follows from the residual that the solver reports and the
@@ -149,7 +154,7 @@ class CheckMethods:
           model*: their test loss is that of the model, within 10 % or the largest change. *correlation*: of predicted
           and actual changes of the mean test loss, at least 0.9. *slope*: actual is predicted times 1/2 to 2.
 
-        A second derivative that autograd itself has wrong is seen by ``fit`` alone. The model is not touched.
+        The model is not touched.
 
         Args:
             test_idxs: the queries; by default ``queries`` of them, spread evenly. All count for ``fit``, whose f is
@@ -262,14 +267,16 @@ class CheckMethods:
         )
 
     def _mean_check(self) -> Check:
-        """Of both losses; a batch is compared with its examples one by one."""
+        """Compares, for both losses, the batch that departs most from its examples with these, one by one."""
         leaves, dtype, worst, tested = self._evaluation.leaves(), self._space.pass_dtype, 0.0, 0
         for which in ("train", "test"):
-            found = in_one_batch(self._anew(which))
-            if found is None:
+            batches = self._anew(which)
+            with batches.quietly():
+                some = departs_most(f"{which}_loss", self._evaluation, batches)
+            if not some:
                 continue
-            some, batch = found
-            together = loss_gradient(getattr(self._evaluation, f"{which}_loss"), self._space, leaves, batch)
+            loss = getattr(self._evaluation, f"{which}_loss")
+            together = loss_gradient(loss, self._space, leaves, batches.peek(some))
             ones = self._ones(which, some).double()
             worst = max(worst, verification.deviation(together, ones.mean(dim=0), ones.norm(dim=1).mean()))
             tested += len(some)
@@ -277,7 +284,7 @@ class CheckMethods:
             "mean",
             worst,
             verification.half_of_the_digits(dtype),
-            f"the gradient of a batch against the mean of its examples' own, {tested} examples",
+            f"the gradient of the batch whose loss departs most from its {tested} examples' own against theirs",
             "the loss of a batch is not the mean of the losses of its examples (a sum? class weights? ignore_index?)",
         )
 
@@ -296,6 +303,16 @@ class CheckMethods:
             "the curvature is wrong, or of data that have changed since they were kept (clear_cache())",
         )
         yield verification.symmetric(rows[0], both[0], rows[1], both[1], dtype)
+        with train.quietly():
+            some = range(train.n // 2, min(train.n // 2 + min(train.batch_size or 1, _EXAMPLES_OF_A_BATCH), train.n))
+            second = second_derivative(self._evaluation, train.peek(some), self.gnh)
+        yield verification.check(
+            "differences",
+            max(second.asymmetry / second.symmetric, second.deviation / second.precise),
+            1.0,
+            f"H v of {len(some)} examples: against central differences, and its symmetry, in units of rounding",
+            f"autograd's second derivative is wrong: {second.wrong}",
+        )
 
     def _solver_check(
         self, operator: LinearOperator, dense: Tensor | None, b: Tensor, s: Tensor, report: SolveReport | None
@@ -412,8 +429,9 @@ class CheckMethods:
     def _check_mean(self, loss: str, batches: Batches) -> None:
         """Warns once of a loss that is no mean over the batch, or random: nothing else would show it."""
         if loss not in self._means_checked:
-            warn_if_not_a_mean(loss, self._evaluation, batches)
-            self._means_checked.add(loss)  # now, and not when an exception has ended it
+            finding = not_a_mean(loss, self._evaluation, batches)
+            self._means_checked[loss] = finding  # now, and not when an exception has ended it
+            tell(finding)
         if loss not in self._randomness_checked:
             why = randomness(loss, self._evaluation, batches)
             self._randomness_checked.add(loss)

@@ -8,6 +8,7 @@ clones; afterwards the very same Parameter objects, buffers and attributes are b
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,7 +58,18 @@ class Evaluation:
         names = inspect.signature(objective.test_loss).parameters.keys()
         self._test_loss_by_name = {"model", "params", "batch"} <= names
         self._open = False
+        self._wide = False
         self.on_open: Callable[[], None] | None = None
+
+    def widened(self) -> Evaluation:
+        """The same losses in float64, inside the present session: parameters and buffers are cast when they are used.
+
+        Batches are the caller's to cast. A model may refuse (a layer that insists on its dtype): then it raises.
+        """
+        twin = copy.copy(self)
+        twin.space = self.space.widened()
+        twin._wide = True
+        return twin
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -65,7 +77,7 @@ class Evaluation:
         """Fresh leaves that require grad, at the model's parameters or at a row [d]."""
         here = self.space.current()
         if row is None:
-            return tuple(p.detach().requires_grad_() for p in here)
+            return tuple(self._cast(p.detach()).requires_grad_() for p in here)
         pieces = zip(self.space.split(row.detach()), here, strict=True)
         return tuple(piece.to(p.dtype).requires_grad_() for piece, p in pieces)
 
@@ -130,12 +142,18 @@ class Evaluation:
         space = self.space
         tensors = dict(zip(space.names, leaves, strict=True))
         for name, p in zip(space.trainable, space.current(space.trainable), strict=True):
-            tensors.setdefault(name, p.detach())
+            tensors.setdefault(name, self._cast(p.detach()))
         flat = torch.cat([tensors[name].reshape(-1).to(space.dtype) for name in space.trainable])
         state = {f"model.{name}": t for name, t in tensors.items()}
-        state.update((f"model.{name}", b.clone()) for name, b in self.model.named_buffers())
+        state.update((f"model.{name}", self._cast(b.clone())) for name, b in self.model.named_buffers())
+        if self._wide:
+            frozen = ((name, p) for name, p in self.model.named_parameters() if f"model.{name}" not in state)
+            state.update((f"model.{name}", self._cast(p.detach())) for name, p in frozen)
         with self.session():
             return functional_call(self._host, state, (function, flat), tie_weights=True)
+
+    def _cast(self, t: Tensor) -> Tensor:
+        return t.double() if self._wide and t.is_floating_point() else t
 
     @property
     def overrides_train_loss(self) -> bool:

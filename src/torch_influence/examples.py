@@ -1,13 +1,15 @@
 """Gradients of single examples: as rows, or as products with given vectors.
 
-They have the meaning of batches of one. Where ``torch.func.vmap`` gives the same, it does many such batches at a time;
-it is compared with the plain loop on the first of them, and where it fails or differs the loop runs.
+They have the meaning of batches of one. Where ``torch.func.vmap`` gives the same, it does many such batches at a time.
+A way to do so is compared with the plain loop on the first of them, and in every group of examples it is tied to a
+plain backward pass: of the sum of their losses with signs ±1, whose gradient is the same sum of theirs. Where it fails
+or differs the loop runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch_influence.batches import Batches
 from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import LossOfBatch, loss_gradient, quiet_vmap
+from torch_influence.gradients import LossOfBatch, differentiate, loss_gradient, quiet_vmap
 from torch_influence.leaves import alike, put_together, take_apart
 from torch_influence.plan import agree
 
@@ -25,7 +27,36 @@ _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
 _BYTES_OF_A_PASS = 8 * 2**20  # inputs and output gradients in one pass: more fall out of cache
 _ROWS_OF_A_PRODUCT = 64  # examples in one nevertheless: vectors are read once for all of them
 _ONE_BY_ONE = "examples one at a time"
+_ROUNDINGS = 32  # in the product of a gradient with a vector
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
+
+
+class Tie:
+    """Whether what was computed of many examples at once adds up to what a plain backward pass gives of all together.
+
+    Args:
+        dtype: in which the passes ran.
+
+    Attributes:
+        holds: whether it did, each time so far.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._eps = torch.finfo(dtype).eps
+        self.holds = True
+
+    def __call__(self, fast: Tensor, signs: Tensor, total: Tensor, size: Tensor | float = 0.0) -> None:
+        """Compares Σ uᵢ fastᵢ, of rows fast [m, c] and signs u [m], with the total [c].
+
+        What may differ is √ε of what the rows come to when they are added with random signs, and the rounding of
+        products of this size that the total is made of.
+        """
+        fast, total = fast.detach(), total.detach()
+        apart = (signs.to(fast.dtype) @ fast - total).norm()
+        self.holds &= bool(apart <= self._eps**0.5 * fast.norm() + _ROUNDINGS * self._eps * size)
+
+
+Way: TypeAlias = Callable[["_Group", Tie], Tensor]
 
 
 class ExampleGradients:
@@ -89,7 +120,7 @@ class ExampleGradients:
           ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
         - from rows of gradients.
         """
-        ways: dict[str, Callable[[_Group], Tensor]] = {}
+        ways: dict[str, Way] = {}
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
         most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming so many
@@ -98,8 +129,8 @@ class ExampleGradients:
         if few:
             ways["directional derivatives"] = self._directional(vectors)
         else:
-            ways["rows of gradients"] = lambda group: torch.cat(
-                [self._rows_of(part) @ vectors.mT for part in group.parts(self._rows_at_once)]
+            ways["rows of gradients"] = lambda group, tie: torch.cat(
+                [self._rows_of(part, tie) @ vectors.mT for part in group.parts(self._rows_at_once)]
             )
         leaves = self._evaluation.leaves()
 
@@ -110,40 +141,53 @@ class ExampleGradients:
         many = bool(contraction.layers) and not contraction.rest
         return self._chunks(indices, _MANY_EXAMPLES if many else _EXAMPLES_AT_ONCE, ways, one)
 
-    def _rows_of(self, group: _Group) -> Tensor:
+    def _rows_of(self, group: _Group, tie: Tie) -> Tensor:
         gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
         leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
-        return self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
+        rows = self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
+        tie(rows, *self._signed(group))
+        return rows
 
-    def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Callable[[_Group], Tensor]:
+    def _signed(self, group: _Group, data: bool = False) -> tuple[Tensor, Tensor]:
+        """Signs u, one for each example, and ∇ Σ uᵢ lossᵢ [d] by a plain backward; of the data's loss, if wanted."""
+        loss, leaves = self._data_loss if data else self._loss, self._evaluation.leaves()
+        losses = torch.vmap(lambda tensors: loss(leaves, group.batch(tensors)))(group.tensors)
+        signs = _signs(losses)
+        return signs, self._space.flatten(differentiate(losses @ signs, leaves)).detach()
+
+    def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Way:
         constant = None if self._constant is None else vectors @ self._constant
 
-        def many(group: _Group) -> Tensor:
+        def many(group: _Group, tie: Tie) -> Tensor:
             contraction.look(group.single(0))
             if contraction.rest > most:
                 raise ValueError("examples do not pass the layers, so most gradients would have to be formed")
             each = max(contraction.example_bytes, 1)
             parts = group.parts(max(1, min(_BYTES_OF_ROWS // each, max(_BYTES_OF_A_PASS // each, _ROWS_OF_A_PRODUCT))))
             dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
+            signs, gradient = self._signed(group, data=True)
+            tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
             return dots if constant is None else dots.add_(constant)
 
         return many
 
-    def _directional(self, vectors: Tensor) -> Callable[[_Group], Tensor]:
+    def _directional(self, vectors: Tensor) -> Way:
         leaves, pieces = self._evaluation.leaves(), self._space.split(vectors)
 
-        def some(group: _Group) -> Tensor:
+        def some(group: _Group, tie: Tie) -> Tensor:
             losses = torch.vmap(lambda tensors: self._loss(leaves, group.batch(tensors)))(group.tensors)
-            u = torch.ones_like(losses, requires_grad=True)
+            u = _signs(losses).requires_grad_()
             grads = torch.autograd.grad(losses, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
             live = [i for i, g in enumerate(grads) if g.requires_grad]
             columns = [
                 torch.autograd.grad([grads[i] for i in live], u, [pieces[i][j] for i in live], retain_graph=True)[0]
                 for j in range(len(vectors))
             ]
-            return torch.stack(columns, dim=-1)
+            dots, gradient = torch.stack(columns, dim=-1), self._space.flatten(grads).detach()
+            tie(dots, u.detach(), vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
+            return dots
 
-        return lambda group: torch.cat([some(part) for part in group.parts(_EXAMPLES_AT_ONCE)])
+        return lambda group, tie: torch.cat([some(part, tie) for part in group.parts(_EXAMPLES_AT_ONCE)])
 
     def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
         """The batches of one of these examples, in groups; cut from larger batches where these are known to be such."""
@@ -161,7 +205,7 @@ class ExampleGradients:
         self,
         indices: Sequence[int],
         at_once: int,
-        ways: dict[str, Callable[[_Group], Tensor]],
+        ways: dict[str, Way],
         one: Callable[[Any], Tensor],
     ) -> Iterator[tuple[list[int], Tensor]]:
         verified: dict[str, list[Any]] = {way: [] for way in ways}
@@ -178,22 +222,27 @@ class ExampleGradients:
     def _first_way(
         self,
         group: _Group,
-        ways: dict[str, Callable[[_Group], Tensor]],
+        ways: dict[str, Way],
         verified: dict[str, list[Any]],
         one: Callable[[Any], Tensor],
     ) -> Tensor | None:
         """Many examples at once, in the first way that works; each is compared with single examples where it is new.
 
-        New to it are other templates: another shape or constant may take another way in the model.
+        New to it are other templates: another shape or constant may take another way in the model. That examples of one
+        template do not differ in their ways is what ``tie`` sees, in every group.
         """
         for way, many in ways.items():
             if way in self.why_not:
                 continue
+            tie = Tie(self._space.pass_dtype)
             try:
                 with quiet_vmap():
-                    fast = many(group)
+                    fast = many(group, tie)
             except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop of ones
                 self.why_not[way] = f"many examples at once failed: {error}"
+                continue
+            if not tie.holds:
+                self.why_not[way] = "many examples at once differ from a backward pass of the sum of their losses"
                 continue
             if not any(alike(group.template, known) for known in verified[way]):
                 probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
@@ -230,6 +279,12 @@ class _Group:
         return [
             _Group(self.positions[i : i + size], self.template, [t[i : i + size] for t in self.tensors]) for i in starts
         ]
+
+
+def _signs(losses: Tensor) -> Tensor:
+    """±1 at random for each of these losses, the same each time."""
+    generator = torch.Generator().manual_seed(len(losses))
+    return torch.randint(2, losses.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(losses)
 
 
 def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torch_influence.batches import Batches, weighted_mean
-from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.leaves import map_leaves
@@ -22,15 +21,36 @@ from torch_influence.plan import agree
 
 LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
+NOT_A_MEAN = "the loss of a batch is not the mean of the losses of its examples"
+
 _ROUNDINGS = 32  # by which two evaluations may differ where the device adds in any order
 _DRAWS = 16  # evaluations of a loss that draws random numbers, to see a difference: a rare one hides in a few
 _ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
 
 
-def mean_gradient(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, indices: Sequence[int]) -> Tensor:
-    """∇ (1/m) Σ loss over these m examples, a row [d]. One pass over them."""
+def mean_gradient(
+    loss: LossOfBatch,
+    evaluation: Evaluation,
+    batches: Batches,
+    indices: Sequence[int],
+    look: Callable[[Any, int, Tensor, Sequence[int]], None] | None = None,
+) -> Tensor:
+    """∇ (1/m) Σ loss over these m examples, a row [d]. One pass over them.
+
+    ``look`` is called with each batch, its size, its loss and its examples.
+    """
     leaves = evaluation.leaves()
-    return batches.mean(lambda batch: loss_gradient(loss, evaluation.space, leaves, batch), indices)
+
+    def terms() -> Iterator[tuple[Tensor, int]]:
+        start = 0
+        for batch, size in batches.read(indices):
+            value = loss(leaves, batch)
+            yield evaluation.space.flatten(differentiate(value, leaves)).detach(), size
+            if look is not None:
+                look(batch, size, value.detach(), indices[start : start + size])
+            start += size
+
+    return weighted_mean(terms())
 
 
 def loss_gradient(loss: LossOfBatch, space: ParameterSpace, leaves: Sequence[Tensor], batch: Any) -> Tensor:
@@ -85,7 +105,7 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
     # At a minimum the mean is nearly zero: rounding is as large as the parts make it.
     scale = weighted_mean((g.norm(), len(part)) for g, part in zip(gradients, parts, strict=True))
     if not (whole - mean).norm() <= torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * scale:
-        return None, "the loss of a batch is not the mean of the losses of its examples"
+        return None, NOT_A_MEAN
     return min(max(wanted // own, 1) * own, n), ""
 
 
@@ -97,13 +117,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
     """
     anyway = {t.untyped_storage().data_ptr() for t in leaves_of(besides) if _is_strided(t)}
     storages: dict[int, int] = {}
-    seen: set[Any] = set()
-    nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_behind(roots):
         for name in _saved_names(type(node)):
             try:
                 saved = getattr(node, name)
@@ -112,8 +126,20 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
             for t in saved if isinstance(saved, list | tuple) else [saved]:
                 if _is_strided(t) and (storage := t.untyped_storage()).data_ptr() not in anyway:
                     storages[storage.data_ptr()] = storage.nbytes()
-        nodes += [following for following, _ in node.next_functions if following is not None]
     return sum(storages.values())
+
+
+def nodes_behind(roots: Sequence[Tensor]) -> Iterator[Node]:
+    """The nodes of the graphs behind these tensors, each once, in an order that depends on their structure alone."""
+    seen: set[Node] = set()
+    nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        nodes += [following for following, _ in node.next_functions if following is not None]
 
 
 def _is_strided(t: Any) -> TypeGuard[Tensor]:
@@ -125,32 +151,49 @@ def _saved_names(node: type) -> tuple[str, ...]:
     return tuple(name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors")
 
 
+class Graph:
+    """Outputs and inputs of a graph that rows are pulled back through.
+
+    Args:
+        stage: a caller's name for this kind of graph.
+        outputs, inputs: tensors of one graph.
+    """
+
+    def __init__(self, stage: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self.stage, self.outputs, self.inputs = stage, outputs, inputs
+
+    @functools.cached_property
+    def structure(self) -> int:
+        """Equal for graphs of the same operators, joined in the same way."""
+        number = {node: i for i, node in enumerate(nodes_behind(self.outputs))}
+        joined = (tuple(-1 if to is None else number[to] for to, _ in node.next_functions) for node in number)
+        return hash((self.stage, tuple(type(node).__name__ for node in number), tuple(joined)))
+
+
 class PullBack:
     """vᵀ ∂outputs/∂inputs for rows of cotangents v, many at a time where that is verified to be the same.
 
     A batched backward (vmap over the graph) does many rows in one sweep. Its first rows are compared with the plain
-    backward once for each ``stage`` (a caller's name for one kind of graph) in the life of this object; operators it
-    can't batch, or batches differently, take the plain way.
+    backward once for each structure of graphs in the life of this object, since some batches may take another way
+    through the model than others; operators that can't be batched, or are batched differently, take the plain way.
 
     Attributes:
         why_plain: per stage that goes row by row, the reason.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._batched: dict[str, bool] = {}
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._space = evaluation.space
+        self._batched: dict[int, bool] = {}
         self.why_plain: dict[str, str] = {}
 
-    def __call__(
-        self, stage: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """outputs, inputs: tensors of one graph; cotangents: per output [k, *its shape]. Per input [k, *its shape]."""
-        k = cotangents[0].shape[0]
-        live = [i for i, out in enumerate(outputs) if out.requires_grad]
+    def __call__(self, graph: Graph, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """cotangents: per output of the graph [k, *its shape]. Returns per input [k, *its shape]."""
+        inputs, k = graph.inputs, cotangents[0].shape[0]
+        live = [i for i, out in enumerate(graph.outputs) if out.requires_grad]
         if not live or k == 0:
             return tuple(x.new_zeros(k, *x.shape) for x in inputs)
-        outs = [outputs[i] for i in live]
-        cots = [cotangents[i].detach().to(outputs[i].dtype) for i in live]
+        outs = [graph.outputs[i] for i in live]
+        cots = [cotangents[i].detach().to(out.dtype) for i, out in zip(live, outs, strict=True)]
 
         def one(*rows: Tensor) -> tuple[Tensor, ...]:
             grads = torch.autograd.grad(outs, inputs, rows, retain_graph=True, allow_unused=True)
@@ -161,9 +204,9 @@ class PullBack:
             with quiet_vmap():
                 return (torch.func.vmap(one) if batched else one)(*(c[at] for c in cots))
 
-        if k > 1 and stage not in self._batched:
-            self._batched[stage] = self._probe(stage, backward)
-        if k == 1 or not self._batched[stage]:
+        if k > 1 and graph.structure not in self._batched:
+            self._batched[graph.structure] = self._probe(graph.stage, backward)
+        if k == 1 or not self._batched[graph.structure]:
             single = [backward(j, batched=False) for j in range(k)]
             return tuple(torch.stack(pieces) for pieces in zip(*single, strict=True))
         chunks = [backward(slice(j, j + _ROWS_AT_ONCE), batched=True) for j in range(0, k, _ROWS_AT_ONCE)]
@@ -178,7 +221,7 @@ class PullBack:
             return False
         for j in (0, 1):
             one = torch.cat([g[j].reshape(-1) for g in fast])[None]
-            if not agree(one, torch.cat([g.reshape(-1) for g in plain[j]])[None], self._dtype):
+            if not agree(one, torch.cat([g.reshape(-1) for g in plain[j]])[None], self._space.pass_dtype):
                 self.why_plain[stage] = "a backward of many rows at once differs from the plain one"
                 return False
         return True
@@ -190,70 +233,6 @@ def quiet_vmap() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield
-
-
-def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | None:
-    """Up to so many examples, spread over the data, and one batch of them; None where no two make a batch.
-
-    Spread, since neighbours may be of one class; where examples so far apart don't fit into one batch, neighbours.
-    """
-    if batches.batch_size is None:
-        return None
-    n, count = batches.n, min(count, max(batches.batch_size, 4), batches.n)
-    if count < 2:
-        return None
-    for some in ([i * (n - 1) // (count - 1) for i in range(count)], list(range(count))):
-        try:
-            return some, batches.peek(some)
-        except Exception:  # whatever a collate_fn says of ragged examples; mistakes show in the loader's own batches
-            continue
-    return None
-
-
-def warn_if_not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> None:
-    """Warns if the loss of a batch is not the mean of the losses of its examples; ``loss`` names it.
-
-    Evaluates up to eight examples, together and alone. The regulariser is left out, so an overridden train_loss, which
-    may not tell it apart, is not checked; nor is a loss that is random, which ``randomness`` finds.
-    """
-    if loss == "train_loss" and evaluation.overrides_train_loss:
-        return
-    leaves = evaluation.leaves()
-
-    def value(batch: Any) -> float:
-        if loss == "test_loss":
-            return evaluation.test_loss(leaves, batch).item()
-        outputs = evaluation.train_outputs(leaves, batch)
-        return evaluation.train_loss_on_outputs(leaves, outputs, batch).item()
-
-    with _undisturbed(batches, leaves[0].device) as drawn:
-        found = in_one_batch(batches)
-        if found is None:
-            return
-        some, batch = found
-        together, alone = value(batch), [value(batches.peek([i])) for i in some]
-        again = value(batches.peek(some))
-        if drawn():
-            return
-    mean, close = sum(alone) / len(alone), torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * sum(map(abs, alone))
-    if abs(together - mean) <= close or abs(together - again) > close or not math.isfinite(together - mean):
-        return
-    if abs(together - sum(alone)) <= close:
-        problem = (
-            f"what looks like the sum (the loss of {len(some)} examples equals the sum of their losses); use "
-            "reduction='mean', or scores are wrong by a factor of the batch size"
-        )
-    else:
-        problem = (
-            f"something else: {together:.6g} for {len(some)} examples together, and {mean:.6g} for the mean of their "
-            "losses one by one. Gradients are those of examples one by one, the curvature is that of batches, so that "
-            "scores are wrong. Where class weights (weight=), ignore_index or a count of tokens divides the loss, it "
-            "depends on what else is in the batch: divide by a constant, as in "
-            "(F.cross_entropy(outputs, y, weight=w, reduction='none') / w[all_labels].mean()).mean()"
-        )
-    warnings.warn(
-        f"{loss}: expected the mean loss over the batch, got {problem}", UserWarning, stacklevel=level_of_the_user()
-    )
 
 
 class NondeterminismWarning(RuntimeWarning):
@@ -272,7 +251,7 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
         copied = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         return getattr(evaluation, loss)(leaves, copied).detach()  # the objective may edit its batch
 
-    with _undisturbed(batches, leaves[0].device) as drawn:
+    with undisturbed(batches, leaves[0].device) as drawn:
         first = value()
         draws = drawn()
         for _ in range(_DRAWS if draws else 1):
@@ -290,7 +269,7 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
+def undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Leaves the default random states as they were, the device's too; yields whether numbers were drawn so far."""
     if device.type != "cuda":
         with batches.quietly() as drawn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -24,7 +25,8 @@ class ParameterSpace:
         shapes: their shapes.
         size: d, the number of selected scalars.
         dtype: dtype of rows: the parameters' common dtype, float32 for float16 and bfloat16.
-        pass_dtype: the least precise dtype among the trainable parameters, in which forward and backward passes run.
+        pass_dtype: the least precise dtype in which forward and backward passes run: that of some trainable parameter,
+            or one that a loss was seen to be computed in, see ``saw``.
     """
 
     def __init__(self, model: nn.Module, select: Selection = None) -> None:
@@ -46,12 +48,22 @@ class ParameterSpace:
         self.size = sum(self.sizes)
         common = functools.reduce(torch.promote_types, (p.dtype for p in chosen))
         self.dtype = torch.float32 if common in (torch.float16, torch.bfloat16) else common
-        self.pass_dtype = max((p.dtype for p in trainable.values()), key=lambda dtype: torch.finfo(dtype).eps)
+        self.pass_dtype = _least_precise([p.dtype for p in trainable.values()])
 
     def current(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, ...]:
         """The model's own Parameter objects of these names (default: the selected ones), as they are now."""
         here = dict(self._model.named_parameters())
         return tuple(here[name] for name in (self.names if names is None else names))
+
+    def saw(self, dtype: torch.dtype) -> None:
+        """Takes note of a dtype that a loss is computed in, for the tolerances of all comparisons that follow."""
+        self.pass_dtype = _least_precise([self.pass_dtype, dtype])
+
+    def widened(self) -> ParameterSpace:
+        """The same parameters as rows of float64."""
+        twin = copy.copy(self)
+        twin.dtype = twin.pass_dtype = torch.float64
+        return twin
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters -> one row [d]; tensors with a leading axis of k -> rows [k, d]."""
@@ -63,6 +75,10 @@ class ParameterSpace:
         """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""
         pieces = rows.split(self.sizes, dim=-1)
         return tuple(piece.reshape(*rows.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+
+def _least_precise(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Selection) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Parts:
         self._cache = cache
         self._calls = 0  # of public methods
         self._makes = 0  # how often the model, the objective or the training data were set
-        self._means_checked: set[str] = set()
+        self._means_checked: dict[str, str] = {}  # what was found
         self._randomness_checked: set[str] = set()
         self._valid_for: tuple[Any, ...] = ()
         self._evaluate(model, objective)
@@ -79,8 +79,8 @@ class Parts:
     def test_loader(self, loader: Any) -> None:
         vars(self).pop("_test", None)
         self._test_loader = loader
-        for checked in (self._means_checked, self._randomness_checked):
-            checked.discard("test_loss")
+        self._means_checked.pop("test_loss", None)
+        self._randomness_checked.discard("test_loss")
 
     @property
     def damp(self) -> float:

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.convolutions import Convolutions, channels_last, convolves
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import PullBack, differentiate, grouping, saved_bytes
+from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator
+from torch_influence.losses import Means
 from torch_influence.plan import agree
 
 Tangents: TypeAlias = Sequence[Tensor]
@@ -33,12 +34,14 @@ class Linearized:
     """The curvature of a batch's loss, differentiated and ready to multiply, as often as wanted.
 
     Attributes:
+        loss: of the batch, as it was differentiated.
         product: tangents, one [k, *shape] per tensor that was differentiated by, to products of the same shapes.
         gradient: of the loss, with respect to the same tensors.
         roots: of the graphs that ``product`` walks.
         besides: tensors that are kept in memory anyway.
     """
 
+    loss: Tensor
     product: Callable[[Tangents], Tangents]
     gradient: Callable[[], Tangents]
     roots: Sequence[Tensor]
@@ -81,8 +84,10 @@ class Curvature(LinearOperator):
     Args:
         evaluation, batches, device: of the training data.
         budget: bytes of graphs to keep.
+        told: whether the user has been told already that the loss is no mean over the batch.
 
     Attributes:
+        means: looks at the loss of every batch that is differentiated, in the first pass over the data.
         batch_size: of the passes over the data, None for the loader's own; known after ``prepare``.
         why_not_grouped: why it is the loader's own; empty if it is not.
         graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
@@ -93,7 +98,14 @@ class Curvature(LinearOperator):
 
     regularized_loss: bool = False  # whether ``loss`` has the regulariser in it
 
-    def __init__(self, evaluation: Evaluation, batches: Batches, device: torch.device, budget: float = 0) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        batches: Batches,
+        device: torch.device,
+        budget: float = 0,
+        told: bool = False,
+    ) -> None:
         self.evaluation = evaluation
         self.batches = batches
         self.budget = budget
@@ -107,7 +119,8 @@ class Curvature(LinearOperator):
         self._lean = False
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
-        self._pull_back = PullBack(evaluation.space.pass_dtype)
+        self._pull_back = PullBack(evaluation)
+        self.means = Means("train_loss" if self.regularized_loss else "data_loss", evaluation, batches, told)
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
@@ -122,9 +135,15 @@ class Curvature(LinearOperator):
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
         """What ``linearize`` differentiates: without the regulariser, where it is known apart from the rest."""
 
-    def batch_product(self, batch: Any, rows: Tensor, leaves: Tangents) -> Tensor:
-        """Curvature of the loss of one batch, regulariser included, times rows [k, d]."""
-        product = self._multiply(self.linearize(batch, leaves), rows)
+    def batch_product(self, batch: Any, rows: Tensor, leaves: Tangents, drawn: int = 0) -> Tensor:
+        """Curvature of the loss of one batch, regulariser included, times rows [k, d].
+
+        ``drawn``: the number of its examples, where they were drawn at random and their losses should be looked at.
+        """
+        linearized = self.linearize(batch, leaves)
+        if drawn:
+            self.means.add(batch, drawn, linearized.loss)
+        product = self._multiply(linearized, rows)
         extra = self.regularizer if leaves is self.leaves else self._regularizer_at(leaves)
         return product if extra is None else extra(product, rows)
 
@@ -219,14 +238,29 @@ class Curvature(LinearOperator):
 
     def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
         """``steps`` minibatch estimates, drawn with replacement at the loader's batch size."""
-        for batch, _ in self.batches.sample(steps, generator=generator):
-            yield _OfBatch(self, batch)
+        if steps * (self.batches.batch_size or 1) >= self.batches.n:
+            self.means.read_all()
+        for batch, size in self.batches.sample(steps, generator=generator):
+            yield _OfBatch(self, batch, size)
 
     def _mean_product(self, rows: Tensor, describe: str | None = None) -> Tensor:
         self.prepare()
-        terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
-        product = weighted_mean(terms)
-        return product if self.regularizer is None else self.regularizer(product, rows)
+        while True:
+            terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
+            product = weighted_mean(terms)
+            if self.concluded():
+                return product if self.regularizer is None else self.regularizer(product, rows)
+
+    def concluded(self) -> bool:
+        """Whether a pass over the data that has ended can be relied on; else it is to be made again.
+
+        Batches larger than the loader's, whose losses turn out not to be the means of their examples', are given up.
+        """
+        if self.means.conclude() or self.batch_size is None:
+            return True
+        self.batch_size, self.why_not_grouped = None, NOT_A_MEAN
+        self._kept, self.kept_bytes, self.kept_examples = [], 0, 0
+        return False
 
     def _linearized(self, describe: str | None) -> Iterator[tuple[Linearized, int]]:
         """All batches, differentiated: first those that are kept, then the rest, kept from now on while they fit."""
@@ -240,8 +274,11 @@ class Curvature(LinearOperator):
         if describe is not None:
             step = self.batch_size or self.batches.batch_size or 1
             batches = self.batches.bar(batches, describe, -(-len(rest) // step))
+        start = rest.start
         for batch, size in batches:
             linearized = self.linearize(batch, self.leaves)
+            self.means.add(batch, size, linearized.loss, range(start, start + size))
+            start += size
             keep = keep and not self.batches.why_not_kept
             if keep:
                 keep = self.kept_bytes + linearized.nbytes <= self.budget
@@ -273,8 +310,10 @@ class Curvature(LinearOperator):
             return None
         space = self.evaluation.space
 
+        graph = Graph("regularizer", gradient, leaves)
+
         def product(rows: Tensor) -> Tensor:
-            return space.flatten(self._pull_back("regularizer", gradient, leaves, space.split(rows)))
+            return space.flatten(self._pull_back(graph, space.split(rows)))
 
         # Weight decay and its like are diagonal: what such a matrix makes of ones tells all of it.
         generator = torch.Generator().manual_seed(0)
@@ -291,10 +330,10 @@ class Curvature(LinearOperator):
 class _OfBatch(LinearOperator):
     """The curvature of one batch."""
 
-    def __init__(self, whole: Curvature, batch: Any) -> None:
-        self._whole, self._batch = whole, batch
+    def __init__(self, whole: Curvature, batch: Any, examples: int) -> None:
+        self._whole, self._batch, self._examples = whole, batch, examples
         self.size, self.dtype, self.device = whole.size, whole.dtype, whole.device
 
     def product(self, rows: Tensor) -> Tensor:
         with self._whole.evaluation.session():
-            return self._whole.batch_product(self._batch, rows, self._whole.leaves)
+            return self._whole.batch_product(self._batch, rows, self._whole.leaves, drawn=self._examples)

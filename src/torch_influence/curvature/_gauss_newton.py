@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.curvature._base import Curvature, Linearized, Tangents
-from torch_influence.gradients import differentiate
+from torch_influence.gradients import Graph, differentiate
 
 
 class GaussNewton(Curvature):
@@ -24,20 +24,23 @@ class GaussNewton(Curvature):
         inputs = leaves if at is None else at()
         u = torch.zeros_like(outputs, requires_grad=True)
         jt_u = torch.autograd.grad(outputs, inputs, u, create_graph=True, allow_unused=True, materialize_grads=True)
-        at_outputs, slope = self._slope(leaves, outputs, batch)
+        at_outputs, loss, slope = self._slope(leaves, outputs, batch)
 
         where = "" if at is None else " at the outputs"
+        jacobian = Graph("jacobian" + where, jt_u, [u])
+        curved = Graph("loss" + where, slope, [at_outputs])
+        transposed = Graph("transposed jacobian" + where, [outputs], inputs)
 
         def product(tangents: Tangents) -> Tangents:
-            (jv,) = self._pull_back("jacobian" + where, jt_u, [u], tangents)
-            (hjv,) = self._pull_back("loss" + where, slope, [at_outputs], [jv])
-            return self._pull_back("transposed jacobian" + where, [outputs], inputs, [hjv])
+            (jv,) = self._pull_back(jacobian, tangents)
+            (hjv,) = self._pull_back(curved, [jv])
+            return self._pull_back(transposed, [hjv])
 
         def gradient() -> Tangents:
-            rows = self._pull_back("gradient", [outputs], inputs, [slope[0].detach()[None]])
+            rows = self._pull_back(transposed, [slope[0].detach()[None]])
             return [row.squeeze(0) for row in rows]
 
-        return Linearized(product, gradient, roots=[outputs, *jt_u, *slope], besides=self._kept_anyway(batch))
+        return Linearized(loss, product, gradient, roots=[outputs, *jt_u, *slope], besides=self._kept_anyway(batch))
 
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
         return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)
@@ -53,22 +56,23 @@ class GaussNewton(Curvature):
     def output_blocks(self, leaves: Tangents, batch: Any) -> Tensor:
         """H_out's blocks [b, c, c], one for each of the outputs' rows, if it has no entries outside of them."""
         outputs = self.outputs(leaves, batch).detach()
-        at_outputs, slope = self._slope(leaves, outputs, batch)
+        at_outputs, _, slope = self._slope(leaves, outputs, batch)
         b, c = rows_and_columns(outputs)
         # Column j of every block at once, from the tangent that is 1 at output j of all rows.
         unit = torch.eye(c, dtype=outputs.dtype, device=self.device)[:, None].expand(c, b, c)
-        (columns,) = self._pull_back("loss", slope, [at_outputs], [unit.reshape(c, *outputs.shape)])
+        graph = Graph("loss", slope, [at_outputs])
+        (columns,) = self._pull_back(graph, [unit.reshape(c, *outputs.shape)])
         return columns.reshape(c, b, c).permute(1, 2, 0).to(self.dtype)
 
     def pulled(self, leaves: Tangents, outputs: Tensor, rows: Tensor) -> Tensor:
         """Jᵀu for rows u [k, *shape of the outputs]: [k, d]."""
-        return self.evaluation.space.flatten(self._pull_back("transposed jacobian", [outputs], leaves, [rows]))
+        return self.evaluation.space.flatten(self._pull_back(Graph("transposed jacobian", [outputs], leaves), [rows]))
 
-    def _slope(self, leaves: Tangents, outputs: Tensor, batch: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A copy of the outputs, and the gradient of the loss with respect to it, with its graph."""
+    def _slope(self, leaves: Tangents, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """A copy of the outputs, the loss of it, and the gradient of that with respect to the copy, with its graph."""
         at_outputs = outputs.detach().requires_grad_()
         loss = self.evaluation.train_loss_on_outputs(leaves, at_outputs, batch)
-        return at_outputs, differentiate(loss, [at_outputs], create_graph=True)
+        return at_outputs, loss.detach(), differentiate(loss, [at_outputs], create_graph=True)
 
     def _outputs(self, leaves: Tangents, batch: Any) -> Tensor:
         outputs = self.evaluation.train_outputs(leaves, batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.curvature._base import Curvature, Linearized, Tangents
-from torch_influence.gradients import differentiate
+from torch_influence.gradients import Graph, differentiate
 
 
 class Hessian(Curvature):
@@ -21,14 +21,16 @@ class Hessian(Curvature):
         inputs = leaves if at is None else at()
         if not loss.requires_grad and self.regularizer is not None:  # then the regulariser is all there is
             return Linearized(
+                loss,
                 lambda tangents: [torch.zeros_like(t) for t in tangents],
                 lambda: [torch.zeros_like(x) for x in inputs],
                 (),
             )
         slope = differentiate(loss, inputs, create_graph=True)
-        stage = "hessian" if at is None else "hessian at the outputs"
+        graph = Graph("hessian" if at is None else "hessian at the outputs", slope, inputs)
         return Linearized(
-            product=lambda tangents: self._pull_back(stage, slope, inputs, tangents),
+            loss.detach(),
+            product=lambda tangents: self._pull_back(graph, tangents),
             gradient=lambda: [g.detach() for g in slope],
             roots=slope,
             besides=self._kept_anyway(batch),

@@ -267,14 +267,19 @@ def linear_head(plain: Curvature, streamed: bool = True) -> LinearHead | str:
         watched, generation = plain.batches.watched(), plain.batches.generation
         if not watched or (plain.batches.why_not_kept and not streamed):
             return f"the data are not kept: {plain.batches.why_not_kept}"
-        for capture in (_softmax, _blocks):
+        captures = [_softmax, _blocks]
+        while captures:
             try:
-                head = _Capture(plain, layer).head(capture)
+                head = _Capture(plain, layer).head(captures[0])
             except _NotAHeadError as why:
                 reason = str(why)
+                del captures[0]
                 continue
             plain.batches.refresh()
-            return head if plain.batches.generation == generation else "the data changed while they were being read"
+            if plain.batches.generation != generation:
+                return "the data changed while they were being read"
+            if plain.concluded():
+                return head
     return reason
 
 
@@ -293,6 +298,7 @@ class _Capture:
         shared = not plain.batches.why_not_kept
         for batch, size in plain.batches.read(None, plain.batch_size):
             calls, linearized = self._cut(batch, size)
+            plain.means.add(batch, size, linearized.loss, range(done, done + size))
             if not linearized.roots:
                 raise _NotAHeadError("the loss of a batch depends on the parameters by the regulariser alone")
             (x,), (z,) = calls.inputs, calls.outputs
@@ -376,8 +382,13 @@ def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> Out
     (b, c), wide = z.shape, torch.promote_types(z.dtype, torch.float32)
     if c * c * torch.finfo(wide).bits // 8 > room:
         return OutputCurvature(graphs=[(linearized, b)])
-    tangents = torch.eye(c, dtype=z.dtype, device=z.device)[:, None].expand(c, b, c)
-    columns = linearized.product([tangents])[0]
+    # And a random tangent, which tells entries outside of the blocks: a loss that joins examples, in this batch alone.
+    random = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    tangents = torch.cat([torch.eye(c, dtype=z.dtype, device=z.device)[:, None].expand(c, b, c), random])
+    products = linearized.product([tangents])[0]
+    columns = products[:c]
+    if not agree(torch.einsum("jbi,bj->bi", columns, random[0]), products[c], z.dtype):
+        raise _NotAHeadError("the loss joins the outputs of different examples")
     return OutputCurvature(blocks=columns.permute(1, 2, 0).to(wide).contiguous().mul_(share))
 
 

@@ -27,12 +27,12 @@ def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bo
     total, size, count = torch.zeros_like(row, dtype=torch.float64), 0.0, 0
     for batch, examples in batches.read():
         if gnh:
-            product = _gauss_newton(evaluation, leaves, batch, tangents)
+            product = gauss_newton_product(evaluation, leaves, batch, tangents)
             value = evaluation.train_regularization(leaves)
             if isinstance(value, Tensor) and value.requires_grad:
-                product = [p + q for p, q in zip(product, _second(value, leaves, tangents), strict=True)]
+                product = [p + q for p, q in zip(product, hessian_product(value, leaves, tangents), strict=True)]
         else:
-            product = _second(evaluation.train_loss(leaves, batch), leaves, tangents)
+            product = hessian_product(evaluation.train_loss(leaves, batch), leaves, tangents)
         term = evaluation.space.flatten(product).detach().double()
         total += examples * term
         size += examples * float(term.norm())
@@ -40,20 +40,20 @@ def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bo
     return total / count, size / count
 
 
-def _second(value: Tensor, leaves: Tangents, tangents: Tangents) -> Tangents:
+def hessian_product(value: Tensor, leaves: Tangents, tangents: Tangents) -> Tangents:
     """∇²value · v, by differentiating ∇value · v."""
     slopes = differentiate(value, leaves, create_graph=True)
     return _derivative(slopes, tangents, leaves)
 
 
-def _gauss_newton(evaluation: Evaluation, leaves: Tangents, batch: Any, tangents: Tangents) -> Tangents:
+def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, tangents: Tangents) -> Tangents:
     """Jᵀ H_out J v, with J v as the derivative of u -> Jᵀu · v."""
     outputs = evaluation.train_outputs(leaves, batch)
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
     (jv,) = _derivative(pulled, tangents, [u])
     free = outputs.detach().requires_grad_()
-    (hjv,) = _second(evaluation.train_loss_on_outputs(leaves, free, batch), [free], [jv])
+    (hjv,) = hessian_product(evaluation.train_loss_on_outputs(leaves, free, batch), [free], [jv])
     return torch.autograd.grad(outputs, leaves, hjv, allow_unused=True, materialize_grads=True)
 
 

@@ -1,0 +1,265 @@
+"""Looks at a curvature before it is used, on at most 32 examples: is it what autograd and the loss make it seem?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
+from torch_influence.curvature._base import Curvature, Tangents
+from torch_influence.curvature._gauss_newton import GaussNewton
+from torch_influence.curvature._plain import gauss_newton_product, hessian_product
+from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import nodes_behind, undisturbed
+from torch_influence.linop import LinearOperator
+from torch_influence.losses import in_double, in_one_batch
+
+_EXAMPLES = 32
+_VECTORS = 12  # of d numbers in float64, that are held at once
+_ROUNDINGS = 32  # in a gradient
+_KINKED = ("Relu", "LeakyRelu", "Prelu", "RRelu", "Threshold", "Hardtanh", "Abs", "Clamp", "Max", "Min", "Adaptive")
+
+
+class CurvatureWarning(RuntimeWarning):
+    """The curvature is not what scores need: a second derivative is wrong, or there is none."""
+
+
+def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warning]:
+    """Warnings of what is doubtful in this curvature; ``operator`` is the same in the form in which it is used.
+
+    - Parameters that get no gradient from any example: a note of them is given here.
+    - Gauss-Newton: parameters that the loss depends on beside the outputs; it is zero in them.
+    - No curvature at all.
+    - Second derivatives that autograd gets wrong, see ``second_derivative``.
+
+    Cost: about ten passes over the examples in one batch; where something is missing in it, one over the data. What
+    needs more memory than ``room`` (twelve vectors of float64) is not looked at.
+    """
+    evaluation, batches = plain.evaluation, plain.batches
+    names, gnh = evaluation.space.names, isinstance(plain, GaussNewton)
+    found: list[Warning] = []
+    with evaluation.session(), undisturbed(batches, plain.device):
+        try:
+            _, batch = in_one_batch(batches, _EXAMPLES) or ([0], batches.peek([0]))
+            if unreached := _unreached(evaluation, batches, batch, plain.loss):
+                warnings.warn(
+                    f"params: {_listed(names, unreached)} {'gets' if len(unreached) == 1 else 'get'} no gradient from "
+                    "any training example: scores say nothing of them. If the loss should depend on them, something "
+                    "cuts them off in eval mode: LoRA weights that are merged, a weight that is cached, no_grad, "
+                    "detach(), or reentrant checkpointing (use_reentrant=False is the other); else leave them out with "
+                    "params=",
+                    UserWarning,
+                    stacklevel=level_of_the_user(),
+                )
+            if gnh and (beside := _beside_the_outputs(evaluation, batch)):
+                found.append(
+                    CurvatureWarning(
+                        f"gnh=True: the loss depends on {_listed(names, beside)} directly, and not by the "
+                        "outputs alone: the Gauss-Newton matrix is zero there, and scores grow like 1/damp. Put what "
+                        "the loss needs into train_outputs, leave these parameters out with params=, or use gnh=False"
+                    )
+                )
+            if 8 * _VECTORS * plain.size > room:
+                return found
+            second = second_derivative(evaluation, batch, gnh)
+        except Exception:  # whatever is wrong shows again, and with its own words, when the curvature is multiplied
+            return found
+        if second.wrong:
+            found.append(
+                CurvatureWarning(
+                    f"the second derivative of the training loss is wrong: {second.wrong}. Some operator in the model "
+                    "or the loss can be differentiated once only, or its backward can't be differentiated (a custom "
+                    "autograd.Function with once_differentiable, NumPy, a kernel, or values kept on ctx). Write it in "
+                    "operators of torch, or save tensors by ctx.save_for_backward and compute the backward from them"
+                )
+            )
+        elif second.flat and _is_flat(plain, operator):
+            found.append(
+                CurvatureWarning(
+                    "the training loss has no curvature (is it piecewise linear, as absolute values, hinge and "
+                    "quantile losses are?): what is inverted is the regulariser's and the damping alone, so that "
+                    "scores are products of gradients divided by these. A smooth loss (Huber's, logistic) has one"
+                )
+            )
+    return found
+
+
+class SecondDerivative(NamedTuple):
+    """How products v -> Hv of the loss of a batch, as autograd makes them, compare with what they should be.
+
+    Attributes:
+        asymmetry: |u·Hv - v·Hu| of random rows, in units of |Hu| + |Hv|.
+        symmetric: what is allowed of it.
+        deviation: |Hv - difference of gradients|, in units of the larger; 0 where two steps do not agree.
+        precise: what is allowed of it.
+        flat: whether both products are zero.
+    """
+
+    asymmetry: float
+    symmetric: float
+    deviation: float = 0.0
+    precise: float = 1.0
+    flat: bool = False
+
+    @property
+    def wrong(self) -> str:
+        """In words; empty if all is well."""
+        if not self.asymmetry <= self.symmetric:
+            return (
+                f"products of random vectors u and v are not symmetric, |u·Hv - v·Hu| is {self.asymmetry:.2g} of them"
+            )
+        if not self.deviation <= self.precise:
+            return f"a product Hv and a central difference of first derivatives are {self.deviation:.2g} of them apart"
+        return ""
+
+
+# -- second derivatives -----------------------------------------------------------------------------------------------
+
+
+def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDerivative:
+    """Looks at products of random vectors with the curvature of the loss of a batch, in two ways.
+
+    - They are symmetric: where a backward can't be differentiated, autograd leaves out a part, and the rest is not.
+    - They are central differences of first derivatives, (∇ℓ(θ + hv) - ∇ℓ(θ - hv)) / 2h. Two steps, h and h/2, must
+      agree ten times better than they do with Hv: across a kink they don't.
+
+    In float64, where the model runs in it and the loss is the same there. For Gauss-Newton differences of the outputs,
+    and of the loss's gradient at the outputs, stand for the two derivatives.
+    """
+    loss = "train_loss" if evaluation.overrides_train_loss and not gnh else "data_loss"
+    evaluation, batch = in_double(evaluation, loss, batch)
+    leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
+    eps = torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        [torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t) for t in leaves]
+        for _ in range(2)
+    ]
+    function = getattr(evaluation, loss)
+
+    def product(tangents: Tangents) -> Tensor:
+        if gnh:
+            return _flat(gauss_newton_product(evaluation, leaves, batch, tangents))
+        return _flat(hessian_product(function(leaves, batch), leaves, tangents))
+
+    Hu, Hv = map(product, rows)
+    u, v = map(_flat, rows)
+    size, apart = float(Hu.norm() + Hv.norm()), float((u @ Hv - v @ Hu).abs())
+    # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
+    found = SecondDerivative(apart / size if apart else 0.0, eps**0.5 + eps * len(u) ** 0.5, flat=size == 0)
+    if found.wrong or (dtype != torch.float64 and (dtype != torch.float32 or _kinked(function(leaves, batch)))):
+        return found  # steps as long as less precision takes would cross kinks
+    step = eps ** (1 / 3) * (float(_flat(leaves).norm()) or 1.0) / float(v.norm())
+    differences = _differences_of_gauss_newton if gnh else _differences
+    (rough, _), (fine, slope) = (differences(evaluation, function, leaves, batch, rows[1], h) for h in (step, step / 2))
+    apart, unsure = float((Hv - fine).norm()), float((rough - fine).norm())
+    noise = _ROUNDINGS * eps * slope / step
+    if not apart > noise or unsure > 0.1 * apart:
+        return found
+    # h² and ε/h are ε^(2/3): that leaves as much again.
+    return found._replace(deviation=apart / max(float(Hv.norm()), float(fine.norm())), precise=eps ** (1 / 3))
+
+
+def _differences(
+    evaluation: Evaluation, loss: Callable[..., Tensor], leaves: Tangents, batch: Any, tangents: Tangents, h: float
+) -> tuple[Tensor, float]:
+    """Hv by a central difference of gradients, and the size of these."""
+    slopes = [_gradient(loss(at, batch), at) for at in (_moved(leaves, tangents, by) for by in (h, -h))]
+    return (slopes[0] - slopes[1]) / (2 * h), float(slopes[0].norm())
+
+
+def _differences_of_gauss_newton(
+    evaluation: Evaluation, loss: Callable[..., Tensor], leaves: Tangents, batch: Any, tangents: Tangents, h: float
+) -> tuple[Tensor, float]:
+    """Jᵀ H_out J v, with differences of the outputs for J v, and of the loss's gradient at the outputs for H_out."""
+    with torch.no_grad():
+        ahead, behind = (evaluation.train_outputs(_moved(leaves, tangents, by), batch) for by in (h, -h))
+        jv = (ahead - behind) / (2 * h)
+    outputs = evaluation.train_outputs(leaves, batch)
+    length = float(jv.norm())
+    if length == 0:
+        return torch.zeros_like(_flat(leaves)), 0.0
+    by = h * float(_flat(tangents).norm()) * (float(outputs.detach().norm()) or 1.0)
+    by /= (float(_flat(leaves).norm()) or 1.0) * length
+    slopes = []
+    for step in (by, -by):
+        at = outputs.detach().add(jv, alpha=step).requires_grad_()
+        slopes.append(_gradient(evaluation.train_loss_on_outputs(leaves, at, batch), [at]).view_as(at))
+    hjv = (slopes[0] - slopes[1]) / (2 * by)
+    pulled = torch.autograd.grad(outputs, leaves, hjv, allow_unused=True, materialize_grads=True, retain_graph=True)
+    slope = torch.autograd.grad(outputs, leaves, slopes[0], allow_unused=True, materialize_grads=True)
+    return _flat(pulled), float(_flat(slope).norm())
+
+
+def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(_flat(inputs))
+    return _flat(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+
+
+def _moved(leaves: Tangents, tangents: Tangents, by: float) -> list[Tensor]:
+    return [leaf.detach().add(t, alpha=by).requires_grad_() for leaf, t in zip(leaves, tangents, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).double() for t in tensors])
+
+
+def _kinked(loss: Tensor) -> bool:
+    return any(type(node).__name__.startswith(_KINKED) for node in nodes_behind([loss]))
+
+
+# -- what is missing --------------------------------------------------------------------------------------------------
+
+
+def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Callable[..., Tensor]) -> list[int]:
+    """Places of the parameters that no example's loss is connected with."""
+    leaves = evaluation.leaves()
+
+    def left(places: list[int], batch: Any) -> list[int]:
+        value = loss(leaves, batch)
+        if not value.requires_grad:
+            return places
+        grads = torch.autograd.grad(value, [leaves[i] for i in places], allow_unused=True)
+        return [i for i, g in zip(places, grads, strict=True) if g is None]
+
+    missing = left(list(range(len(leaves))), batch)
+    if 0 < len(missing) < len(leaves):
+        for other, _ in batches.read():
+            missing = left(missing, other)
+            if not missing:
+                break
+    return missing if len(missing) < len(leaves) else []
+
+
+def _beside_the_outputs(evaluation: Evaluation, batch: Any) -> list[int]:
+    """Places of the parameters that the loss depends on where the outputs are held fixed."""
+    leaves = evaluation.leaves()
+    outputs = evaluation.train_outputs(leaves, batch).detach()
+    loss = evaluation.train_loss_on_outputs(leaves, outputs, batch)
+    if not loss.requires_grad:
+        return []
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [i for i, g in enumerate(grads) if g is not None and bool(g.any())]
+
+
+def _is_flat(plain: Curvature, operator: LinearOperator) -> bool:
+    """Whether a product with all of the data's curvature is that of the regulariser."""
+    if plain.regularized_loss:
+        return False
+    row = torch.randn(1, plain.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    row = row.to(plain.device, plain.dtype)
+    zero = torch.zeros_like(row)
+    alone = zero if plain.regularizer is None else plain.regularizer(zero, row)
+    eps = torch.finfo(plain.dtype).eps
+    return bool((operator.product(row) - alone).norm() <= _ROUNDINGS * eps * alone.norm())
+
+
+def _listed(names: Sequence[str], places: Sequence[int]) -> str:
+    shown = ", ".join(names[i] for i in places[:5])
+    return shown if len(places) <= 5 else f"{shown} and {len(places) - 5} others"

@@ -1,0 +1,327 @@
+"""Looks at the user's losses: whether that of a batch is the mean of its examples' own, and how precise it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
+from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import nodes_behind, quiet_vmap, undisturbed
+from torch_influence.leaves import leaves as leaves_of
+from torch_influence.leaves import map_leaves, put_together, take_apart
+
+_ROUNDINGS = 64  # by which two means of the same losses may differ, at least
+_BATCHES_HELD = 16  # batches of unknown examples between two looks at what was found
+
+
+def precision(loss: Tensor) -> torch.dtype:
+    """The least precise dtype in which a loss, or what it was made of in ways that autograd follows, was computed."""
+    dtypes = {loss.dtype}
+    for node in nodes_behind([loss]):
+        dtypes.update(t.dtype for t in getattr(node, "_input_metadata", ()) if t.dtype.is_floating_point)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def in_double(evaluation: Evaluation, loss: str, batch: Any) -> tuple[Evaluation, Any]:
+    """The evaluation in float64 and the batch with its floats cast, if this loss is the same there; else as given."""
+    if evaluation.space.pass_dtype == evaluation.space.dtype == torch.float64:
+        return evaluation, batch
+    twin = evaluation.widened()
+    cast = _cast(batch)
+    try:
+        with torch.no_grad():
+            here = float(getattr(evaluation, loss)(evaluation.leaves(), batch))
+            there = getattr(twin, loss)(twin.leaves(), cast)
+    except Exception:  # a layer, an operator or a constant that insists on its dtype
+        return evaluation, batch
+    close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * (1 + abs(here))
+    same = there.dtype == torch.float64 and abs(float(there) - here) <= close
+    return (twin, cast) if same else (evaluation, batch)
+
+
+def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | None:
+    """Up to so many examples, spread over the data, and one batch of them; None where no two make a batch.
+
+    Spread, since neighbours may be of one class; where examples so far apart don't fit into one batch, neighbours.
+    """
+    if batches.batch_size is None:
+        return None
+    n, count = batches.n, min(count, max(batches.batch_size, 4), batches.n)
+    if count < 2:
+        return None
+    for some in ([i * (n - 1) // (count - 1) for i in range(count)], list(range(count))):
+        try:
+            return some, batches.peek(some)
+        except Exception:  # whatever a collate_fn says of ragged examples; mistakes show in the loader's own batches
+            continue
+    return None
+
+
+# -- a mean over the batch --------------------------------------------------------------------------------------------
+#
+# ``loss`` is the name of a loss of Evaluation. A train_loss whose regulariser is known apart is looked at without it,
+# as "data_loss"; an overridden one as it is, since mean(ℓᵢ + reg) = mean(ℓᵢ) + reg.
+
+
+def not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> str:
+    """What is wrong with the loss of one batch of up to eight examples, spread over the data; empty if nothing is.
+
+    Examples whose loss is neither finite alone nor together with others are left out. Takes note of the precision of
+    the loss, too.
+    """
+    loss = "data_loss" if loss == "train_loss" and not evaluation.overrides_train_loss else loss
+    function, leaves = getattr(evaluation, loss), evaluation.leaves()
+    with undisturbed(batches, leaves[0].device):
+        some, batch = in_one_batch(batches) or ([0], batches.peek([0]))
+        together = function(leaves, batch)
+        evaluation.space.saw(precision(together))
+        if not together.isfinite():
+            with torch.no_grad():
+                finite = [i for i in some if function(leaves, batches.peek([i])).isfinite()]
+            some = finite if len(finite) < len(some) else some
+        return compared(loss, evaluation, batches, some) if len(some) > 1 else ""
+
+
+def compared(loss: str, evaluation: Evaluation, batches: Batches, some: Sequence[int]) -> str:
+    """What is wrong with the loss of a batch of these examples, each of which is read and collated alone as well.
+
+    What seems wrong is looked at again in float64, where the model runs in it, so that rounding is no finding.
+    """
+    batch = batches.peek(some)
+    alone = [batches.peek([i]) for i in some]
+    if batches.draws(some):  # other data at each reading: those at hand are cut, if they can be
+        if not _is_rows(batch, len(some)):
+            return ""
+        template, tensors = take_apart(batch, leading=1)
+        alone = [put_together(template, [t[j : j + 1] for t in tensors]) for j in range(len(some))]
+    finding = _finding(loss, evaluation, batch, alone)
+    if not finding:
+        return ""
+    wide, cast = in_double(evaluation, loss, batch)
+    return finding if wide is evaluation else _finding(loss, wide, cast, [_cast(one) for one in alone])
+
+
+def _finding(loss: str, evaluation: Evaluation, batch: Any, alone: Sequence[Any]) -> str:
+    function, leaves, dtype = getattr(evaluation, loss), evaluation.leaves(), evaluation.space.pass_dtype
+    with torch.no_grad():
+        together, *each, again = (float(function(leaves, _copied(some))) for some in (batch, *alone, batch))
+    random = math.isfinite(together) and finding_of(loss, again, [together], dtype)  # ``randomness`` says so
+    return "" if random else finding_of(loss, together, each, dtype)
+
+
+def finding_of(loss: str, together: float, alone: Sequence[float], dtype: torch.dtype) -> str:
+    """What is wrong with the loss of a batch, given those of its examples alone; empty if it is their mean."""
+    mean, total = sum(alone) / len(alone), sum(alone)
+    close = torch.finfo(dtype).eps ** 0.5 * sum(map(abs, alone))
+    if together == mean or (math.isfinite(together) == math.isfinite(mean) and not abs(together - mean) > close):
+        return ""
+    if abs(together - total) <= close:
+        problem = (
+            f"what looks like the sum (the loss of {len(alone)} examples equals the sum of their losses); use "
+            "reduction='mean', or scores are wrong by a factor of the batch size"
+        )
+    else:
+        problem = (
+            f"something else: {together:.6g} for {len(alone)} examples together, and {mean:.6g} for the mean of their "
+            "losses one by one. Gradients are those of examples one by one, the curvature is that of batches, so that "
+            "scores are wrong. Where class weights (weight=), ignore_index or a count of tokens divides the loss, it "
+            "depends on what else is in the batch: divide by a constant, as in "
+            "(F.cross_entropy(outputs, y, weight=w, reduction='none') / w[all_labels].mean()).mean(). Where examples "
+            "see one another (batch statistics, in-batch negatives), an example alone has another loss than with others"
+        )
+    name = "train_loss" if loss == "data_loss" else loss
+    return f"{name}: expected the mean loss over the batch, got {problem}"
+
+
+def tell(finding: str) -> None:
+    """Warns of a finding, if there is one."""
+    if finding:
+        warnings.warn(finding, UserWarning, stacklevel=level_of_the_user())
+
+
+class Means:
+    """Compares the loss of every batch of a pass over data with the mean of the losses of its examples, one by one.
+
+    What divides the loss of a batch by what is in it (class weights, ignored labels, counts of tokens) makes a
+    difference only in batches that hold such examples, and these may be rare: so all are looked at, each once.
+
+    Cost: a forward pass over the examples as batches of one, of which ``torch.func.vmap`` does many at a time where it
+    can. Nothing is waited for before ``conclude``. Memory: a number for each example, and up to 16 batches.
+
+    Args:
+        loss: the name of the loss.
+        evaluation, batches: of the model and the data.
+        told: whether the user has been told already; then nothing more is said.
+    """
+
+    def __init__(self, loss: str, evaluation: Evaluation, batches: Batches, told: bool = False) -> None:
+        self._loss, self._evaluation, self._batches, self._told = loss, evaluation, batches, told
+        self._seen = 0
+        self._vmaps = True
+        self._entries: list[_Entry] = []
+        self._ended = batches.batch_size is None  # each example is a batch of its own
+
+    def add(self, batch: Any, size: int, together: Tensor, where: Sequence[int] | None = None) -> None:
+        """Looks at a batch of so many examples and its loss.
+
+        Args:
+            batch: as the loss has had it.
+            size: number of its examples.
+            together: its loss.
+            where: the examples, ascending in each pass; those that were looked at before are passed over. None: they
+                were drawn at random. Then the batch is looked at if it can be cut into its examples, and all data are
+                read once as many examples have been drawn.
+        """
+        if self._ended or size < 2 or (where is not None and where[0] < self._seen):
+            return
+        self._seen = self._seen + size if where is None else where[-1] + 1
+        with torch.no_grad(), undisturbed(self._batches, together.device):
+            alone = self._alone(self._evaluation, batch, size, where)
+        if alone is not None:
+            self._entries.append(_Entry(together.detach(), alone, where))
+        if where is None and len(self._entries) == _BATCHES_HELD:
+            self.conclude()
+        if where is None and self._seen >= self._batches.n:
+            self.read_all()
+
+    def read_all(self, conclude: bool = True) -> None:
+        """Looks at all data, which are read for it, in the loader's own batches. Costs two forward passes."""
+        if self._ended:
+            return
+        self._seen = start = 0
+        leaves = self._evaluation.leaves()
+        with torch.no_grad(), undisturbed(self._batches, leaves[0].device):
+            for batch, size in self._batches.read():
+                self.add(batch, size, getattr(self._evaluation, self._loss)(leaves, batch), range(start, start + size))
+                start += size
+        self._ended = True
+        if conclude:
+            self.conclude()
+
+    def conclude(self) -> bool:
+        """Whether all batches so far were as their examples. Warns, once, where the loader's own batches were not."""
+        entries, self._entries = self._entries, []
+        if not entries:
+            return True
+        dtype = self._evaluation.space.pass_dtype
+        departures = torch.stack([entry.departure(dtype) for entry in entries]).tolist()
+        suspects = [entry for entry, by in zip(entries, departures, strict=True) if not by <= 1]
+        if suspects and not self._told:
+            finding = next(filter(None, map(self._confirmed, suspects)), "")
+            self._told = bool(finding)
+            tell(finding)
+        self._ended = self._ended or self._told
+        return not suspects
+
+    def _alone(self, evaluation: Evaluation, batch: Any, size: int, where: Sequence[int] | None) -> Tensor | None:
+        """The loss of each example alone [size]: cut from the batch where it is but its examples, else read."""
+        loss, leaves = getattr(evaluation, self._loss), evaluation.leaves()
+        if not _is_rows(batch, size):
+            if where is None:
+                return None
+            return torch.stack([loss(leaves, self._batches.peek([i])) for i in where])
+        template, tensors = take_apart(batch, leading=1)
+        ones = [t.unsqueeze(1) for t in tensors]
+        if self._vmaps:
+            try:
+                with quiet_vmap():
+                    return torch.vmap(lambda parts: loss(leaves, put_together(template, parts)))(ones)
+            except Exception:  # whatever vmap can't do; a mistake of the user's has shown in the batch
+                self._vmaps = False
+        return torch.stack([loss(leaves, put_together(template, [t[j] for t in ones])) for j in range(size)])
+
+    def _confirmed(self, entry: _Entry) -> str:
+        """What is wrong with a batch of the loader's own among these examples, read anew; empty if nothing is.
+
+        In float64 where the model runs in it, so that neither rounding, nor a larger batch, nor a wrong cut is found.
+        """
+        if entry.where is None:
+            return entry.finding(self._loss, self._evaluation.space.pass_dtype)
+        step, device = self._batches.batch_size or 1, entry.together.device
+        for first in range(0, len(entry.where), step):
+            some = entry.where[first : first + step]
+            if len(some) < 2:
+                continue
+            with undisturbed(self._batches, device), torch.no_grad():
+                where, batch = in_double(self._evaluation, self._loss, self._batches.peek(some))
+                together = getattr(where, self._loss)(where.leaves(), batch)
+                alone = self._alone(where, batch, len(some), some)
+                assert alone is not None  # since the examples are known
+                if float(_Entry(together, alone, some).departure(where.space.pass_dtype)) <= 1:
+                    continue
+                if finding := compared(self._loss, self._evaluation, self._batches, some):
+                    return finding
+        return ""
+
+    def worst(self) -> list[int]:
+        """The examples of the batch that departs most, among those that were not yet concluded on."""
+        dtype = self._evaluation.space.pass_dtype
+        most = max(self._entries, key=lambda entry: float(entry.departure(dtype)), default=None)
+        return [] if most is None else list(most.where or ())
+
+
+def departs_most(loss: str, evaluation: Evaluation, batches: Batches) -> list[int]:
+    """The examples of the loader's batch whose loss departs most from the mean of its examples' own.
+
+    Cost: two forward passes over the data.
+    """
+    means = Means(loss, evaluation, batches)
+    means.read_all(conclude=False)
+    return means.worst()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A batch that was looked at.
+
+    Attributes:
+        together: its loss.
+        alone: those of its examples [size].
+        where: the examples, if they are known.
+    """
+
+    together: Tensor
+    alone: Tensor
+    where: Sequence[int] | None
+
+    def finding(self, loss: str, dtype: torch.dtype) -> str:
+        """What is wrong, in words."""
+        return finding_of(loss, float(self.together), self.alone.tolist(), dtype)
+
+    def departure(self, dtype: torch.dtype) -> Tensor:
+        """|together - mean of alone| in units of what may be rounding; infinite where just one of the two is finite.
+
+        A tenth of a single example's share in the loss is more than rounding, as far as the dtype can tell.
+        """
+        eps, size = torch.finfo(dtype).eps, len(self.alone)
+        allowed = min(eps**0.5, max(0.1 / size, _ROUNDINGS * eps))
+        together, alone = self.together.double(), self.alone.double()
+        mean = alone.mean()
+        apart = (together - mean).abs() / (allowed * torch.maximum(alone.abs().mean(), together.abs()))
+        apart = torch.where(together == mean, 0.0, apart)
+        one = torch.where(together.isfinite() ^ mean.isfinite(), torch.inf, 0.0)
+        return torch.where(together.isfinite() & mean.isfinite(), apart, one)
+
+
+def _copied(batch: Any) -> Any:
+    """Its own tensors, since a loss may edit them."""
+    return map_leaves(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+
+
+def _cast(batch: Any) -> Any:
+    return map_leaves(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, batch)
+
+
+def _is_rows(batch: Any, size: int) -> bool:
+    """Whether a batch is tensors with a row for each of its examples, and nothing else."""
+    found = leaves_of(batch)
+    plain = (type(t) is Tensor and not t.is_nested and t.layout is torch.strided and t.dim() > 0 for t in found)
+    return bool(found) and all(plain) and all(len(t) == size for t in found)
