@@ -164,7 +164,8 @@ class Means:
 
     def __init__(self, loss: str, evaluation: Evaluation, batches: Batches, told: bool = False) -> None:
         self._loss, self._evaluation, self._batches, self._told = loss, evaluation, batches, told
-        self._seen = 0
+        self._looked_at: set[int] = set()  # the first examples of batches
+        self._drawn = 0
         self._vmaps = True
         self._entries: list[_Entry] = []
         self._ended = batches.batch_size is None  # each example is a batch of its own
@@ -176,27 +177,33 @@ class Means:
             batch: as the loss has had it.
             size: number of its examples.
             together: its loss.
-            where: the examples, ascending in each pass; those that were looked at before are passed over. None: they
-                were drawn at random. Then the batch is looked at if it can be cut into its examples, and all data are
-                read once as many examples have been drawn.
+            where: the examples; a batch that was looked at before is passed over. None: they were drawn at random. Then
+                the batch is looked at if it can be cut into its examples, and all data are read once as many examples
+                have been drawn, or where something seems wrong.
         """
-        if self._ended or size < 2 or (where is not None and where[0] < self._seen):
+        if self._ended or size < 2 or (where is not None and where[0] in self._looked_at):
             return
-        self._seen = self._seen + size if where is None else where[-1] + 1
+        if where is not None:
+            self._looked_at.add(where[0])
         with torch.no_grad(), undisturbed(self._batches, together.device):
             alone = self._alone(self._evaluation, batch, size, where)
         if alone is not None:
             self._entries.append(_Entry(together.detach(), alone, where))
-        if where is None and len(self._entries) == _BATCHES_HELD:
-            self.conclude()
-        if where is None and self._seen >= self._batches.n:
+        if where is None:
+            self._drawn += size
+            if self._drawn >= self._batches.n or len(self._entries) == _BATCHES_HELD:
+                self.conclude_draws()
+
+    def conclude_draws(self) -> None:
+        """Reads all data if as many examples have been drawn as there are, or something seems wrong with those drawn."""
+        if self._drawn >= self._batches.n or self._suspects():
             self.read_all()
 
     def read_all(self, conclude: bool = True) -> None:
         """Looks at all data, which are read for it, in the loader's own batches. Costs two forward passes."""
         if self._ended:
             return
-        self._seen = start = 0
+        self._entries, self._looked_at, start = [], set(), 0
         leaves = self._evaluation.leaves()
         with torch.no_grad(), undisturbed(self._batches, leaves[0].device):
             for batch, size in self._batches.read():
@@ -208,18 +215,21 @@ class Means:
 
     def conclude(self) -> bool:
         """Whether all batches so far were as their examples. Warns, once, where the loader's own batches were not."""
-        entries, self._entries = self._entries, []
-        if not entries:
-            return True
-        dtype = self._evaluation.space.pass_dtype
-        departures = torch.stack([entry.departure(dtype) for entry in entries]).tolist()
-        suspects = [entry for entry, by in zip(entries, departures, strict=True) if not by <= 1]
+        suspects = self._suspects()
         if suspects and not self._told:
             finding = next(filter(None, map(self._confirmed, suspects)), "")
             self._told = bool(finding)
             tell(finding)
         self._ended = self._ended or self._told
         return not suspects
+
+    def _suspects(self) -> list[_Entry]:
+        """The batches so far that seem not to be as their examples; waits for them, and lets go of all."""
+        entries, self._entries = self._entries, []
+        if not entries:
+            return []
+        departures = torch.stack([entry.departure(self._evaluation.space.pass_dtype) for entry in entries]).tolist()
+        return [entry for entry, by in zip(entries, departures, strict=True) if not by <= 1]
 
     def _alone(self, evaluation: Evaluation, batch: Any, size: int, where: Sequence[int] | None) -> Tensor | None:
         """The loss of each example alone [size]: cut from the batch where it is but its examples, else read."""
@@ -243,8 +253,7 @@ class Means:
 
         In float64 where the model runs in it, so that neither rounding, nor a larger batch, nor a wrong cut is found.
         """
-        if entry.where is None:
-            return entry.finding(self._loss, self._evaluation.space.pass_dtype)
+        assert entry.where is not None  # data are read anew where examples were drawn
         step, device = self._batches.batch_size or 1, entry.together.device
         for first in range(0, len(entry.where), step):
             some = entry.where[first : first + step]
@@ -291,10 +300,6 @@ class _Entry:
     together: Tensor
     alone: Tensor
     where: Sequence[int] | None
-
-    def finding(self, loss: str, dtype: torch.dtype) -> str:
-        """What is wrong, in words."""
-        return finding_of(loss, float(self.together), self.alone.tolist(), dtype)
 
     def departure(self, dtype: torch.dtype) -> Tensor:
         """|together - mean of alone| in units of what may be rounding; infinite where just one of the two is finite.

@@ -242,6 +242,7 @@ class Curvature(LinearOperator):
             self.means.read_all()
         for batch, size in self.batches.sample(steps, generator=generator):
             yield _OfBatch(self, batch, size)
+        self.means.conclude_draws()
 
     def _mean_product(self, rows: Tensor, describe: str | None = None) -> Tensor:
         self.prepare()
