@@ -157,7 +157,7 @@ def test_custom_objective() -> None:
     blocks = run("custom_objective").strip().split("\n\n")
     for block, (start, objective, train, test) in zip(blocks, example.problems(n), strict=True):
         assert block.startswith(f"{type(objective).__name__}:")
-        assert block.endswith("passed (11 of 11 checks)")
+        assert block.endswith("passed (12 of 12 checks)")
         module = example.module_for(example.fit(start, objective, train), objective, train, test)
         check(module)
         predicted, actual = module.influences(range(n), range(len(test))), refit_changes(objective, train, test)
@@ -243,7 +243,7 @@ def test_transformer() -> None:
     among, right, of = map(int, found.groups())
     assert (among, of) == (2 * planted, planted)
     not_by_chance(right, among, planted, n)
-    assert "passed (7 of 7 checks)" in output
+    assert "passed (8 of 8 checks)" in output
     example = load("transformer")
     data, test = example.sentences(24, 2), example.sentences(3, 0, seed=1)
     model = example.small_model(hidden=8)

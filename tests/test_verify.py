@@ -219,7 +219,7 @@ def test_what_is_broken_on_purpose_fails(kind: type, expected: list[str], capsys
     for check, line in zip(found.checks, out, strict=False):
         assert line.startswith("ok  " if check.passed else "FAILED  ")
         assert f" {check.name} " in line
-    assert out[-1] == f"FAILED: {', '.join(expected)} ({7 - len(expected)} of 7 checks)"
+    assert out[-1] == f"FAILED: {', '.join(expected)} ({8 - len(expected)} of 8 checks)"
 
 
 @pytest.mark.parametrize("kind", [WrongEstimate, DampedTwice, OneByOneWrong])
@@ -399,7 +399,7 @@ def test_refits_show_what_was_predicted(
 
     out = capsys.readouterr().out
     assert f"refit 3 of 11: without example {refits.indices[0]}, predicted +" in out
-    assert out.rstrip().endswith("passed (11 of 11 checks)")
+    assert out.rstrip().endswith("passed (12 of 12 checks)")
     assert f"slope {refits.slope:.3f}" in str(found)
 
 
