@@ -105,11 +105,9 @@ def block_cg(
     if progress is not None:
         steps = progress(steps, "block conjugate gradients", None)  # no total: it stops long before the limit
     for _ in steps:
-        if not block.at_work.any():
+        if not block.ready():
             break
         block.step()
-        if not block.going.any():
-            block.settle()
     block.finish(limit)
     report = dataclasses.replace(block.report(time.perf_counter() - start), rtol=rtol)
     x, report = conclude(
@@ -183,13 +181,12 @@ class _Block:
     # -- the recurrence ------------------------------------------------------------------------------------------------
 
     def begin(self, which: Tensor, r: Tensor) -> None:
-        """Judges these rows by their true residuals, and (re)starts with those that can go on."""
+        """Judges these rows by their true residuals, and (re)starts with those that can go on: all at work are going."""
         norm = norms(r).cpu()
         done = norm <= self.tolerance[which]
         helped = norm < 0.5 * self.best[which]
         self.residual[which], self.best[which], self.converged[which] = norm, norm, done
-        stuck = which[~done & ~helped]
-        self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
+        self.leave(which[~done & ~helped])
 
         again = ~done & helped
         if self.steps:
@@ -205,15 +202,32 @@ class _Block:
         self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64)
         if len(self.q):
             self.turn(_gram(self.q, self.q))
+        # Where a residual is within reach of rounding no direction can make it smaller.
+        within_reach = self.at_work & ~self.going
+        self.leave(within_reach.nonzero().flatten())
+        self.at_work &= ~within_reach
+
+    def leave(self, stuck: Tensor) -> None:
+        """Ends rows, as judged, that the block can't take further: what is beyond rounding's reach goes on row by row."""
+        self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
+
+    def ready(self) -> bool:
+        """Whether there are directions to step along; judges the rows of a recurrence that has ended, to find some."""
+        if self.at_work.any() and not self.going.any():
+            self.settle()
+        return bool(self.going.any())
 
     def step(self) -> None:
+        """One iteration, along one direction at the least."""
         z = self.product(self.p)
         self.steps += 1
+        curvature = _gram(self.p, z)
+        if not curvature.isfinite().all():
+            return self.hand_over()
         # In the rows' own precision: it is but an estimate, and takes 40 times as long in float64.
         size = torch.linalg.vector_norm(self.p, dim=1)
         ratio = torch.linalg.vector_norm(z, dim=1) / size
         self.largest = torch.maximum(self.largest, ratio.max())
-        curvature = _gram(self.p, z)
         inverse = self.inverse_curvature(curvature)
         if inverse is None:
             return self.hand_over()
@@ -232,8 +246,6 @@ class _Block:
 
     def inverse_curvature(self, curvature: Tensor) -> Tensor | None:
         """W = (P A Pᵀ)⁻¹, or None where it is not positive definite or can't be told from singular."""
-        if not curvature.isfinite().all():
-            return None
         diagonal = curvature.diagonal()
         size = diagonal.abs().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         unit = 0.5 * (curvature + curvature.mT) / (size[:, None] * size)
@@ -286,7 +298,7 @@ class _Block:
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
         if self.steps % LOOKS_EVERY == 0:
             self.floor = smallest_residual(self.largest, self.x, self.b / self.unit).cpu()
-        self.going &= ~(norm <= torch.maximum(self.aim, self.floor))
+        self.going &= norm > torch.maximum(self.aim, self.floor)
         self.coefficients[~self.going] = 0.0
         if not self.going.any():
             return
@@ -306,7 +318,7 @@ class _Block:
         """The recurrence has ended: the rows in it are judged, and start again together where that may help."""
         del self.q, self.p
         which = self.at_work.nonzero().flatten()
-        self.begin(which, self.true_residual(which) if len(which) else self.scaled(which))
+        self.begin(which, self.true_residual(which))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
