@@ -177,7 +177,7 @@ def at_the_limit(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
         at = torch.randint(len(places), (d,)) if kind == "clusters" else (some == (kind == "few large")).long()
         exponents = places[at] + 1e-3 * torch.rand(d, dtype=torch.float64)
     spectrum = 10 ** (exponents + draw(st.floats(-4, 4)))
-    negative = torch.rand(d) < draw(st.sampled_from([0.0, 0.0, 0.02, 0.5]))
+    negative = torch.rand(d) < draw(st.sampled_from([0.0, 0.0, 0.0, 0.02, 0.5]))
     basis = torch.eye(d, dtype=torch.float64)
     if draw(st.booleans()):
         basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
@@ -186,9 +186,11 @@ def at_the_limit(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if draw(st.booleans()):
         few = rows[: draw(st.integers(1, k))]
         rows = torch.randn(k, len(few), dtype=torch.float64) @ few
-    options = {"rtol": 10 ** draw(st.floats(-9, -3)), "maxiter": draw(st.integers(1, 4 * d))}
-    if draw(st.booleans()):
+    steps = draw(st.sampled_from([4 * d, 4 * d, 4 * d, d // 5]))
+    options: dict[str, Any] = {"rtol": 10 ** draw(st.floats(-9, -3)), "maxiter": steps}
+    if draw(st.integers(0, 3)) == 0:
         options["x0"] = torch.linalg.solve(matrix, rows.mT).mT.float()
+    rows[0] *= draw(st.sampled_from([1.0, 1.0, 0.0, math.nan]))
     return (0.5 * (matrix + matrix.mT)).float(), rows.float(), options
 
 

@@ -61,8 +61,8 @@ class ParameterSpace:
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""
-        pieces = rows.split(self.sizes, dim=-1)
-        return tuple(piece.reshape(*rows.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        pieces, lead = rows.split(self.sizes, dim=-1), rows.shape[:-1]
+        return tuple(piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
 
 def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Selection) -> tuple[str, ...]:

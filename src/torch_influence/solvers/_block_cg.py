@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.solvers._base import (
     LOOKS_EVERY,
     Progress,
@@ -118,7 +118,7 @@ def block_cg(
         cures=', and minres (solver="minres") takes indefinite matrices',
         unit=block.unit,
     )
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 class _Block:
@@ -150,7 +150,7 @@ class _Block:
         self.history: list[Tensor] | None = [] if history else None
         self.single: Extremes | None = None
         k = len(b)
-        scaled = self.scaled(torch.arange(k))
+        scaled = self.scaled(torch.arange(k, device="cpu"))
         self.size, self.tolerance = norms(scaled).cpu(), tolerances(scaled, self.unit, *limits).cpu()
         del scaled
         self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
@@ -158,8 +158,8 @@ class _Block:
         self.residual = self.size.clone()
         self.converged = self.size == 0
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
-        self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool)
-        self.iterations = torch.zeros(k, dtype=torch.int64)
+        self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool, device="cpu")
+        self.iterations = torch.zeros(k, dtype=torch.int64, device="cpu")
         self.largest = b.new_zeros(())  # a lower bound of |A|
         self.at_work = self.size.isfinite() & ~self.converged
         which = self.at_work.nonzero().flatten()
@@ -181,7 +181,7 @@ class _Block:
     # -- the recurrence ------------------------------------------------------------------------------------------------
 
     def begin(self, which: Tensor, r: Tensor) -> None:
-        """Judges these rows by their true residuals, and (re)starts with those that can go on: all at work are going."""
+        """Judges these rows by their true residuals, and (re)starts with those that can go on; others leave."""
         norm = norms(r).cpu()
         done = norm <= self.tolerance[which]
         helped = norm < 0.5 * self.best[which]
@@ -198,8 +198,8 @@ class _Block:
         self.q = r[again.to(r.device)]
         self.p = torch.zeros_like(self.q)
         self.krylov.start()
-        self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64)
-        self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64)
+        self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64, device="cpu")
+        self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64, device="cpu")
         if len(self.q):
             self.turn(_gram(self.q, self.q))
         # Where a residual is within reach of rounding no direction can make it smaller.
@@ -208,7 +208,7 @@ class _Block:
         self.at_work &= ~within_reach
 
     def leave(self, stuck: Tensor) -> None:
-        """Ends rows, as judged, that the block can't take further: what is beyond rounding's reach goes on row by row."""
+        """Ends rows that the block can't take further: what is not down to rounding is left to single rows."""
         self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
 
     def ready(self) -> bool:
@@ -394,7 +394,7 @@ def _split(gram: Tensor, d: int, dtype: torch.dtype) -> _Split:
     unit = gram / (divisor[:, None] * divisor)
     factor, failed = torch.linalg.cholesky_ex(unit)
     if not failed:
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(m, dtype=torch.float64), upper=False)
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(m, dtype=torch.float64, device="cpu"), upper=False)
         condition = float(torch.linalg.matrix_norm(inverse))
     else:
         condition = torch.inf
