@@ -44,6 +44,11 @@ class ParameterSpace:
         self.shapes = tuple(p.shape for p in chosen)
         self.sizes = tuple(p.numel() for p in chosen)
         self.size = sum(self.sizes)
+        if not self.size:
+            raise ValueError(
+                f"{'model' if select is None else 'params'}: expected at least one number to differentiate by, got "
+                f"only parameters of size 0: {', '.join(self.names)}"
+            )
         common = functools.reduce(torch.promote_types, (p.dtype for p in chosen))
         self.dtype = torch.float32 if common in (torch.float16, torch.bfloat16) else common
         self.pass_dtype = max((p.dtype for p in trainable.values()), key=lambda dtype: torch.finfo(dtype).eps)
