@@ -378,6 +378,33 @@ def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(condition: 
     assert few_digits == (condition == 1e6)
 
 
+def test_rows_that_a_restart_finds_within_reach_of_rounding_end_there() -> None:
+    """The recurrence ends at 1e-7, and what is left of b - Ax is rounding in all rows: no direction is left."""
+    torch.manual_seed(1)
+    eigenvalues = torch.logspace(-5, 0, 400)
+    rows = torch.randn(8, 400) * eigenvalues.sqrt()
+    operator = Counted(torch.diag(eigenvalues))
+    x, report = block_cg(operator, rows, rtol=1e-7, on_failure="ignore")
+    assert (report.converged | report.precision_limit).all()
+    assert min(operator.rows) > 0
+    rounding = tolerance(torch.float32, operations=400) * (1 + x.norm(dim=1) / rows.norm(dim=1)).double()
+    assert ((report.residual - true_residuals(operator.matrix, x, rows)).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("off", [1e-200, 1e-17], ids=["its square is 0", "it is rounding"])
+def test_a_first_guess_that_leaves_no_direction(off: float) -> None:
+    operator = Counted(torch.eye(D, dtype=torch.float64))
+    guess = torch.cat([torch.ones(1), torch.zeros(D - 1)]).double()
+    row = guess + off * torch.eye(D, dtype=torch.float64)[1]
+    x, report = block_cg(operator, row, x0=guess, rtol=0.0)
+    assert torch.equal(x, guess)
+    assert report.precision_limit.all()
+    assert operator.rows == [1]
+    _, report = block_cg(operator, torch.stack([row, ordinary()[0]]), x0=torch.stack([guess, guess]), rtol=1e-300)
+    assert report.precision_limit[0]
+    assert report.residual[1] <= tolerance(torch.float64, operations=D)
+
+
 def test_a_block_that_makes_no_headway_is_left_to_single_rows() -> None:
     """Products with noise of 1e-3 deceive the recurrence, and true residuals don't fall below it."""
     operator = Counted(positive_definite(), spoiled_from=0, noise=1e-3)

@@ -118,6 +118,8 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     # model and parameters
     ("no module", lambda: module(model=lambda x: x), TypeError, "model: expected a torch.nn.Module, got function"),
     ("nothing to train", lambda: module(model=frozen()), ValueError, "model: expected at least one parameter with requires_grad=True, got none"),
+    ("nothing in what is trained", lambda: module(model=nn.PReLU(0)), ValueError, "model: expected at least one number to differentiate by, got only parameters of size 0: weight"),
+    ("nothing in what is selected", lambda: module(model=nn.Sequential(nn.PReLU(0), nn.Linear(4, 3)), params="0.weight"), ValueError, "params: expected at least one number to differentiate by, got only parameters of size 0: 0.weight"),
     ("unknown name", lambda: module(params="3.weight"), ValueError, "params: got '3.weight', which is no parameter of the model; choose among 0.weight, 0.bias, 2.weight, 2.bias"),
     ("frozen name", lambda: module(model=half_frozen(), params="0.weight"), ValueError, "params: got '0.weight', which has requires_grad=False; choose among 2.weight, 2.bias"),
     ("foreign parameter", lambda: module(params=[nn.Parameter(torch.ones(2))]), ValueError, "params: got a tensor of shape (2,), which is no parameter of the model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import hypothesis
@@ -19,7 +20,8 @@ from torch_influence.linop import Dense, Dual
 from torch_influence.solvers import DualFactor, Jacobi, block_cg, cg, direct, lissa, minres
 
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True)
-hypothesis.settings.load_profile("suite")
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=3000)  # other ones in each run
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
 solvers = pytest.mark.parametrize("solver", [cg, block_cg, direct], ids=["cg", "block_cg", "direct"])
@@ -155,6 +157,63 @@ def test_damping_moves_the_matrix(system: tuple[Tensor, Tensor, float], damp: fl
     allowed = condition * (rtol + 4 * tolerance(rows.dtype, operations=len(matrix) + 1, condition=condition))
     for mine, other in zip(x, y, strict=True):
         assert (mine - other).norm() <= allowed * other.norm()
+
+
+# -- systems that rounding fools --------------------------------------------------------------------------------------
+
+
+@st.composite
+def at_the_limit(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A matrix [d, d] that float32 can hardly solve, rows [k, d], and options: solvers restart often here."""
+    d, k = draw(st.integers(10, 150)), draw(st.integers(1, 20))
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    lowest = -draw(st.floats(5, 9))
+    kind = draw(st.sampled_from(["even", "clusters", "few small", "few large"]))
+    if kind == "even":
+        exponents = torch.linspace(lowest, 0.0, d, dtype=torch.float64)
+    else:
+        places = torch.linspace(lowest, 0.0, draw(st.integers(3, 5)) if kind == "clusters" else 2, dtype=torch.float64)
+        some = torch.arange(d) < draw(st.integers(1, 5))
+        at = torch.randint(len(places), (d,)) if kind == "clusters" else (some == (kind == "few large")).long()
+        exponents = places[at] + 1e-3 * torch.rand(d, dtype=torch.float64)
+    spectrum = 10 ** (exponents + draw(st.floats(-4, 4)))
+    negative = torch.rand(d) < draw(st.sampled_from([0.0, 0.0, 0.0, 0.02, 0.5]))
+    basis = torch.eye(d, dtype=torch.float64)
+    if draw(st.booleans()):
+        basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    matrix = (basis * torch.where(negative, -spectrum, spectrum)) @ basis.mT
+    rows = torch.randn(k, d, dtype=torch.float64) * spectrum ** draw(st.sampled_from([0.0, 0.5, 1.0])) @ basis.mT
+    if draw(st.booleans()):
+        few = rows[: draw(st.integers(1, k))]
+        rows = torch.randn(k, len(few), dtype=torch.float64) @ few
+    steps = draw(st.sampled_from([4 * d, 4 * d, 4 * d, d // 5]))
+    options: dict[str, Any] = {"rtol": 10 ** draw(st.floats(-9, -3)), "maxiter": steps}
+    if draw(st.integers(0, 3)) == 0:
+        options["x0"] = torch.linalg.solve(matrix, rows.mT).mT.float()
+    rows[0] *= draw(st.sampled_from([1.0, 1.0, 0.0, math.nan]))
+    return (0.5 * (matrix + matrix.mT)).float(), rows.float(), options
+
+
+@pytest.mark.parametrize("solver", [block_cg, cg, minres], ids=["block_cg", "cg", "minres"])
+@hypothesis.given(at_the_limit())
+def test_what_is_said_of_a_solution_is_true(solver: Any, system: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+    """``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py -k is_true`` tries thousands."""
+    matrix, rows, options = system
+    x, report = solver(matrix, rows, on_failure="ignore", **options)
+    A, b, size = matrix.double(), rows.double(), rows.double().norm(dim=1)
+    known = report.residual.isfinite()
+    assert torch.equal(x.isfinite().all(dim=1), known)
+    assert torch.equal(x.isnan().any(dim=1), ~known)
+    assert not ((report.converged | report.precision_limit) & ~known).any()
+    assert not (report.converged & report.precision_limit).any()
+    residual = (b - x.double() @ A).norm(dim=1)[known]
+    # Each entry of b - Ax is a sum of d + 1 terms in float32.
+    rounding = tolerance(torch.float32, operations=len(A) + 1) * (b.abs() + x.double().abs() @ A.abs()).norm(dim=1)
+    said = torch.where(size > 0, report.residual * size, report.residual)[known]
+    assert ((residual - said).abs() <= rounding[known]).all()
+    assert (report.residual[report.converged] <= options["rtol"]).all()
+    reach = 64 * tolerance(torch.float32) * (float(torch.linalg.matrix_norm(A, 2)) * x.double().norm(dim=1) + size)
+    assert (residual <= (reach + rounding)[known])[report.precision_limit[known]].all()
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import IdentityModule, Supervised, logistic_loss, refit_logistic
+from oracles import (
+    IdentityModule,
+    Supervised,
+    assert_close,
+    dense_gauss_newton,
+    dense_hessian,
+    example_gradients,
+    loader_batches,
+    logistic_loss,
+    query_gradients,
+    refit_logistic,
+    tolerance,
+)
 from problems import SOLVER_OPTIONS, Classification, loader, module, network
 from scipy import stats
 from test_diagnostics import AlwaysDropout
@@ -116,6 +128,50 @@ def test_awkward_models_pass_and_are_left_alone() -> None:
     before = Snapshot(model)
     assert failed(good(CGInfluenceModule, model=model).verify(print=False)) == []
     before.check()
+
+
+class Alone(nn.Module):
+    """A learned scale, which has no dimension, and a parameter without entries; a layer's come after these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0))
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.exp() * x[:, :3]
+
+
+class Before(Alone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.linear(x))
+
+
+class After(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 3), Alone())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("model", [Before, After, Alone])
+@pytest.mark.parametrize("gnh", [False, True])
+@pytest.mark.parametrize("solver", ["auto", "block"])
+def test_parameters_without_dimension_or_entries(model: type[nn.Module], gnh: bool, solver: str) -> None:
+    torch.manual_seed(1)
+    net = model().double()
+    it = good(InfluenceModule, model=net, damp=5.0, gnh=gnh, solver=solver, rtol=1e-12)
+    matrix = (dense_gauss_newton if gnh else dense_hessian)(net, it.objective, list(loader_batches(it.train_loader)))
+    inverse = torch.linalg.inv(matrix + 5.0 * torch.eye(len(matrix), dtype=torch.float64))
+    g = example_gradients(net, it.objective, it.train_loader)
+    f = query_gradients(net, it.objective, it.test_loader)
+    # Solves to 1e-12 of a gradient, of a matrix with eigenvalues of 5 to some tens.
+    to_rtol = 1e-12 / tolerance(torch.float64)
+    assert_close(it.influence_matrix(), g @ inverse @ f.mT / len(g), operations=to_rtol + len(g) * len(matrix) ** 2)
+    assert failed(it.verify(print=False)) == []
 
 
 def test_queries_and_examples_are_those_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from torch_influence.examples import ExampleGradients
 from torch_influence.gradients import mean_gradient, regularizer_gradient
 from torch_influence.influences import InfluenceMethods
 from torch_influence.legacy import LegacyHelpers
+from torch_influence.linop import probe_rows
 from torch_influence.losses import Means
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
@@ -276,9 +277,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
                 if operator.why_not_grouped:
                     not_head.append(("in larger batches", operator.why_not_grouped))
             examples = self._examples()
-            generator = torch.Generator().manual_seed(0)
-            few = torch.randn(queries, self._space.size, generator=generator, dtype=torch.float64)
-            few = few.to(self.device, self._space.dtype)
+            few = probe_rows(queries, self._space.size, dtype=self._space.dtype, device=self.device)
             for _ in examples.dots(sorted({0, self._train.n // 2, self._train.n - 1}), few):
                 pass
             solver = self._solver(queries)

@@ -20,7 +20,9 @@ from torch.utils import data
 from torch_influence.kept import KeptBatches, Stacked, is_range
 from torch_influence.leaves import map_leaves
 from torch_influence.resident import Cache, Resident
-from torch_influence.source import Source, quiet
+from torch_influence.source import Source, device_of, quiet
+
+_DRAWN_AT_ONCE = 32  # by torch's RandomSampler: more would be too early for others that draw from its generator
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
@@ -96,7 +98,7 @@ class Batches:
         """
         pool = range(self.n) if indices is None else indices
         count = steps * (batch_size or self.batch_size or 1)
-        drawn = data.RandomSampler(pool, replacement=True, num_samples=count, generator=generator)
+        drawn = _drawn(data.RandomSampler(pool, replacement=True, num_samples=count, generator=generator))
         order: Iterable[int] = drawn if indices is None else _Through(drawn, indices)
         return self._read(order, count, batch_size, generator)
 
@@ -104,7 +106,7 @@ class Batches:
         """The examples of the batches that ``sample`` would give, by the same draws."""
         step = self.batch_size or 1
         drawn = data.RandomSampler(range(self.n), replacement=True, num_samples=steps * step, generator=generator)
-        return _chunks(drawn, steps * step, step, generator)
+        return _chunks(_drawn(drawn), steps * step, step, generator)
 
     def _read(
         self, order: Iterable[int], count: int, batch_size: int | None, generator: torch.Generator | None = None
@@ -262,7 +264,17 @@ def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Genera
 
 def _take_seed(generator: torch.Generator | None) -> None:
     """The one that a DataLoader draws for its workers."""
-    torch.empty((), dtype=torch.int64).random_(generator=generator)
+    torch.empty((), dtype=torch.int64, device=device_of(generator)).random_(generator=generator)
+
+
+def _drawn(sampler: data.RandomSampler) -> Iterator[int]:
+    """What the sampler draws, where its generator is: by itself it draws on torch's default device."""
+    drawing, more = iter(sampler), True
+    while more:
+        with device_of(sampler.generator):
+            some = list(itertools.islice(drawing, _DRAWN_AT_ONCE))
+        yield from some
+        more = len(some) == _DRAWN_AT_ONCE
 
 
 class _Through:

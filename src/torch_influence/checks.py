@@ -15,6 +15,7 @@ from torch_influence.curvature import plain_product, second_derivative
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness
+from torch_influence.linop import probe_rows
 from torch_influence.losses import departs_most, not_a_mean, tell
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
@@ -219,9 +220,7 @@ class CheckMethods:
 
     def _checks(self, queries: list[int], examples: list[int]) -> Iterator[Check]:
         operator = self._curvature()
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(2, self._space.size, generator=generator, dtype=torch.float64)
-        rows = rows.to(self.device, self._space.dtype)
+        rows = probe_rows(2, self._space.size, dtype=self._space.dtype, device=self.device)
         dense = self._dense(operator)
         repeatable = self._repeatable(rows[1])
         yield repeatable
@@ -402,7 +401,7 @@ class CheckMethods:
         return Refits(
             indices=tuple(pool[position] for position in chosen),
             predicted=scores[chosen],
-            actual=torch.tensor(actual, dtype=torch.float64),
+            actual=torch.tensor(actual, dtype=torch.float64, device="cpu"),
             model_loss=self._mean_test_loss(self._evaluation, queries),
             base=base,
             again=again,

@@ -46,19 +46,19 @@ def load_digits_with_flips(flip: float, seed: int) -> tuple[Tensor, Tensor, Tens
     images, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(images))
-    x = torch.tensor(images[order] / 16.0, dtype=torch.float32)
-    y = torch.tensor(labels[order], dtype=torch.int64)
+    x = torch.tensor(images[order] / 16.0, dtype=torch.float32, device="cpu")
+    y = torch.tensor(labels[order], dtype=torch.int64, device="cpu")
     n = 1200
-    flipped = torch.zeros(n, dtype=torch.bool)
+    flipped = torch.zeros(n, dtype=torch.bool, device="cpu")
     flipped[rng.choice(n, round(flip * n), replace=False)] = True
-    wrong = (y[:n] + torch.tensor(rng.integers(1, 10, size=n))) % 10
+    wrong = (y[:n] + torch.tensor(rng.integers(1, 10, size=n), device="cpu")) % 10
     return x[:n], torch.where(flipped, wrong, y[:n]), x[n:], y[n:], flipped
 
 
 def train(x: Tensor, y: Tensor, seed: int) -> nn.Module:
     """A small network, trained to a minimum of its regularised loss with L-BFGS."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    model = nn.Sequential(nn.Linear(64, 16, device="cpu"), nn.Tanh(), nn.Linear(16, 10, device="cpu"))
     params = list(model.parameters())
     optimizer = torch.optim.LBFGS(params, max_iter=600, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 

@@ -194,7 +194,7 @@ class EstimateMethods(InfluenceMethods):
         with self._train.quietly():  # the next repeat draws what it would have drawn
             scores = torch.empty_like(spread.mean)
             for tile in self._tiles_of(self._spread_examples, stests):
-                scores[torch.tensor(tile.examples)[:, None], torch.tensor(tile.queries)] = tile.scores.cpu()
+                scores[tile.where()] = tile.scores.cpu()
         spread.add(run, scores)
 
 
@@ -202,7 +202,7 @@ class _Spread:
     """The mean of scores [n, q] over runs, and the sum of squared differences from it, by Welford's recurrence."""
 
     def __init__(self, n: int, queries: int, dtype: torch.dtype) -> None:
-        self.mean, self.squares = torch.zeros(2, n, queries, dtype=dtype)
+        self.mean, self.squares = torch.zeros(2, n, queries, dtype=dtype, device="cpu")
         self.runs = 0
 
     def add(self, run: int, scores: Tensor) -> None:

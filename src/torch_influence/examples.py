@@ -283,7 +283,7 @@ class _Group:
 
 def _signs(losses: Tensor) -> Tensor:
     """±1 at random for each of these losses, the same each time."""
-    generator = torch.Generator().manual_seed(len(losses))
+    generator = torch.Generator("cpu").manual_seed(len(losses))
     return torch.randint(2, losses.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(losses)
 
 

@@ -225,7 +225,7 @@ class InfluenceMethods:
             >>> suspects = module.self_influences().argsort(descending=True)[:10]
         """
         indices = self._train.indices(train_idxs, "train_idxs")
-        scores = torch.empty(len(indices), dtype=self._space.dtype)
+        scores = torch.empty(len(indices), dtype=self._space.dtype, device="cpu")
         with self._evaluation.session():
             if indices:
                 self._check_mean("train_loss", self._train)

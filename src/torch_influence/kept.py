@@ -37,7 +37,7 @@ class Stacked:
         if not isinstance(indices, Tensor):
             if is_range(indices):
                 return [t.narrow(0, indices[0], len(indices)) for t in self.tensors]
-            indices = torch.tensor(indices, dtype=torch.int64)
+            indices = torch.tensor(indices, dtype=torch.int64, device="cpu")
         where: dict[torch.device, Tensor] = {}
         for t in self.tensors:
             if t.device not in where:

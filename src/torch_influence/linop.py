@@ -15,6 +15,17 @@ import torch
 from torch import Tensor
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is; an array or numbers as one on the CPU, whatever torch's default device is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def probe_rows(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Normal numbers to try a linear map with; to rounding the same ones for every dtype and device."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
+
+
 class LinearOperator(abc.ABC):
     """A symmetric [d, d] matrix A that multiplies rows: product(V)[j] = A V[j].
 
@@ -90,7 +101,7 @@ class Multiplied(LinearOperator):
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         if not len(rows):  # not everybody can multiply nothing
             return torch.empty_like(rows)
-        product = torch.as_tensor(self._multiply(rows))
+        product = as_tensor(self._multiply(rows))
         if product.shape != rows.shape:
             raise ValueError(f"A: expected a product of shape {list(rows.shape)}, got {list(product.shape)}")
         return product.detach().to(rows, copy=True)
@@ -132,7 +143,7 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
             f"A: expected shape [{d}, {d}], since right-hand sides are rows of length {d}, got {list(shape)}"
         )
     if isinstance(A, Tensor | np.ndarray):
-        matrix = torch.as_tensor(A).detach()
+        matrix = as_tensor(A).detach()
         if matrix.is_complex():
             raise TypeError(f"A: expected real numbers, got {matrix.dtype}")
         if matrix.layout is torch.strided:

@@ -195,7 +195,7 @@ class Means:
                 self.conclude_draws()
 
     def conclude_draws(self) -> None:
-        """Reads all data if as many examples have been drawn as there are, or something seems wrong with those drawn."""
+        """Reads all data if as many examples have been drawn as there are, or what was drawn seems wrong."""
         if self._drawn >= self._batches.n or self._suspects():
             self.read_all()
 

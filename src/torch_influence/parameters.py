@@ -46,6 +46,11 @@ class ParameterSpace:
         self.shapes = tuple(p.shape for p in chosen)
         self.sizes = tuple(p.numel() for p in chosen)
         self.size = sum(self.sizes)
+        if not self.size:
+            raise ValueError(
+                f"{'model' if select is None else 'params'}: expected at least one number to differentiate by, got "
+                f"only parameters of size 0: {', '.join(self.names)}"
+            )
         common = functools.reduce(torch.promote_types, (p.dtype for p in chosen))
         self.dtype = torch.float32 if common in (torch.float16, torch.bfloat16) else common
         self.pass_dtype = _least_precise([p.dtype for p in trainable.values()])
@@ -73,8 +78,8 @@ class ParameterSpace:
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""
-        pieces = rows.split(self.sizes, dim=-1)
-        return tuple(piece.reshape(*rows.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        pieces, lead = rows.split(self.sizes, dim=-1), rows.shape[:-1]
+        return tuple(piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
 
 def _least_precise(dtypes: Sequence[torch.dtype]) -> torch.dtype:

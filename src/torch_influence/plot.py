@@ -230,7 +230,7 @@ def solves(report: SolveReport, *, ax: Axes | None = None) -> Axes:
         (~(report.converged | limited), "x", "tab:red", "not converged"),
     ):
         if which.any():
-            across = report.iterations if report.history is not None else torch.arange(len(which))
+            across = report.iterations if report.history is not None else torch.arange(len(which), device="cpu")
             label = f"{label} ({int(which.sum())})"
             ax.semilogy(across[which].numpy(), report.residual[which].numpy(), marker, color=color, label=label)
     ax.set_xlabel("iteration" if report.history is not None else "right-hand side")

@@ -48,9 +48,9 @@ def top(
     """
     k = min(k, len(indices))
     helpful, harmful = (_Smallest(queries, k, dtype, device) for _ in range(2))
-    names = torch.tensor(indices, dtype=torch.int64)
+    names = torch.tensor(indices, dtype=torch.int64, device=device)
     for tile in checked(tiles, indices):
-        some = names[torch.tensor(tile.examples)].to(device)
+        some = names[torch.tensor(tile.examples, device=device)]
         step = max(1, _RANKED_AT_ONCE // len(some))
         for at in range(0, len(tile.queries), step):
             rows = torch.tensor(tile.queries[at : at + step], device=device)

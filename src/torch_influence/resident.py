@@ -138,7 +138,7 @@ class Resident:
         before = holdings(source.dataset)
         self._busy, self._outlook = True, None  # known again when all went well
         try:
-            passing = iter(source.through_loader(range(n), source.batch_size, collate=Watched(source.collate)))
+            passing = source.through_loader(range(n), source.batch_size, collate=Watched(source.collate))
             for start in range(0, n, step):
                 size = min(step, n - start)
                 with torch.inference_mode(False):

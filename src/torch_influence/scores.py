@@ -25,6 +25,10 @@ class Tile(NamedTuple):
     queries: Sequence[int]
     scores: Tensor
 
+    def where(self) -> tuple[Tensor, Tensor]:
+        """The index of its scores among all, [n, q] on the CPU."""
+        return torch.tensor(self.examples, device="cpu")[:, None], torch.tensor(self.queries, device="cpu")
+
 
 def from_stests(
     examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int, first: int = 0
@@ -52,17 +56,17 @@ def from_training_rows(
 
 def whole(tiles: Iterable[Tile], indices: Sequence[int], queries: int, dtype: torch.dtype) -> Tensor:
     """All scores [len(indices), queries], on the CPU."""
-    scores = torch.empty(len(indices), queries, dtype=dtype)
+    scores = torch.empty(len(indices), queries, dtype=dtype, device="cpu")
     for tile in checked(tiles, indices):
-        scores[torch.tensor(tile.examples)[:, None], torch.tensor(tile.queries)] = tile.scores.cpu()
+        scores[tile.where()] = tile.scores.cpu()
     return scores
 
 
 def checked(tiles: Iterable[Tile], indices: Sequence[int]) -> Iterator[Tile]:
     """The same tiles; after the last of them a warning, if scores of training examples were not finite."""
-    bad = torch.zeros(len(indices), dtype=torch.bool)
+    bad = torch.zeros(len(indices), dtype=torch.bool, device="cpu")
     for tile in tiles:
-        bad[torch.tensor(tile.examples)] |= ~tile.scores.isfinite().all(dim=1).cpu()
+        bad[torch.tensor(tile.examples, device="cpu")] |= ~tile.scores.isfinite().all(dim=1).cpu()
         yield tile
     if bad.any():
         rows = bad.nonzero().flatten().tolist()

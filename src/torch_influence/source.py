@@ -80,10 +80,10 @@ class Source:
         batch_size: int | None,
         generator: torch.Generator | None = None,
         collate: Callable[[Any], Any] | None = None,
-    ) -> data.DataLoader[Any]:
-        """A loader of these examples with the settings of the user's; its batches are not transferred yet."""
+    ) -> Iterator[Any]:
+        """Batches of these examples, by a loader with the settings of the user's; they are not transferred yet."""
         loader = self._loader
-        return data.DataLoader(
+        passing: data.DataLoader[Any] = data.DataLoader(
             self.dataset,
             batch_size=batch_size,
             sampler=order,
@@ -95,6 +95,8 @@ class Source:
             timeout=loader.timeout,
             generator=generator,
         )
+        with device_of(generator):  # a seed is drawn here
+            return iter(passing)
 
     def read(self, indices: Iterable[int]) -> Any:
         """One batch of these examples, here and now, on the device."""
@@ -108,6 +110,11 @@ class Source:
         """The first, the middle and the last example, in one batch where the loader batches."""
         some = sorted({0, self.n // 2, self.n - 1})
         return [self.read([i]) for i in some] if self.batch_size is None else [self.read(some)]
+
+
+def device_of(generator: torch.Generator | None) -> torch.device:
+    """Where numbers are drawn; without a generator on the CPU, whatever torch's default device is."""
+    return torch.device("cpu") if generator is None else generator.device
 
 
 def _batch_size(loader: Any) -> int | None:

@@ -255,7 +255,7 @@ def to_leave_out(scores: Tensor, count: int) -> list[int]:
     third = max(1, count // 3)
     inside = order[third:-third]
     generator = torch.Generator().manual_seed(0)
-    others = torch.randperm(len(inside), generator=generator)[: count - 2 * third].tolist()
+    others = torch.randperm(len(inside), generator=generator, device="cpu")[: count - 2 * third].tolist()
     return [*order[:third], *order[-third:], *(inside[i] for i in others)]
 
 

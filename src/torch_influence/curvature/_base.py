@@ -17,7 +17,7 @@ from torch_influence.batches import Batches, weighted_mean
 from torch_influence.convolutions import Convolutions, channels_last, convolves
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate, grouping, saved_bytes
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import Means
 from torch_influence.plan import agree
 
@@ -177,8 +177,7 @@ class Curvature(LinearOperator):
             return plain
         lean = channels_last(plain, self.evaluation.model, self.evaluation.space.current())
         first = self.batches.peek(range(min(self.batches.batch_size or 1, self.batches.n)))
-        generator = torch.Generator().manual_seed(0)
-        row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        row = probe_rows(1, self.size, dtype=self.dtype, device=self.device)
         expected = self._multiply(self.linearize(first, plain), row)
         self._lean = True
         try:
@@ -317,8 +316,7 @@ class Curvature(LinearOperator):
             return space.flatten(self._pull_back(graph, space.split(rows)))
 
         # Weight decay and its like are diagonal: what such a matrix makes of ones tells all of it.
-        generator = torch.Generator().manual_seed(0)
-        row = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        row = probe_rows(1, self.size, dtype=self.dtype, device=self.device)
         diagonal = product(torch.ones_like(row))
         if not agree(diagonal * row, product(row), space.pass_dtype):
             return Regularizer(lambda sums, rows: sums.add_(product(rows)))

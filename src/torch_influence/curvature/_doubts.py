@@ -16,7 +16,7 @@ from torch_influence.curvature._gauss_newton import GaussNewton
 from torch_influence.curvature._plain import gauss_newton_product, hessian_product
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import nodes_behind, undisturbed
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import in_double, in_one_batch
 
 _EXAMPLES = 32
@@ -135,11 +135,9 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     evaluation, batch = in_double(evaluation, loss, batch)
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
     eps = torch.finfo(dtype).eps
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        [torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t) for t in leaves]
-        for _ in range(2)
-    ]
+    space = evaluation.space
+    drawn = probe_rows(2, space.size, dtype=space.dtype, device=leaves[0].device)
+    rows = [[t.to(leaf.dtype) for t, leaf in zip(space.split(row), leaves, strict=True)] for row in drawn]
     function = getattr(evaluation, loss)
 
     def product(tangents: Tangents) -> Tensor:
@@ -252,8 +250,7 @@ def _is_flat(plain: Curvature, operator: LinearOperator) -> bool:
     """Whether a product with all of the data's curvature is that of the regulariser."""
     if plain.regularized_loss:
         return False
-    row = torch.randn(1, plain.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-    row = row.to(plain.device, plain.dtype)
+    row = probe_rows(1, plain.size, dtype=plain.dtype, device=plain.device)
     zero = torch.zeros_like(row)
     alone = zero if plain.regularizer is None else plain.regularizer(zero, row)
     eps = torch.finfo(plain.dtype).eps

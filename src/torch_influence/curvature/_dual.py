@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_influence.curvature._base import Curvature
 from torch_influence.curvature._gauss_newton import GaussNewton, rows_and_columns
 from torch_influence.curvature._linear_head import LinearHead, _gram
-from torch_influence.linop import Dual
+from torch_influence.linop import Dual, probe_rows
 from torch_influence.plan import agree
 
 
@@ -97,8 +97,7 @@ def dual(curvature: Curvature | LinearHead, *, damp: float, room: float) -> Dual
         found = _of_head(curvature) if isinstance(curvature, LinearHead) else _of_batches(curvature)
         if isinstance(found, str):
             return found
-        generator = torch.Generator().manual_seed(0)
-        row = torch.randn(1, plain.size, generator=generator, dtype=torch.float64).to(plain.device, plain.dtype)
+        row = probe_rows(1, plain.size, dtype=plain.dtype, device=plain.device)
         product = found.pull(found.push(row)).add_(row, alpha=found.multiple)
         if not agree(product, curvature.product(row), plain.evaluation.space.pass_dtype):
             return "a product with it differs from the plain one: the loss may join the outputs of different examples"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_influence.capture import Calls, cut, linear_layer
 from torch_influence.curvature._base import Curvature, Linearized
 from torch_influence.gradients import loss_gradient
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.ops import linear_curvature_product, softmax_curvature
 from torch_influence.plan import agree
 
@@ -345,8 +345,7 @@ class _Capture:
     def _compare_products(self, head: LinearHead) -> None:
         plain, n, graphs = self.plain, self.plain.batches.n, head.at_outputs.graphs
         step = graphs[0][1] if graphs else plain.batches.batch_size or 1
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(2, plain.size, generator=generator, dtype=torch.float64).to(plain.device, plain.dtype)
+        rows = probe_rows(2, plain.size, dtype=plain.dtype, device=plain.device)
         for first in {0, (n - 1) // step * step}:
             examples = range(first, min(first + step, n))
             expected = plain.batch_product(plain.batches.peek(examples), rows, self.leaves)
@@ -361,8 +360,7 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> Ou
         raise _NotAHeadError("one output has no softmax")
     wide = torch.promote_types(z.dtype, torch.float32)
     p = z.to(wide).softmax(dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    tangents = torch.randn(2, *z.shape, generator=generator, dtype=torch.float64).to(z)
+    tangents = probe_rows(2, *z.shape, dtype=z.dtype, device=z.device)
     actual = linearized.product([tangents])[0].to(wide)
     softmax = softmax_curvature(p, tangents.to(wide))
     # The weights are the same for all, or each example's own; from one tangent, and tested with the other.
@@ -383,7 +381,7 @@ def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> Out
     if c * c * torch.finfo(wide).bits // 8 > room:
         return OutputCurvature(graphs=[(linearized, b)])
     # And a random tangent, which tells entries outside of the blocks: a loss that joins examples, in this batch alone.
-    random = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    random = probe_rows(1, z.numel(), dtype=z.dtype, device=z.device).view(1, b, c)
     tangents = torch.cat([torch.eye(c, dtype=z.dtype, device=z.device)[:, None].expand(c, b, c), random])
     products = linearized.product([tangents])[0]
     columns = products[:c]

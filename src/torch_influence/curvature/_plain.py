@@ -59,7 +59,8 @@ def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, t
 
 def _derivative(values: Tangents, weights: Tangents, inputs: Tangents) -> Tangents:
     """∂(Σ values · weights)/∂inputs; zeros where the values are constant."""
-    total = sum(((value * weight).sum() for value, weight in zip(values, weights, strict=True)), torch.zeros(()))
+    terms = [(value * weight).sum() for value, weight in zip(values, weights, strict=True)]
+    total = sum(terms[1:], terms[0])
     if not total.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -197,10 +197,10 @@ register_fake("cg_step", fake)
 
 def example(generator: torch.Generator) -> dict[str, Any]:
     """Arguments for the self-test, in float32: a third step of rows that are at work, but for one that is done."""
-    x, r, p, q = torch.randn(4, 5, 40_007, generator=generator)
+    x, r, p, q = torch.randn(4, 5, 40_007, generator=generator, device=generator.device)
     q += 2 * p  # as with a positive definite matrix
-    scalars = CGScalars(*torch.zeros(len(CGScalars._fields), 5, dtype=torch.float64))
-    scalars.active.copy_(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    scalars = CGScalars(*torch.zeros(len(CGScalars._fields), 5, dtype=torch.float64, device=x.device))
+    scalars.active.copy_(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], device=x.device))
     scalars.tolerance.fill_(1e-3)
     scalars.rho.copy_(r.double().square().sum(dim=-1))
     scalars.iterations.fill_(2.0)

@@ -108,6 +108,7 @@ WIDE = ("v",)  # arguments that stay in the dtype of the arithmetic when the oth
 
 def example(generator: torch.Generator) -> dict[str, Any]:
     """Arguments for the self-test, in float32."""
-    a = torch.randn(37, 5, 83, generator=generator)
-    g = torch.randn(37, 5, 29, generator=generator)
-    return {"a": a, "g": g, "v": torch.randn(11, 29 * 83 + 29, generator=generator), "bias": True}
+    a = torch.randn(37, 5, 83, generator=generator, device=generator.device)
+    g = torch.randn(37, 5, 29, generator=generator, device=generator.device)
+    v = torch.randn(11, 29 * 83 + 29, generator=generator, device=generator.device)
+    return {"a": a, "g": g, "v": v, "bias": True}

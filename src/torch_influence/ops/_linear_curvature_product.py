@@ -131,10 +131,10 @@ register_fake(_OP, fake)
 
 def example(generator: torch.Generator) -> dict[str, Any]:
     """Arguments for the self-test, in float32."""
-    curvature = torch.randn(500, 3, generator=generator).softmax(dim=-1)
+    curvature = torch.randn(500, 3, generator=generator, device=generator.device).softmax(dim=-1)
     return {
-        "x": torch.randn(500, 41, generator=generator),
-        "v": torch.randn(2, 3 * 42, generator=generator),
+        "x": torch.randn(500, 41, generator=generator, device=generator.device),
+        "v": torch.randn(2, 3 * 42, generator=generator, device=generator.device),
         "curvature": curvature,
         "bias": True,
     }

@@ -70,5 +70,5 @@ register_fake("lissa_step", fake)
 
 def example(generator: torch.Generator) -> dict[str, Any]:
     """Arguments for the self-test, in float32."""
-    h, v, hvp = torch.randn(3, 5, 40_007, generator=generator)
+    h, v, hvp = torch.randn(3, 5, 40_007, generator=generator, device=generator.device)
     return {"h": h, "v": v, "hvp": hvp, "damp": 0.1, "scale": 7.0}

@@ -87,5 +87,5 @@ register_fake("softmax_curvature", fake)
 
 def example(generator: torch.Generator) -> dict[str, Any]:
     """Arguments for the self-test, in float32."""
-    p = torch.randn(37, 301, generator=generator).softmax(dim=-1)
-    return {"p": p, "t": torch.randn(3, 37, 301, generator=generator)}
+    p = torch.randn(37, 301, generator=generator, device=generator.device).softmax(dim=-1)
+    return {"p": p, "t": torch.randn(3, 37, 301, generator=generator, device=generator.device)}

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator, aslinearoperator
+from torch_influence.linop import LinearOperator, as_tensor, aslinearoperator
 from torch_influence.solvers._report import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, SolveReport, fail
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
@@ -30,7 +30,7 @@ def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:
 
 def right_hand_sides(B: Any) -> Tensor:
     """B as rows [k, d]."""
-    rows = torch.as_tensor(B).detach()
+    rows = as_tensor(B).detach()
     if rows.dim() not in (1, 2):
         raise ValueError(f"B: expected right-hand sides as rows [k, d], or one [d], got shape {list(rows.shape)}")
     if not rows.is_floating_point():
@@ -85,7 +85,7 @@ def first_guess(x0: Any, rows: Tensor, unit: Tensor | None = None) -> Tensor | N
     """x0, [d] or [k, d], in the rows' units, as a new tensor [k, d] like ``rows``."""
     if x0 is None:
         return None
-    guess = torch.as_tensor(x0).to(rows)
+    guess = as_tensor(x0).to(rows)
     if guess.shape not in (rows.shape, rows.shape[1:]):
         raise ValueError(f"x0: expected shape [{rows.shape[1]}] or {list(rows.shape)}, got {list(guess.shape)}")
     guess = guess.expand_as(rows).clone()
@@ -148,7 +148,7 @@ def conclude(
     """
     found: list[Warning] = []
     k = len(report.residual)
-    lost = torch.zeros(k, dtype=torch.bool)
+    lost = torch.zeros(k, dtype=torch.bool, device="cpu")
     if unit is not None and (lost := brought_back(x, unit)).any():
         found.append(out_of_range(report.method, x, lost))
         report = report.without(lost)
@@ -201,7 +201,7 @@ def conclude(
 def brought_back(x: Tensor, unit: Tensor) -> Tensor:
     """Multiplies x [k, d] by its units; tells, on the CPU, which rows [k] the dtype can't hold: NaN if too large."""
     if not x.numel():
-        return torch.zeros(len(x), dtype=torch.bool)
+        return torch.zeros(len(x), dtype=torch.bool, device="cpu")
     before = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
     after = before * unit
     x.mul_(unit)

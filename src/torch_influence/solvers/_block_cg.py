@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.solvers._base import (
     LOOKS_EVERY,
     Progress,
@@ -105,11 +105,9 @@ def block_cg(
     if progress is not None:
         steps = progress(steps, "block conjugate gradients", None)  # no total: it stops long before the limit
     for _ in steps:
-        if not block.at_work.any():
+        if not block.ready():
             break
         block.step()
-        if not block.going.any():
-            block.settle()
     block.finish(limit)
     report = dataclasses.replace(block.report(time.perf_counter() - start), rtol=rtol)
     x, report = conclude(
@@ -120,7 +118,7 @@ def block_cg(
         cures=', and minres (solver="minres") takes indefinite matrices',
         unit=block.unit,
     )
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 class _Block:
@@ -152,7 +150,7 @@ class _Block:
         self.history: list[Tensor] | None = [] if history else None
         self.single: Extremes | None = None
         k = len(b)
-        scaled = self.scaled(torch.arange(k))
+        scaled = self.scaled(torch.arange(k, device="cpu"))
         self.size, self.tolerance = norms(scaled).cpu(), tolerances(scaled, self.unit, *limits).cpu()
         del scaled
         self.aim, self.floor = self.tolerance.clone(), torch.zeros_like(self.tolerance)
@@ -160,8 +158,8 @@ class _Block:
         self.residual = self.size.clone()
         self.converged = self.size == 0
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
-        self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool)
-        self.iterations = torch.zeros(k, dtype=torch.int64)
+        self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool, device="cpu")
+        self.iterations = torch.zeros(k, dtype=torch.int64, device="cpu")
         self.largest = b.new_zeros(())  # a lower bound of |A|
         self.at_work = self.size.isfinite() & ~self.converged
         which = self.at_work.nonzero().flatten()
@@ -183,13 +181,12 @@ class _Block:
     # -- the recurrence ------------------------------------------------------------------------------------------------
 
     def begin(self, which: Tensor, r: Tensor) -> None:
-        """Judges these rows by their true residuals, and (re)starts with those that can go on."""
+        """Judges these rows by their true residuals, and (re)starts with those that can go on; others leave."""
         norm = norms(r).cpu()
         done = norm <= self.tolerance[which]
         helped = norm < 0.5 * self.best[which]
         self.residual[which], self.best[which], self.converged[which] = norm, norm, done
-        stuck = which[~done & ~helped]
-        self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
+        self.leave(which[~done & ~helped])
 
         again = ~done & helped
         if self.steps:
@@ -201,19 +198,36 @@ class _Block:
         self.q = r[again.to(r.device)]
         self.p = torch.zeros_like(self.q)
         self.krylov.start()
-        self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64)
-        self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64)
+        self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64, device="cpu")
+        self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64, device="cpu")
         if len(self.q):
             self.turn(_gram(self.q, self.q))
+        # Where a residual is within reach of rounding no direction can make it smaller.
+        within_reach = self.at_work & ~self.going
+        self.leave(within_reach.nonzero().flatten())
+        self.at_work &= ~within_reach
+
+    def leave(self, stuck: Tensor) -> None:
+        """Ends rows that the block can't take further: what is not down to rounding is left to single rows."""
+        self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
+
+    def ready(self) -> bool:
+        """Whether there are directions to step along; judges the rows of a recurrence that has ended, to find some."""
+        if self.at_work.any() and not self.going.any():
+            self.settle()
+        return bool(self.going.any())
 
     def step(self) -> None:
+        """One iteration, along one direction at the least."""
         z = self.product(self.p)
         self.steps += 1
+        curvature = _gram(self.p, z)
+        if not curvature.isfinite().all():
+            return self.hand_over()
         # In the rows' own precision: it is but an estimate, and takes 40 times as long in float64.
         size = torch.linalg.vector_norm(self.p, dim=1)
         ratio = torch.linalg.vector_norm(z, dim=1) / size
         self.largest = torch.maximum(self.largest, ratio.max())
-        curvature = _gram(self.p, z)
         inverse = self.inverse_curvature(curvature)
         if inverse is None:
             return self.hand_over()
@@ -232,8 +246,6 @@ class _Block:
 
     def inverse_curvature(self, curvature: Tensor) -> Tensor | None:
         """W = (P A Pᵀ)⁻¹, or None where it is not positive definite or can't be told from singular."""
-        if not curvature.isfinite().all():
-            return None
         diagonal = curvature.diagonal()
         size = diagonal.abs().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         unit = 0.5 * (curvature + curvature.mT) / (size[:, None] * size)
@@ -286,7 +298,7 @@ class _Block:
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
         if self.steps % LOOKS_EVERY == 0:
             self.floor = smallest_residual(self.largest, self.x, self.b / self.unit).cpu()
-        self.going &= ~(norm <= torch.maximum(self.aim, self.floor))
+        self.going &= norm > torch.maximum(self.aim, self.floor)
         self.coefficients[~self.going] = 0.0
         if not self.going.any():
             return
@@ -306,7 +318,7 @@ class _Block:
         """The recurrence has ended: the rows in it are judged, and start again together where that may help."""
         del self.q, self.p
         which = self.at_work.nonzero().flatten()
-        self.begin(which, self.true_residual(which) if len(which) else self.scaled(which))
+        self.begin(which, self.true_residual(which))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -382,7 +394,7 @@ def _split(gram: Tensor, d: int, dtype: torch.dtype) -> _Split:
     unit = gram / (divisor[:, None] * divisor)
     factor, failed = torch.linalg.cholesky_ex(unit)
     if not failed:
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(m, dtype=torch.float64), upper=False)
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(m, dtype=torch.float64, device="cpu"), upper=False)
         condition = float(torch.linalg.matrix_norm(inverse))
     else:
         condition = torch.inf

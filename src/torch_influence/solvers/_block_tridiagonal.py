@@ -20,7 +20,7 @@ class BlockTridiagonal:
 
     def __init__(self) -> None:
         self.runs: list[list[tuple[Tensor, Tensor | None]]] = []
-        self.quotients = torch.empty(0, dtype=torch.float64)  # of directions that led nowhere
+        self.quotients = torch.empty(0, dtype=torch.float64, device="cpu")  # of directions that led nowhere
         self._factor: Tensor | None = None
         self._open = True
 
@@ -47,10 +47,10 @@ class BlockTridiagonal:
             starts.append(starts[-1] + len(curvature))
         if starts[-1] > _LARGEST_EIGH:  # its ends alone, at a fraction of the cost
             whole = Multiplied(
-                lambda rows: self._times(run, starts, rows), torch.empty(starts[-1], dtype=torch.float64)
+                lambda rows: self._times(run, starts, rows), torch.empty(starts[-1], dtype=torch.float64, device="cpu")
             )
             return lanczos(whole).values
-        return torch.linalg.eigvalsh(self._times(run, starts, torch.eye(starts[-1], dtype=torch.float64)))
+        return torch.linalg.eigvalsh(self._times(run, starts, torch.eye(starts[-1], dtype=torch.float64, device="cpu")))
 
     @staticmethod
     def _times(run: list[tuple[Tensor, Tensor | None]], starts: list[int], rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.ops import CGScalars, cg_step
 from torch_influence.solvers._base import (
     Progress,
@@ -125,7 +125,7 @@ def cg(
         preconditioned=M is not None,
         unit=unit,
     )
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 def iterate(
@@ -238,7 +238,7 @@ class _Log(StepLog[CGScalars]):
     def indefinite(self) -> Tensor:
         """The rows that met p'Ap < 0, beyond rounding: [k]."""
         if not self.steps:
-            return torch.zeros(self.k, dtype=torch.bool)
+            return torch.zeros(self.k, dtype=torch.bool, device="cpu")
         quotients = self._quotients()[-1]
         return quotients.amin(dim=0) < -rounding(self.dtype) * quotients.abs().amax(dim=0)
 

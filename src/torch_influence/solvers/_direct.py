@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_influence.linop import as_tensor
 from torch_influence.solvers._base import conclude, norms, reachable, system
 from torch_influence.solvers._report import (
     NegativeCurvatureWarning,
@@ -49,7 +50,7 @@ def direct(A: Any, B: Any, *, on_failure: OnFailure = "warn") -> tuple[Tensor, S
     """
     operator, rows = system(A, B)
     x, report = Factor(operator.dense(), on_failure=on_failure).solve(rows)
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 class Factor:
@@ -132,16 +133,16 @@ class Factor:
         limit = reachable(self._largest, x, size)
         report = SolveReport(
             method="Cholesky" if self.definite else "LU",
-            iterations=torch.zeros(len(rows), dtype=torch.int64),
+            iterations=torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
             residual=torch.where(size > 0, residual / size, residual),
             converged=converged,
             precision_limit=~converged & residual.isfinite() & (residual <= limit),
-            negative_curvature=torch.full((len(rows),), not self.definite),
+            negative_curvature=torch.full((len(rows),), not self.definite, device="cpu"),
             products=0,
             seconds=time.perf_counter() - start,
             rtol=rtol,
         )
-        known = dataclasses.replace(report, negative_curvature=torch.zeros(len(rows), dtype=torch.bool))
+        known = dataclasses.replace(report, negative_curvature=torch.zeros(len(rows), dtype=torch.bool, device="cpu"))
         conclude(x, known, limit=1, on_failure=self.on_failure)  # the constructor has told of negative curvature
         return x, report
 

@@ -107,7 +107,7 @@ class DualFactor:
         x = self._solve(rows)
         left = rows - self.operator.product(x)
         residual, products = norms(left), 1
-        iterations = torch.zeros(len(rows), dtype=torch.int64)
+        iterations = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
         which = (residual > tolerance).nonzero().flatten()
         while len(which):
             guess = x[which].add_(self._solve(left[which]))
@@ -127,7 +127,7 @@ class DualFactor:
             residual=torch.where(size > 0, residual / size, residual).cpu(),
             converged=converged.cpu(),
             precision_limit=limited.cpu(),
-            negative_curvature=torch.zeros(len(rows), dtype=torch.bool),
+            negative_curvature=torch.zeros(len(rows), dtype=torch.bool, device="cpu"),
             products=products,
             seconds=time.perf_counter() - start,
             rtol=rtol,

@@ -61,7 +61,7 @@ def _smallest(diagonal: Tensor, squares: Tensor) -> Tensor:
     reach[:-1] += off
     reach[1:] += off
     low, high = (diagonal - reach).amin(dim=0), diagonal.amin(dim=0)  # Gershgorin; a diagonal entry is above it
-    steps = torch.linspace(0, 1, _SHIFTS, dtype=torch.float64)
+    steps = torch.linspace(0, 1, _SHIFTS, dtype=torch.float64, device=diagonal.device)
     matrices = Tridiagonals(diagonal, squares)
     for _ in range(10):  # each narrows the interval by 63: 10 of them leave less than a unit of rounding
         shifts = low[:, None] + (high - low)[:, None] * steps
@@ -150,8 +150,8 @@ def lanczos(
     basis = _Basis(operator)
     diagonal: list[float] = []
     off: list[float] = []
-    values = errors = torch.zeros(0, dtype=torch.float64)
-    combination = torch.zeros(0, 0, dtype=torch.float64)
+    values = errors = torch.zeros(0, dtype=torch.float64, device="cpu")
+    combination = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     size, converged = 0.0, limit == 0
     new = basis.start(generator) if limit else None
     steps: Iterable[int] = range(limit)
@@ -182,9 +182,9 @@ def lanczos(
 
 
 def _tridiagonal(diagonal: Sequence[float], off: Sequence[float]) -> Tensor:
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if off:
-        between = torch.tensor(off, dtype=torch.float64)
+        between = torch.tensor(off, dtype=torch.float64, device="cpu")
         matrix += torch.diag(between, 1) + torch.diag(between, -1)
     return matrix
 
@@ -216,7 +216,7 @@ class _Basis:
     def start(self, generator: torch.Generator) -> Tensor:
         """A random unit row [1, d] that is orthogonal to all."""
         operator = self.operator
-        row = torch.randn(1, operator.size, dtype=torch.float64, generator=generator)
+        row = torch.randn(1, operator.size, dtype=torch.float64, generator=generator, device=generator.device)
         return self._orthogonal(row.to(operator.device, operator.dtype))[0]
 
     def rest(self, product: Tensor, alpha: float, beta: float) -> tuple[Tensor, float]:

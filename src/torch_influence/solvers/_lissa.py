@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_influence.linop import as_tensor
 from torch_influence.solvers._base import Progress, brought_back, in_range, out_of_range
 from torch_influence.solvers._minibatches import (
     SAMPLED,
@@ -183,7 +184,7 @@ def lissa(
         found.append(out_of_range(method, x, lost))
         report = report.without(lost)
     fail(found, on_failure, x, report)
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 def _in_users_units(callback: Callable[..., None] | None, unit: Tensor) -> Callable[..., None] | None:

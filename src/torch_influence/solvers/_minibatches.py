@@ -41,7 +41,8 @@ class _Drawn:
         self._minibatches = minibatches
 
     def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
-        for i in torch.randint(len(self._minibatches), (steps,), generator=generator).tolist():
+        device = "cpu" if generator is None else generator.device
+        for i in torch.randint(len(self._minibatches), (steps,), generator=generator, device=device).tolist():
             yield self._minibatches[i]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.linop import LinearOperator
+from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.solvers._base import (
     Progress,
     conclude,
@@ -123,7 +123,7 @@ def minres(
         least=(state.unavoidable / norms(rows)).nan_to_num(nan=0.0).cpu(),
         unit=unit,
     )
-    return x.reshape(torch.as_tensor(B).shape), report
+    return x.reshape(as_tensor(B).shape), report
 
 
 class _State(RowIteration[Rotations]):
@@ -337,8 +337,8 @@ class _Log(StepLog[Rotations]):
         Where a row started anew, another block begins. Steps that a row did not take repeat its first entry.
         """
         if not self.steps:
-            none = torch.zeros(self.k, dtype=torch.bool)
-            return Tridiagonals(*torch.empty(2, 0, 0, dtype=torch.float64)), none
+            none = torch.zeros(self.k, dtype=torch.bool, device="cpu")
+            return Tridiagonals(*torch.empty(2, 0, 0, dtype=torch.float64, device="cpu")), none
         stepped, values = self.unpack()
         linked = stepped[:-1] & stepped[1:] & ~self.begins()[1 : len(stepped)]
         squares = torch.where(linked, values.beta[:-1].square(), 0.0)

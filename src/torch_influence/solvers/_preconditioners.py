@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_influence.linop import Damped, LinearOperator
+from torch_influence.linop import Damped, LinearOperator, as_tensor
 from torch_influence.solvers._base import rounding
 
 _ENTRIES = 1 << 24  # of the rows that are multiplied at once, and of float64 copies
@@ -199,7 +199,7 @@ def _given(M: Any, rows: Tensor, d: int) -> Callable[[Tensor], Tensor]:
     if isinstance(M, type):
         raise TypeError(f"M: expected an instance, got the class {M.__name__}; write {M.__name__}(...)")
     if isinstance(M, np.ndarray | Tensor):
-        matrix = torch.as_tensor(M).to(rows)
+        matrix = as_tensor(M).to(rows)
         if matrix.shape != (d, d):
             raise ValueError(f"M: expected shape [{d}, {d}], got {list(matrix.shape)}")
         return lambda r: r @ matrix.mT
@@ -216,7 +216,7 @@ def _given(M: Any, rows: Tensor, d: int) -> Callable[[Tensor], Tensor]:
 
     def on_host(r: Tensor) -> Tensor:
         answers = [np.asarray(apply(row)) for row in r.cpu().numpy()]
-        return torch.as_tensor(np.stack(answers)).to(r).reshape(r.shape)
+        return as_tensor(np.stack(answers)).to(r).reshape(r.shape)
 
     return on_host
 
@@ -273,8 +273,8 @@ def exact_diagonal(operator: LinearOperator) -> Tensor:
     diagonal = torch.empty(d, dtype=operator.dtype, device=operator.device)
     for part in torch.arange(d, device=operator.device).split(max(1, _ENTRIES // d)):
         rows = torch.zeros(len(part), d, dtype=operator.dtype, device=operator.device)
-        rows[torch.arange(len(part)), part] = 1.0
-        diagonal[part] = operator.product(rows).detach()[torch.arange(len(part)), part]
+        rows[torch.arange(len(part), device=operator.device), part] = 1.0
+        diagonal[part] = operator.product(rows).detach()[torch.arange(len(part), device=operator.device), part]
     return diagonal
 
 

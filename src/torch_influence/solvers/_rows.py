@@ -58,17 +58,18 @@ class StepLog(abc.ABC, Generic[S]):
 
     def unpack(self) -> tuple[Tensor, S]:
         """Which rows took each step, [m, k], and the scalars after it, [m, k] each, of those that did."""
-        every = torch.zeros(len(self.steps), len(self.steps[0][1]), self.k, dtype=torch.float64)
+        every = torch.zeros(len(self.steps), len(self.steps[0][1]), self.k, dtype=torch.float64, device="cpu")
         for entry, (which, scalars) in zip(every, self.steps, strict=True):
             entry[:, which.cpu()] = scalars.cpu()
         values = self.names(*every.unbind(1))
-        before = torch.cat([torch.zeros(1, self.k, dtype=torch.float64), values.iterations.cummax(dim=0).values])[:-1]
+        first = torch.zeros(1, self.k, dtype=torch.float64, device="cpu")
+        before = torch.cat([first, values.iterations.cummax(dim=0).values])[:-1]
         return values.iterations > before, values
 
     def begins(self) -> Tensor:
         """Where rows have started anew, [m + 1, k]."""
         m = len(self.steps)
-        begins = torch.zeros(m + 1, self.k, dtype=torch.bool)
+        begins = torch.zeros(m + 1, self.k, dtype=torch.bool, device="cpu")
         for at, which, _ in self.starts:
             begins[min(at, m), which.cpu()] = True
         return begins

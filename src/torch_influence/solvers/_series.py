@@ -43,7 +43,7 @@ class Series:
         self.failed = ~self.size.isfinite()
         self.norm = torch.zeros_like(self.size).masked_fill(self.failed, torch.nan)
         self.where: tuple[int, int] | None = None
-        self.iterations = torch.zeros(k, dtype=torch.int64)
+        self.iterations = torch.zeros(k, dtype=torch.int64, device="cpu")
         self.recent: collections.deque[LinearOperator] = collections.deque(maxlen=2)  # a GPU's answer is a step late
         self.again = False
         self.over = bool(self.failed.any()) and not self.at_work.any()
