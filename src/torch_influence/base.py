@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import data
 
+from torch_influence.arguments import check_device, check_places
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.checks import CheckMethods
@@ -97,7 +98,10 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     ) -> None:
         check_on_failure(on_failure)
         self.on_failure = on_failure
-        self.device = torch.device(device)
+        check_places(
+            model=model, objective=objective, train_loader=train_loader, test_loader=test_loader, device=device
+        )
+        self.device = check_device(device)
         self.progress = progress
         self._reports: list[SolveReport] = []
         self._call_of_reports = 0
@@ -253,6 +257,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
         Raises:
             ValueError: queries is less than 1.
+            TypeError: queries is no integer.
 
         Cost:
             up to a pass over the training data, which the first solve saves.
@@ -261,6 +266,8 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             >>> print(module.explain(queries=100))
             >>> module.explain()["curvature"].path
         """
+        if not isinstance(queries, int):
+            raise TypeError(f"queries: expected a number of them, got {queries!r} of {type(queries).__name__}")
         if queries < 1:
             raise ValueError(f"queries: expected at least 1, got {queries}")
         with self._evaluation.session():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from torch_influence import verification
 from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
 from torch_influence.curvature import plain_product
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
-from torch_influence.evaluation import Evaluation
+from torch_influence.evaluation import Autocasts, Evaluation
 from torch_influence.gradients import NondeterminismWarning, in_one_batch, loss_gradient, randomness, warn_if_not_a_mean
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
@@ -415,8 +417,16 @@ class CheckMethods:
             warn_if_not_a_mean(loss, self._evaluation, batches)
             self._means_checked.add(loss)  # now, and not when an exception has ended it
         if loss not in self._randomness_checked:
-            why = randomness(loss, self._evaluation, batches)
+            with Autocasts() as inside:
+                why = randomness(loss, self._evaluation, batches)
             self._randomness_checked.add(loss)
+            for dtype in inside.less_precise_than(self._space.pass_dtype):
+                warnings.warn(
+                    "torch.autocast is on inside of the model or the objective: gradients and products are rounded to "
+                    f"{dtype}, and the parameters are {self._space.pass_dtype}. Leave it out for influence",
+                    UserWarning,
+                    stacklevel=level_of_the_user(),
+                )
             if why:
                 fail([NondeterminismWarning(why)], self.on_failure)
 

@@ -281,10 +281,11 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
                 how = ", and random numbers are drawn for it" if draws else ""
                 return (
                     f"{loss}: the loss of the same batch is {float(first):.6g} once and {float(again):.6g} another "
-                    f"time{how}. Something in the model or the objective is random, or keeps a state, in eval mode, so "
-                    "that each gradient and each product with the curvature is that of another model: solves and "
-                    "scores are wrong. Use nn.Dropout, or F.dropout(x, p, training=self.training), and add noise only "
-                    "where self.training is set"
+                    f"time{how}. Something in the model or the objective is random, or keeps a state from call to call "
+                    "(the hidden state of an RNN), in eval mode, so that each gradient and each product with the "
+                    "curvature is that of another model: solves and scores are wrong. Use nn.Dropout, or F.dropout(x, "
+                    "p, training=self.training), add noise only where self.training is set, and start each forward "
+                    "without the state of the last"
                 )
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -43,7 +44,9 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
     limit = 10 * d if maxiter is None else int(maxiter)
     if limit < 1:
         raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
-    if rtol < 0 or atol < 0:
+    if not all(isinstance(tolerance, Real | Tensor) for tolerance in (rtol, atol)):
+        raise TypeError(f"rtol, atol: expected numbers, got {rtol!r} and {atol!r}")
+    if not (rtol >= 0 and atol >= 0):
         raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
     return limit
 
