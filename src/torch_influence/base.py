@@ -340,7 +340,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             >>> scores = module.influences([0, 1, 2], None, stest=s)
         """
         with self._evaluation.session():
-            return self.inverse_hvp(self.test_loss_grad(test_idxs))
+            return self._checked_inverse(self.test_loss_grad(test_idxs))
 
     def stests(self, test_idxs: Sequence[int] | None = None) -> Tensor:
         """One s_q = A⁻¹ ∇f_q(θ) per test example, solved together where the solver can: [k, d].
@@ -473,8 +473,17 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         if self.batched:
-            return self.inverse_hvp(rows)
-        return torch.stack([self.inverse_hvp(row) for row in rows])
+            return self._checked_inverse(rows)
+        return torch.stack([self._checked_inverse(row) for row in rows])
+
+    def _checked_inverse(self, vec: Tensor) -> Tensor:
+        """What inverse_hvp, which may be a user's, makes of [d] or [k, d]."""
+        x = self.inverse_hvp(vec)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inverse_hvp: expected it to return a tensor, got {type(x).__name__}")
+        if x.shape != vec.shape:
+            raise ValueError(f"inverse_hvp: expected it to return shape {list(vec.shape)}, got {list(x.shape)}")
+        return x
 
     def _no_rows(self, k: int = 0) -> Tensor:
         return torch.empty(k, self._space.size, dtype=self._space.dtype, device=self.device)

@@ -169,7 +169,7 @@ class CheckMethods:
 
         Raises:
             ValueError: queries less than 1, refits less than 3; ``fit`` returns the module's own model, or edits it.
-            TypeError: ``fit`` does not return a model; there are no test data.
+            TypeError: ``fit`` is no function, or does not return a model; there are no test data.
 
         Cost:
             some passes over the training data, three solves, and where d <= 2000 the dense matrix, d³; beyond, a
@@ -186,6 +186,8 @@ class CheckMethods:
         say = builtins.print if print else _silent
         if queries < 1 or refits < 3:
             raise ValueError(f"queries, refits: expected at least 1 and 3, got {queries} and {refits}")
+        if fit is not None and (isinstance(fit, nn.Module) or not callable(fit)):
+            raise TypeError(f"fit: expected a function that trains another model, got {type(fit).__name__}")
         chosen = self._test.indices(test_idxs, "test_idxs") if test_idxs is not None else _spread(self._test.n, queries)
         pool = self._train.indices(train_idxs, "train_idxs")
         if not chosen or not pool:

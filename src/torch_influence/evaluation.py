@@ -135,7 +135,7 @@ class Evaluation:
 
         value = at(leaves)
         if isinstance(value, Tensor) and not value.isfinite():
-            raise ValueError(f"train_regularization: expected a finite number, got {float(value)}")
+            raise ValueError(f"train_regularization: expected a finite number, got {float(value.detach())}")
         constant = not isinstance(value, Tensor) or not value.requires_grad
         if constant and value and float(at([1.5 * leaf.detach() for leaf in leaves])) != float(value):
             raise ValueError(

@@ -52,8 +52,8 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = F
     if not loss.requires_grad:
         raise ValueError(
             "objective: expected a loss that depends on what it is differentiated by (the selected parameters, or the "
-            "outputs), got one without a graph; is it computed under no_grad, from .detach() or .item(), or from "
-            "other parameters than those in params=?"
+            "outputs), got one without a graph; is it computed under no_grad, from .detach(), .item() or "
+            "argmax, or from other parameters than those in params=?"
         )
     return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 

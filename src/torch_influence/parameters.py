@@ -133,4 +133,4 @@ def _no_parameter(model: nn.Module, item: Any) -> str:
         return f"{kind}; write list(...) for its keys, or list(....values())"
     if isinstance(item, tuple):
         return f"{kind}; of pairs (name, parameter) give either"
-    return kind if isinstance(item, type(None) | list | set) else f"{item!r} of {kind}"
+    return f"{kind} {item}" if isinstance(item, int | float) else kind

@@ -15,7 +15,7 @@ _INSTEAD = (
 # What torch says; what it means, with \1 for the first group.
 _RIDDLES = (
     (
-        r"derivative for aten::_?(\w+?)_backward\w* is not implemented",
+        r"derivative for (?:aten::|')_?(\w+?)_backward\w*'? is not implemented",
         rf"the objective or the model uses torch's \1. {_ONCE}. {_INSTEAD}",
     ),
     (
@@ -37,8 +37,8 @@ _RIDDLES = (
     ),
     (
         r"Trying to backward through the graph a second time",
-        "the graph of an earlier batch is in that of this one: the model or the objective keeps tensors from one call "
-        "to the next (the hidden state of an RNN?). Start each forward without them: scores are of examples alone",
+        "the graph of this batch has been used before: the model or the objective keeps tensors from one call to the "
+        "next (the hidden state of an RNN?), or calls backward() itself. Leave that out, and start each forward anew",
     ),
     (
         r"Expected more than 1 value per channel when training",

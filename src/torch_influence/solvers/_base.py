@@ -184,6 +184,10 @@ def conclude(
     if failed.any():
         if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
+        elif not preconditioned and _is_singular(report, x.dtype):
+            cure = (
+                f"the matrix is singular, to the rounding of {x.dtype}: raise damp (module.suggest_damping() finds one)"
+            )
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
@@ -220,6 +224,12 @@ def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
         f"{x.dtype}: NaN where they are too large, and where they are too small (below "
         f"{torch.finfo(x.dtype).tiny:.1e}) digits are lost, or all of them. Scale the query's loss, or use float64"
     )
+
+
+def _is_singular(report: SolveReport, dtype: torch.dtype) -> bool:
+    """Whether an eigenvalue that the iteration has seen is zero, to rounding."""
+    smallest, largest = report.eigenvalues
+    return abs(smallest) <= rounding(dtype) * largest
 
 
 def _negative_curvature(report: SolveReport, k: int, cures: str, preconditioned: bool) -> Warning:
