@@ -113,7 +113,8 @@ def test_products_of_gradients_need_no_second_derivative() -> None:
             return vec
 
     scores = module(Products, objective=Aligned()).influence_matrix([0, 1], [0, 1])
-    assert scores.isfinite().all() and (scores != 0).all()
+    assert scores.isfinite().all()
+    assert (scores != 0).all()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_other_errors_pass_as_they_are(error: Exception) -> None:
     assert meaning("derivative for aten::bincount is not implemented") == ""  # a first one
 
 
-# -- batch norm ----------------------------------------------------------------------------------------------------------
+# -- batch norm --------------------------------------------------------------------------------------------------------
 
 
 def test_a_layer_that_normalises_by_the_batch_is_named() -> None:
@@ -152,7 +153,7 @@ def test_other_layers_that_normalise_are_no_mistake(recwarn: pytest.WarningsReco
     assert not recwarn.list
 
 
-# -- autocast --------------------------------------------------------------------------------------------------------------
+# -- autocast ----------------------------------------------------------------------------------------------------------
 
 
 def single(**changes: Any) -> Any:
