@@ -184,7 +184,6 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("lazy buffer", lambda: module(model=lazy()), ValueError, "model: 1.running_mean has no shape yet"),
     ("meta", lambda: module(model=nn.Linear(4, 3, device="meta")), ValueError, "model: weight is on the meta device and has no values: load them first"),
     ("inference", lambda: module(model=torch.inference_mode()(network)()), ValueError, "model: 0.weight was made under inference_mode and has no gradient"),
-    ("nan", lambda: module(model=with_parameter(torch.tensor([1.0, NAN]))), ValueError, "model: 1 of 2 entries of scale are NaN"),
     ("complex parameter", lambda: module(model=with_parameter(torch.ones(2) * 1j), params="0.*"), TypeError, "model: expected real floating-point parameters, got scale with dtype torch.complex64"),
     ("no parameters", lambda: module(model=nn.Tanh()), ValueError, "got none; it has no parameters at all"),
     ("no device", lambda: module(device=None), TypeError, "device: expected a torch.device or the name of one, as 'cpu' or 'cuda:0', got None"),
@@ -396,6 +395,11 @@ def test_indefinite_matrix_is_solved_with_a_warning_that_names_the_cure() -> Non
     torch.testing.assert_close(it.hvp(it.inverse_hvp(v)) + it.inverse_hvp(v), v)
     cure = float(re.search(r"larger by ([0-9.e+-]+)", str(caught[0].message)).group(1))  # type: ignore[union-attr]
     module(AutogradInfluenceModule, objective=Concave(), damp=1.0 + cure, check_eigvals=True)
+
+
+def test_parameters_that_are_nan_are_named() -> None:
+    with pytest.warns(RuntimeWarning, match="model: 1 of 2 entries of scale are NaN, and so will be scores"):
+        module(model=with_parameter(torch.tensor([1.0, NAN])))
 
 
 def test_diverging_lissa_says_so() -> None:

@@ -72,7 +72,7 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_model(model: Any) -> None:
-    """A model whose tensors are there; warns of layers whose output for an example depends on the rest of the batch."""
+    """A model whose tensors are there; warns of NaN, and of layers that depend on the rest of the batch."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {_no_model(model)}")
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -87,9 +87,11 @@ def check_model(model: Any) -> None:
                 f"model: {name} was made under inference_mode and has no gradient: build the model outside"
             )
         if isinstance(t, nn.Parameter) and t.requires_grad and (bad := _count_of_nan(t.detach())):
-            raise ValueError(
-                f"model: {bad} of {t.numel()} entries of {name} are NaN: the training has diverged, or the wrong file "
-                "was loaded; there are no gradients at such parameters"
+            warnings.warn(
+                f"model: {bad} of {t.numel()} entries of {name} are NaN, and so will be scores: the training has "
+                "diverged, or the wrong file was loaded",
+                RuntimeWarning,
+                stacklevel=level_of_the_user(),
             )
     if found := normalised_by_the_batch(model):
         warnings.warn(

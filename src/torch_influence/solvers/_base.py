@@ -184,10 +184,8 @@ def conclude(
     if failed.any():
         if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
-        elif not preconditioned and _is_singular(report, x.dtype):
-            cure = (
-                f"the matrix is singular, to the rounding of {x.dtype}: raise damp (module.suggest_damping() finds one)"
-            )
+        elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
+            cure = f"the matrix is singular, to the rounding of {x.dtype}: raise damp (see module.suggest_damping())"
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
@@ -227,7 +225,7 @@ def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
 
 
 def _is_singular(report: SolveReport, dtype: torch.dtype) -> bool:
-    """Whether an eigenvalue that the iteration has seen is zero, to rounding."""
+    """Whether an eigenvalue that the iteration has seen is zero, to rounding; for where x is worse than 0 is."""
     smallest, largest = report.eigenvalues
     return abs(smallest) <= rounding(dtype) * largest
 
