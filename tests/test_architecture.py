@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
 # Left: a file or folder. Right: what of the package it may import.
 MAY_IMPORT = {
     "caller": set(),
+    "torch_errors": set(),
     "parameters": set(),
     "leaves": set(),
     "source": {"caller"},
@@ -23,9 +24,10 @@ MAY_IMPORT = {
     "plan": set(),
     "choice": set(),
     "objective": set(),
+    "arguments": {"caller", "objective"},
     "composed": set(),
     "convolutions": set(),
-    "evaluation": {"objective", "parameters", "composed"},
+    "evaluation": {"caller", "objective", "parameters", "composed", "torch_errors"},
     "gradients": {"parameters", "batches", "leaves", "evaluation", "plan"},
     "losses": {"batches", "caller", "evaluation", "gradients", "leaves"},
     "capture": {"evaluation"},
@@ -56,6 +58,7 @@ MAY_IMPORT = {
     "verification": {"linop", "solvers", "diagnostics"},
     "checks": {
         "batches",
+        "caller",
         "curvature",
         "diagnostics",
         "evaluation",
@@ -70,7 +73,7 @@ MAY_IMPORT = {
     },
     "reporting": {"batches", "evaluation", "exhibits", "page", "parameters", "plan", "ranking", "scores", "solvers"},
     "estimates": {"influences", "ranking"},
-    "parts": {"batches", "evaluation", "objective", "parameters", "resident"},
+    "parts": {"arguments", "batches", "evaluation", "objective", "parameters", "resident"},
     "legacy": {"objective", "parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them

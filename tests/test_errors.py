@@ -25,8 +25,10 @@ from torch.utils.data import (
 
 from torch_influence import (
     AutogradInfluenceModule,
+    BaseInfluenceModule,
     CGInfluenceModule,
     DivergenceWarning,
+    InfluenceModule,
     LiSSAInfluenceModule,
     NegativeCurvatureWarning,
 )
@@ -50,6 +52,23 @@ class DetachedLoss(Classification):
 class NumberLoss(Classification):
     def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Any:
         return super().test_loss(model, params, batch).item()
+
+
+def objective(**methods: Any) -> Classification:
+    """A classification in which some methods are others."""
+    return type("Changed", (Classification,), methods)()  # type: ignore[no-any-return]
+
+
+def regularizer(value: Callable[[Tensor], Any]) -> Classification:
+    return objective(train_regularization=lambda self, params: value(params))
+
+
+def train_loss(value: Callable[[Tensor], Any]) -> Classification:
+    return objective(train_loss_on_outputs=lambda self, outputs, batch: value(F.cross_entropy(outputs, batch[1])))
+
+
+def scores(changed: Classification, **options: Any) -> Tensor:
+    return module(objective=changed, **options).influences([0, 1], [0])
 
 
 class PairOutputs(Classification):
@@ -77,6 +96,25 @@ def frozen() -> nn.Module:
 
 def linear() -> nn.Module:
     return nn.Linear(4, 3, dtype=torch.float64)
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.LazyBatchNorm1d(affine=False), nn.Linear(5, 3))
+
+
+def with_parameter(p: Tensor) -> nn.Module:
+    model = network()
+    model.register_parameter("scale", nn.Parameter(p))
+    return model
+
+
+def own(solve: Callable[[Tensor], Any]) -> Any:
+    return module(type("Own", (BaseInfluenceModule,), {"inverse_hvp": lambda self, vec: solve(vec)}))
+
+
+def selecting(choose: Callable[[nn.Sequential], Any]) -> Any:
+    model = network()
+    return module(model=model, params=choose(model))
 
 
 NAN = float("nan")
@@ -110,6 +148,28 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("no data", lambda: module(train_loader=loader(n=0)), ValueError, "train_loader: expected at least one example, got an empty data set"),
     # objective
     ("class for instance", lambda: module(objective=Classification), TypeError, "objective: expected an instance, got the class Classification; write Classification()"),
+    ("loss for objective", lambda: module(objective=F.cross_entropy), TypeError, "objective: expected a BaseObjective, got function; a loss is called in its train_loss_on_outputs and test_loss"),
+    ("loss layer for objective", lambda: module(objective=nn.MSELoss()), TypeError, "objective: expected a BaseObjective, got MSELoss; a loss is called in"),
+    ("class of a loss", lambda: module(objective=nn.MSELoss), TypeError, "objective: expected a BaseObjective, got the class MSELoss; a loss is called in"),
+    ("no objective", lambda: module(objective=None), TypeError, "objective: expected a BaseObjective, got NoneType; no train_outputs, train_loss_on_outputs, train_regularization, train_loss, test_loss"),
+    ("objective set later", lambda: setattr(module(), "objective", F.cross_entropy), TypeError, "objective: expected a BaseObjective, got function"),
+    ("test_loss of two arguments", lambda: module(objective=objective(test_loss=lambda self, model, batch: 0)), TypeError, "objective: expected test_loss(model, params, batch), got test_loss(model, batch)"),
+    ("model and objective swapped", lambda: module(model=Classification(), objective=network()), TypeError, "model: expected a torch.nn.Module, got Classification; model and objective are swapped, the order is (model, objective, train_loader, test_loader, device)"),
+    ("objective and loader swapped", lambda: module(objective=loader(), train_loader=Classification()), TypeError, "objective: expected a BaseObjective, got DataLoader; objective and train_loader are swapped"),
+    ("model for loader", lambda: module(train_loader=network()), TypeError, "train_loader: expected a torch.utils.data.DataLoader, got Sequential; that is what model takes"),
+    ("no return of regulariser", lambda: scores(regularizer(lambda p: None)), TypeError, "train_regularization: expected a scalar tensor or a number, got NoneType; return 0.0 where there is none"),
+    ("no return of regulariser, gnh", lambda: scores(regularizer(lambda p: None), gnh=True), TypeError, "train_regularization: expected a scalar tensor or a number, got NoneType"),
+    ("regulariser a vector", lambda: scores(regularizer(lambda p: 0.5 * p.square())), ValueError, "train_regularization: expected a scalar tensor or a number, got shape (43,); sum it"),
+    ("regulariser a tuple", lambda: scores(regularizer(lambda p: (p.sum(), 1))), TypeError, "train_regularization: expected a scalar tensor or a number, got tuple"),
+    ("regulariser complex", lambda: scores(regularizer(lambda p: p.sum() * 1j)), TypeError, "train_regularization: expected a scalar tensor or a number, got torch.complex128"),
+    ("regulariser nan", lambda: scores(regularizer(lambda p: NAN)), ValueError, "train_regularization: expected a scalar tensor or a number, got nan"),
+    ("regulariser nan as tensor", lambda: scores(regularizer(lambda p: p.sum() * NAN)), ValueError, "train_regularization: expected a finite number, got nan"),
+    ("regulariser by item", lambda: scores(regularizer(lambda p: p.square().sum().item())), ValueError, "train_regularization: its value depends on the parameters, but has no graph"),
+    ("regulariser detached", lambda: scores(regularizer(lambda p: p.detach().norm()), gnh=True), ValueError, "train_regularization: its value depends on the parameters, but has no graph"),
+    ("no return of loss", lambda: scores(train_loss(lambda loss: None)), TypeError, "train_loss_on_outputs: expected a scalar tensor (the mean loss over the batch), got NoneType; does it return?"),
+    ("loss complex", lambda: scores(train_loss(lambda loss: loss * 1j)), TypeError, "of real floating-point numbers, got torch.complex128"),
+    ("loss integer", lambda: scores(train_loss(lambda loss: loss.long())), TypeError, "train_loss_on_outputs: expected a scalar tensor (the mean loss over the batch) of real floating-point numbers, got torch.int64"),
+    ("no return of outputs", lambda: scores(objective(train_outputs=lambda self, model, batch: None)), TypeError, "train_outputs: expected what train_loss_on_outputs takes, got None; does it return?"),
     ("loss per example", lambda: module(objective=PerExampleLoss()).train_loss_grad([0, 1]), ValueError, "train_loss_on_outputs: expected a scalar (the mean loss over the batch), got shape (5,); reduce it with .mean()"),
     ("detached loss", lambda: module(objective=DetachedLoss()).stest([0]), ValueError, "expected a loss that depends on what it is differentiated by"),
     ("detached loss, many queries", lambda: module(objective=DetachedLoss()).stests(), ValueError, "expected a loss that depends on what it is differentiated by"),
@@ -117,6 +177,19 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("outputs no tensor", lambda: module(objective=PairOutputs(), gnh=True).stest([0]), TypeError, "train_outputs: expected a tensor with gnh=True, got tuple"),
     # model and parameters
     ("no module", lambda: module(model=lambda x: x), TypeError, "model: expected a torch.nn.Module, got function"),
+    ("no module, a state", lambda: module(model=network().state_dict()), TypeError, "model: expected a torch.nn.Module, got OrderedDict; load it into a model first"),
+    ("no module, a path", lambda: module(model="model.pt"), TypeError, "model: expected a torch.nn.Module, got str; load the model from there first"),
+    ("no module, a class", lambda: module(model=nn.Linear), TypeError, "model: expected a torch.nn.Module, got the class Linear; build one"),
+    ("lazy parameter", lambda: module(model=nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3))), ValueError, "model: 0.weight has no shape yet, it belongs to a lazy layer: run one batch through the model first"),
+    ("lazy buffer", lambda: module(model=lazy()), ValueError, "model: 1.running_mean has no shape yet"),
+    ("meta", lambda: module(model=nn.Linear(4, 3, device="meta")), ValueError, "model: weight is on the meta device and has no values: load them first"),
+    ("inference", lambda: module(model=torch.inference_mode()(network)()), ValueError, "model: 0.weight was made under inference_mode and has no gradient"),
+    ("complex parameter", lambda: module(model=with_parameter(torch.ones(2) * 1j), params="0.*"), TypeError, "model: expected real floating-point parameters, got scale with dtype torch.complex64"),
+    ("no parameters", lambda: module(model=nn.Tanh()), ValueError, "got none; it has no parameters at all"),
+    ("no device", lambda: module(device=None), TypeError, "device: expected a torch.device or the name of one, as 'cpu' or 'cuda:0', got None"),
+    ("unknown device", lambda: module(device="gpu"), TypeError, "device: expected a torch.device or the name of one, as 'cpu' or 'cuda:0', got 'gpu'"),
+    ("device that is not there", lambda: module(device="cuda:99"), ValueError, "device: 'cuda:99' can't be used here ("),
+    ("device without values", lambda: module(device="meta"), ValueError, "device: tensors on 'meta' have no values"),
     ("nothing to train", lambda: module(model=frozen()), ValueError, "model: expected at least one parameter with requires_grad=True, got none"),
     ("nothing in what is trained", lambda: module(model=nn.PReLU(0)), ValueError, "model: expected at least one number to differentiate by, got only parameters of size 0: weight"),
     ("nothing in what is selected", lambda: module(model=nn.Sequential(nn.PReLU(0), nn.Linear(4, 3)), params="0.weight"), ValueError, "params: expected at least one number to differentiate by, got only parameters of size 0: 0.weight"),
@@ -125,8 +198,33 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("foreign parameter", lambda: module(params=[nn.Parameter(torch.ones(2))]), ValueError, "params: got a tensor of shape (2,), which is no parameter of the model"),
     ("nothing selected", lambda: module(params=[]), ValueError, "params: expected at least one name, glob or Parameter, got an empty selection"),
     ("predicate selects nothing", lambda: module(params=lambda name, p: False), ValueError, "params: the predicate chose none of the trainable parameters"),
+    ("module as selection", lambda: selecting(lambda model: model[2]), TypeError, "params: expected names, globs or Parameters, got Linear; write '2.*', or list(module.parameters())"),
+    ("the model as selection", lambda: selecting(lambda model: model), TypeError, "got Sequential, the model itself; leave params out"),
+    ("modules as selection", lambda: selecting(lambda model: [model[2]]), TypeError, "got Linear; write '2.*'"),
+    ("another module as selection", lambda: module(params=network()), TypeError, "got Sequential; write a glob of its name, as 'head.*'"),
+    ("name of a module", lambda: module(params="2"), ValueError, "params: got '2', which is a module, and no parameter; write '2.*'"),
+    ("number as selection", lambda: module(params=3), TypeError, "params: expected names, globs or Parameters, got int 3"),
+    ("bool as selection", lambda: module(params=False), TypeError, "params: expected names, globs or Parameters, got bool False"),
+    ("dict as selection", lambda: module(params={"0.weight": False}), TypeError, "params: expected names, globs or Parameters, got dict; write list(...) for its keys"),
+    ("pairs as selection", lambda: selecting(lambda model: model.named_parameters()), TypeError, "got tuple; of pairs (name, parameter) give either"),
+    ("values as selection", lambda: selecting(lambda model: model[0].weight.data), ValueError, "params: got a tensor of shape (5, 4), which is no parameter of the model"),
+    ("iterator at its end", lambda: module(params=iter(())), ValueError, "got an empty selection, or an iterator at its end"),
+    ("method as selection", lambda: selecting(lambda model: model.parameters), TypeError, "params: expected a predicate f(name, parameter), got one of other arguments"),
+    ("predicate of tensors", lambda: module(params=lambda name, p: p > 0), TypeError, "params: expected a predicate that tells True or False, got a tensor for 0.weight"),
     ("selection by number", lambda: module(params=[0]), TypeError, "params: expected names, globs or Parameters, got int"),
     # solvers
+    ("a solver of one's own, no tensor", lambda: own(lambda v: v.numpy()).stests([0, 1]), TypeError, "inverse_hvp: expected it to return a tensor, got ndarray"),
+    ("a solver of one's own, shape", lambda: own(lambda v: v[None]).stests([0, 1]), ValueError, "inverse_hvp: expected it to return shape [43], got [1, 43]"),
+    ("a model for its training", lambda: module().verify(fit=network(), print=False), TypeError, "fit: expected a function that trains another model, got Sequential"),
+    ("negative damping", lambda: module(damp=-0.5), ValueError, "damp: expected a number >= 0, got -0.5; module.suggest_damping() finds one"),
+    ("negative damping later", lambda: setattr(module(), "damp", -1), ValueError, "damp: expected a number >= 0, got -1"),
+    ("damping is gnh", lambda: module(damp=True), TypeError, "damp: expected a number, got True of bool"),
+    ("gnh is the solver", lambda: module(InfluenceModule, damp=1.0, gnh="cg"), TypeError, "gnh: expected True or False, got 'cg' of str"),
+    ("rtol a text", lambda: module(rtol="1e-3").stest([0]), TypeError, "rtol, atol: expected numbers, got '1e-3' and 0.0"),
+    ("rtol nan", lambda: module(rtol=NAN).stest([0]), ValueError, "rtol, atol: expected tolerances >= 0, got nan and 0.0"),
+    ("no depth", lambda: module(LiSSAInfluenceModule, depth=None).stest([0]), ValueError, "depth: expected an integer >= 1, got None"),
+    ("a batch as queries", lambda: module().explain([0]), TypeError, "queries: expected a number of them, got [0] of list"),
+    ("singular by rounding", lambda: module(AutogradInfluenceModule, model=linear(), objective=objective(l2=0.0), damp=0.0, check_eigvals=True), ValueError, "the damped Hessian is singular, to the rounding of torch.float64"),
     ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, history, maxiter, rtol, tol, truncate, x0"),
     ("rtol twice", lambda: module(tol=1e-3), TypeError, "CGInfluenceModule got both rtol and tol, which is its older name; give one"),
     ("maxiter 0", lambda: module(maxiter=0).stest([0]), ValueError, "maxiter: expected at least 1, got 0"),
@@ -299,6 +397,11 @@ def test_indefinite_matrix_is_solved_with_a_warning_that_names_the_cure() -> Non
     torch.testing.assert_close(it.hvp(it.inverse_hvp(v)) + it.inverse_hvp(v), v)
     cure = float(re.search(r"larger by ([0-9.e+-]+)", str(caught[0].message)).group(1))  # type: ignore[union-attr]
     module(AutogradInfluenceModule, objective=Concave(), damp=1.0 + cure, check_eigvals=True)
+
+
+def test_parameters_that_are_nan_are_named() -> None:
+    with pytest.warns(RuntimeWarning, match="model: 1 of 2 entries of scale are NaN, and so will be scores"):
+        module(model=with_parameter(torch.tensor([1.0, NAN])))
 
 
 def test_diverging_lissa_says_so() -> None:

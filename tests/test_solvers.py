@@ -19,6 +19,7 @@ from torch_influence.solvers import (
     ConvergenceWarning,
     Factor,
     NegativeCurvatureWarning,
+    SolveError,
     block_cg,
     cg,
 )
@@ -480,6 +481,30 @@ def test_an_indefinite_matrix_is_solved_by_lu_with_the_eigenvalue_in_the_warning
     condition = float(torch.linalg.cond(matrix))
     assert_close(x, solution(matrix, rows), operations=D, condition=condition)
     assert_close(factor.inverse(), torch.linalg.inv(matrix), operations=D, condition=condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_that_is_singular_by_rounding_is_not_said_to_be_indefinite(dtype: torch.dtype) -> None:
+    """Of a softmax layer, say, whose classes' weights may all be shifted."""
+    eps = torch.finfo(dtype).eps
+    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 1), torch.tensor([-4.0 * eps])])).to(dtype)
+    b = (matrix @ torch.randn(D, K, dtype=dtype)).mT  # in its range, to rounding
+    with pytest.warns(ConvergenceWarning, match=f"curvature is singular, to the rounding of {dtype}.*raise damp") as w:
+        factor = Factor(matrix)
+    assert not any(issubclass(one.category, NegativeCurvatureWarning) for one in w)
+    assert not factor.definite
+    assert not factor.indefinite
+    _, report = factor.solve(b)
+    assert not report.negative_curvature.any()
+    with pytest.raises(SolveError, match="singular, to the rounding"):
+        Factor(matrix, on_failure="raise")
+
+
+@pytest.mark.parametrize("solve", [cg, block_cg])
+def test_iterations_say_that_the_matrix_is_singular_where_nothing_solves_it(solve: Any) -> None:
+    matrix = with_spectrum(torch.cat([torch.linspace(0.5, 2.0, D - 1), torch.zeros(1)]))
+    with pytest.warns(ConvergenceWarning, match="the matrix is singular, to the rounding of torch.float64: raise damp"):
+        solve(Dense(matrix), torch.randn(K, D, dtype=torch.float64), rtol=1e-8)
 
 
 def test_a_singular_matrix_is_an_error_that_says_damp() -> None:

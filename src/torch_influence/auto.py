@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import data
 
+from torch_influence.arguments import check_flag
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.choice import Cost, Problem, costs, reasons
 from torch_influence.curvature import dual, dual_cost
@@ -115,7 +116,7 @@ class InfluenceModule(BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        self.gnh = gnh
+        self.gnh = check_flag("gnh", gnh)
         self.rtol = rtol
         self.atol = atol
         self.maxiter = maxiter

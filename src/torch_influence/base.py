@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import data
 
+from torch_influence.arguments import check_device, check_places
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.checks import CheckMethods
@@ -99,7 +100,10 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
     ) -> None:
         check_on_failure(on_failure)
         self.on_failure = on_failure
-        self.device = torch.device(device)
+        check_places(
+            model=model, objective=objective, train_loader=train_loader, test_loader=test_loader, device=device
+        )
+        self.device = check_device(device)
         self.progress = progress
         self._reports: list[SolveReport] = []
         self._call_of_reports = 0
@@ -255,6 +259,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
         Raises:
             ValueError: queries is less than 1.
+            TypeError: queries is no integer.
 
         Cost:
             up to a pass over the training data, which the first solve saves.
@@ -263,6 +268,8 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             >>> print(module.explain(queries=100))
             >>> module.explain()["curvature"].path
         """
+        if not isinstance(queries, int):
+            raise TypeError(f"queries: expected a number of them, got {queries!r} of {type(queries).__name__}")
         if queries < 1:
             raise ValueError(f"queries: expected at least 1, got {queries}")
         with self._evaluation.session():
@@ -333,7 +340,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             >>> scores = module.influences([0, 1, 2], None, stest=s)
         """
         with self._evaluation.session():
-            return self.inverse_hvp(self.test_loss_grad(test_idxs))
+            return self._checked_inverse(self.test_loss_grad(test_idxs))
 
     def stests(self, test_idxs: Sequence[int] | None = None) -> Tensor:
         """One s_q = A⁻¹ ∇f_q(θ) per test example, solved together where the solver can: [k, d].
@@ -473,8 +480,17 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     def _inverse_rows(self, rows: Tensor) -> Tensor:
         if self.batched:
-            return self.inverse_hvp(rows)
-        return torch.stack([self.inverse_hvp(row) for row in rows])
+            return self._checked_inverse(rows)
+        return torch.stack([self._checked_inverse(row) for row in rows])
+
+    def _checked_inverse(self, vec: Tensor) -> Tensor:
+        """What inverse_hvp, which may be a user's, makes of [d] or [k, d]."""
+        x = self.inverse_hvp(vec)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inverse_hvp: expected it to return a tensor, got {type(x).__name__}")
+        if x.shape != vec.shape:
+            raise ValueError(f"inverse_hvp: expected it to return shape {list(vec.shape)}, got {list(x.shape)}")
+        return x
 
     def _no_rows(self, k: int = 0) -> Tensor:
         return torch.empty(k, self._space.size, dtype=self._space.dtype, device=self.device)

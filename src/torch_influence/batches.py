@@ -291,7 +291,7 @@ def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
     """A list, range, array or tensor of distinct integers in [0, n), as a list of ints."""
     if isinstance(wanted, Tensor) or hasattr(wanted, "tolist"):
         wanted = wanted.tolist()
-    if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes | Mapping):
+    if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes | Mapping | data.DataLoader):
         hint = f"; write [{wanted}]" if isinstance(wanted, int) else ""
         raise ValueError(f"{argument}: expected a 1-D sequence of indices, got {wanted!r}{hint}")
     indices = []
@@ -303,7 +303,8 @@ def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
         try:
             indices.append(operator.index(item))
         except TypeError:
-            raise TypeError(f"{argument}: expected integer indices, got {item!r} of {type(item).__name__}") from None
+            what = "one" if isinstance(item, Tensor) else repr(item)
+            raise TypeError(f"{argument}: expected integer indices, got {what} of {type(item).__name__}") from None
     if len(set(indices)) != len(indices):
         twice = next(i for i, count in Counter(indices).items() if count > 1)
         raise ValueError(f"{argument}: expected distinct indices, got {twice} more than once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,6 @@ _PACKAGE = str(Path(__file__).parent)
 def level_of_the_user() -> int:
     """Stack level, seen from the function that asks, of the first frame that is not this package's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+    while frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     return level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from torch_influence import verification
 from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
 from torch_influence.curvature import plain_product, second_derivative
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
-from torch_influence.evaluation import Evaluation
+from torch_influence.evaluation import Autocasts, Evaluation
 from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness
 from torch_influence.linop import probe_rows
 from torch_influence.losses import departs_most, not_a_mean, tell
@@ -173,7 +175,7 @@ class CheckMethods:
 
         Raises:
             ValueError: queries less than 1, refits less than 3; ``fit`` returns the module's own model, or edits it.
-            TypeError: ``fit`` does not return a model; there are no test data.
+            TypeError: ``fit`` is no function, or does not return a model; there are no test data.
 
         Cost:
             some passes over the training data, three solves, and where d <= 2000 the dense matrix, d³; beyond, a
@@ -190,6 +192,8 @@ class CheckMethods:
         say = builtins.print if print else _silent
         if queries < 1 or refits < 3:
             raise ValueError(f"queries, refits: expected at least 1 and 3, got {queries} and {refits}")
+        if fit is not None and (isinstance(fit, nn.Module) or not callable(fit)):
+            raise TypeError(f"fit: expected a function that trains another model, got {type(fit).__name__}")
         chosen = self._test.indices(test_idxs, "test_idxs") if test_idxs is not None else _spread(self._test.n, queries)
         pool = self._train.indices(train_idxs, "train_idxs")
         if not chosen or not pool:
@@ -427,13 +431,22 @@ class CheckMethods:
 
     def _check_mean(self, loss: str, batches: Batches) -> None:
         """Warns once of a loss that is no mean over the batch, or random: nothing else would show it."""
+        own = self._space.pass_dtype  # before the loss's own is taken note of
         if loss not in self._means_checked:
             finding = not_a_mean(loss, self._evaluation, batches)
             self._means_checked[loss] = finding  # now, and not when an exception has ended it
             tell(finding)
         if loss not in self._randomness_checked:
-            why = randomness(loss, self._evaluation, batches)
+            with Autocasts() as inside:
+                why = randomness(loss, self._evaluation, batches)
             self._randomness_checked.add(loss)
+            for dtype in inside.less_precise_than(own):
+                warnings.warn(
+                    "torch.autocast is on inside of the model or the objective: gradients and products are rounded to "
+                    f"{dtype}, and the parameters are {own}. Leave it out for influence",
+                    UserWarning,
+                    stacklevel=level_of_the_user(),
+                )
             if why:
                 fail([NondeterminismWarning(why)], self.on_failure)
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from torch_influence import composed
-from torch_influence.objective import BaseObjective
+from torch_influence.caller import level_of_the_user
+from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
+from torch_influence.torch_errors import explained
 
 _DEPTH = 5  # from the objective to a list in a module in a list of it
 _ROOM = 2000  # containers and objects
@@ -109,7 +113,7 @@ class Evaluation:
     def train_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean regularised training loss of a batch."""
         loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
-        return _scalar(loss, "train_loss")
+        return checked_loss(loss, "train_loss")
 
     def data_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean training loss of a batch, without the regulariser."""
@@ -123,20 +127,34 @@ class Evaluation:
                 return self.objective.test_loss(model=model, params=flat, batch=batch)
             return self.objective.test_loss(model, flat, batch)
 
-        return _scalar(self._call(leaves, run), "test_loss")
+        return checked_loss(self._call(leaves, run), "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
         """Model outputs for a training batch."""
-        return self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch))
+        return checked_outputs(self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch)))
 
     def train_loss_on_outputs(self, leaves: Sequence[Tensor], outputs: Any, batch: Any) -> Tensor:
         """Mean loss of these outputs, without the regulariser."""
         loss = self._call(leaves, lambda model, flat: self.objective.train_loss_on_outputs(outputs, batch))
-        return _scalar(loss, "train_loss_on_outputs")
+        return checked_loss(loss, "train_loss_on_outputs")
 
     def train_regularization(self, leaves: Sequence[Tensor]) -> Tensor | float:
         """The regulariser at these parameters."""
-        return self._call(leaves, lambda model, flat: self.objective.train_regularization(flat))
+
+        def at(leaves: Sequence[Tensor]) -> Tensor | float:
+            value = self._call(leaves, lambda model, flat: self.objective.train_regularization(flat))
+            return checked_regularization(value)
+
+        value = at(leaves)
+        if isinstance(value, Tensor) and not value.isfinite():
+            raise ValueError(f"train_regularization: expected a finite number, got {float(value.detach())}")
+        constant = not isinstance(value, Tensor) or not value.requires_grad
+        if constant and value and float(at([1.5 * leaf.detach() for leaf in leaves])) != float(value):
+            raise ValueError(
+                "train_regularization: its value depends on the parameters, but has no graph; leave out .item(), "
+                ".detach() and float(), and use torch's functions"
+            )
+        return value
 
     def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
         space = self.space
@@ -180,6 +198,8 @@ class Evaluation:
             return
         networks = [m for m in (self.model, self.objective, *vars(self.objective).values()) if isinstance(m, nn.Module)]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(explained())
+            stack.enter_context(_without_autocast(self.space))
             for network in networks:
                 stack.callback(_remember_modules(network))
             stack.enter_context(torch.inference_mode(False))
@@ -194,17 +214,6 @@ class Evaluation:
             if self.on_open is not None:
                 self.on_open()
             yield
-
-
-def _scalar(loss: Any, name: str) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name}: expected a scalar tensor (the mean loss over the batch), got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{name}: expected a scalar (the mean loss over the batch), got shape {tuple(loss.shape)}; "
-            "reduce it with .mean()"
-        )
-    return loss.reshape(())
 
 
 def _remember_modules(model: nn.Module) -> Callable[[], None]:
@@ -308,6 +317,51 @@ def _off(backend: Any) -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+@contextlib.contextmanager
+def _without_autocast(space: ParameterSpace) -> Iterator[None]:
+    """Switches off an autocast around the call, with a warning: gradients and products have the parameters' precision.
+
+    An autocast inside of the model or the objective is theirs, and stays.
+    """
+    on = [kind for kind in {"cpu", *(p.device.type for p in space.current())} if torch.is_autocast_enabled(kind)]
+    if on:
+        warnings.warn(
+            f"torch.autocast is on around this call, and is ignored: it would round gradients and products to "
+            f"{torch.get_autocast_dtype(on[0])}; they are computed in the parameters' {space.pass_dtype}",
+            UserWarning,
+            stacklevel=level_of_the_user(),
+        )
+    with contextlib.ExitStack() as stack:
+        for kind in on:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+class Autocasts(TorchFunctionMode):
+    """While it is active, it takes note of the dtypes of an autocast inside of the model or the objective.
+
+    Attributes:
+        dtypes: to which operands are rounded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        kind = out.device.type if isinstance(out, Tensor) else "cpu"
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            self.dtypes.add(torch.get_autocast_dtype(kind))
+        return out
+
+    def less_precise_than(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Those of them that are."""
+        return [seen for seen in self.dtypes if torch.finfo(seen).eps > torch.finfo(dtype).eps]
 
 
 @contextlib.contextmanager

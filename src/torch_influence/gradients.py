@@ -72,8 +72,8 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = F
     if not loss.requires_grad:
         raise ValueError(
             "objective: expected a loss that depends on what it is differentiated by (the selected parameters, or the "
-            "outputs), got one without a graph; is it computed under no_grad, from .detach() or .item(), or from "
-            "other parameters than those in params=?"
+            "outputs), got one without a graph; is it computed under no_grad, from .detach(), .item() or "
+            "argmax, or from other parameters than those in params=?"
         )
     return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
@@ -260,10 +260,11 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
                 how = ", and random numbers are drawn for it" if draws else ""
                 return (
                     f"{loss}: the loss of the same batch is {float(first):.6g} once and {float(again):.6g} another "
-                    f"time{how}. Something in the model or the objective is random, or keeps a state, in eval mode, so "
-                    "that each gradient and each product with the curvature is that of another model: solves and "
-                    "scores are wrong. Use nn.Dropout, or F.dropout(x, p, training=self.training), and add noise only "
-                    "where self.training is set"
+                    f"time{how}. Something in the model or the objective is random, or keeps a state from call to call "
+                    "(the hidden state of an RNN), in eval mode, so that each gradient and each product with the "
+                    "curvature is that of another model: solves and scores are wrong. Use nn.Dropout, or F.dropout(x, "
+                    "p, training=self.training), add noise only where self.training is set, and start each forward "
+                    "without the state of the last"
                 )
     return ""
 

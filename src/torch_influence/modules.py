@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import data
 
+from torch_influence.arguments import check_flag
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.caller import level_of_the_user
 from torch_influence.estimates import EstimateMethods
@@ -18,7 +19,7 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.plan import Step
 from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import AutoScale, Factor, Kept, OnFailure, cg, is_recipe, lissa
+from torch_influence.solvers import AutoScale, Factor, Kept, OnFailure, cg, is_recipe, lissa, rounding
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
 
@@ -87,8 +88,14 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         self._built_at = self._made_of()
         damped = self._damped()
         if check_eigvals:
-            smallest = float(torch.linalg.eigvalsh(damped)[0])
+            eigenvalues = torch.linalg.eigvalsh(damped)
+            smallest = float(eigenvalues[0])
             if smallest < 0:
+                if smallest >= -rounding(damped.dtype) * float(eigenvalues.abs().max()):
+                    raise ValueError(
+                        f"the damped Hessian is singular, to the rounding of {damped.dtype}: its smallest eigenvalue "
+                        f"is {smallest:.3g}; damp={damp:g} is too small"
+                    )
                 raise ValueError(
                     f"the damped Hessian has a negative eigenvalue, {smallest:.6g}: damp={damp:g} is too small by at "
                     "least that much, or the model is not at a minimum of its training objective"
@@ -242,7 +249,7 @@ class CGInfluenceModule(BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        self.gnh = gnh
+        self.gnh = check_flag("gnh", gnh)
         self.cg_kwargs = kwargs
         self._kept = Kept()
         self._warn_if_train_loss_is_overridden()
@@ -351,7 +358,7 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        self.gnh = gnh
+        self.gnh = check_flag("gnh", gnh)
         self.repeat = repeat
         self.depth = depth
         self.scale = scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import torch
@@ -89,8 +90,9 @@ class BaseObjective(abc.ABC):
         Returns:
             A scalar tensor.
         """
-        outputs = self.train_outputs(model, batch)
-        return self.train_loss_on_outputs(outputs, batch) + self.train_regularization(params)
+        outputs = checked_outputs(self.train_outputs(model, batch))
+        loss = checked_loss(self.train_loss_on_outputs(outputs, batch), "train_loss_on_outputs")
+        return loss + checked_regularization(self.train_regularization(params))
 
     @abc.abstractmethod
     def test_loss(self, model: nn.Module, params: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -104,3 +106,49 @@ class BaseObjective(abc.ABC):
         Returns:
             A scalar tensor, the mean over the examples. Any measurement will do: see docs/meaning.md.
         """
+
+
+def checked_loss(loss: Any, method: str) -> torch.Tensor:
+    """What a method has returned as the loss of a batch: a real scalar, [] or of one element."""
+    expected = f"{method}: expected a scalar tensor (the mean loss over the batch)"
+    if not isinstance(loss, torch.Tensor):
+        hint = {type(None): "; does it return?", float: "; leave out .item()"}.get(type(loss), "")
+        raise TypeError(f"{expected}, got {type(loss).__name__}{hint}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{method}: expected a scalar (the mean loss over the batch), got shape {tuple(loss.shape)}; "
+            "reduce it with .mean()"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"{expected} of real floating-point numbers, got {loss.dtype}, which has no gradient")
+    return loss.reshape(())
+
+
+def checked_outputs(outputs: Any) -> Any:
+    """What train_outputs has returned: something."""
+    if outputs is None:
+        raise TypeError("train_outputs: expected what train_loss_on_outputs takes, got None; does it return?")
+    return outputs
+
+
+def checked_regularization(value: Any) -> torch.Tensor | float:
+    """What train_regularization has returned: a real scalar, [] or of one element, or a finite number."""
+    expected = "train_regularization: expected a scalar tensor or a number"
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{expected}, got shape {tuple(value.shape)}; sum it, as in 0.5 * l2 * params.square().sum()"
+            )
+        if value.is_complex():
+            raise TypeError(f"{expected}, got {value.dtype}")
+        return value.reshape(())
+    try:
+        number = None if value is None or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None:
+        hint = "; return 0.0 where there is none" if value is None else ""
+        raise TypeError(f"{expected}, got {type(value).__name__}{hint}")
+    if not math.isfinite(number):
+        raise ValueError(f"{expected}, got {number}")
+    return number

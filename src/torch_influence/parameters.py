@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,21 @@ class ParameterSpace:
         self._model = model
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
+            some = next(model.parameters(), None) is not None
             raise ValueError(
                 "model: expected at least one parameter with requires_grad=True, got none; "
-                "call requires_grad_(True) on the parameters whose influence you want"
+                + (
+                    "call requires_grad_(True) on the parameters whose influence you want"
+                    if some
+                    else "it has no parameters at all: if it is quantised or exported, give the one that it was made of"
+                )
             )
+        for name, p in trainable.items():
+            if not p.is_floating_point():
+                raise TypeError(f"model: expected real floating-point parameters, got {name} with dtype {p.dtype}")
         self.trainable = tuple(trainable)
         self.names = tuple(trainable) if select is None else _select(model, trainable, select)
         chosen = [trainable[name] for name in self.names]
-        for name, p in zip(self.names, chosen, strict=True):
-            if not p.is_floating_point():
-                raise TypeError(f"model: expected real floating-point parameters, got {name} with dtype {p.dtype}")
         self.shapes = tuple(p.shape for p in chosen)
         self.sizes = tuple(p.numel() for p in chosen)
         self.size = sum(self.sizes)
@@ -88,28 +94,64 @@ def _least_precise(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Selection) -> tuple[str, ...]:
     """Names of the trainable parameters that ``params=`` asks for."""
-    if callable(select):
-        chosen = {name for name, p in trainable.items() if select(name, p)}
+    if callable(select) and not isinstance(select, nn.Module | type):
+        chosen = {name for name, p in trainable.items() if _chooses(select, name, p)}
         if not chosen:
             raise ValueError("params: the predicate chose none of the trainable parameters; it gets (name, parameter)")
+        return tuple(name for name in trainable if name in chosen)
+    if isinstance(select, str | Tensor | nn.Module | Mapping) or not isinstance(select, Iterable):
+        wanted: list[Any] = [select]
     else:
-        wanted = [select] if isinstance(select, str | nn.Parameter) else list(select or ())
-        if not wanted:
-            raise ValueError("params: expected at least one name, glob or Parameter, got an empty selection")
-        first_name = {id(p): name for name, p in model.named_parameters()}
-        every_name = dict(model.named_parameters(remove_duplicate=False))
-        chosen = set()
-        for item in wanted:
-            if isinstance(item, str):
-                hits = [p for name, p in every_name.items() if name == item or fnmatchcase(name, item)]
-            elif isinstance(item, Tensor):
-                hits = [p for p in every_name.values() if p is item]
-            else:
-                raise TypeError(f"params: expected names, globs or Parameters, got {type(item).__name__}")
-            names = {first_name[id(p)] for p in hits} & trainable.keys()
-            if not names:
-                what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
-                why = "which has requires_grad=False" if hits else "which is no parameter of the model"
-                raise ValueError(f"params: got {what}, {why}; choose among {', '.join(trainable)}")
-            chosen |= names
+        wanted = list(select)
+    if not wanted:
+        raise ValueError(
+            "params: expected at least one name, glob or Parameter, got an empty selection, or an iterator at its end"
+        )
+    first_name = {id(p): name for name, p in model.named_parameters()}
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    chosen = set()
+    for item in wanted:
+        if isinstance(item, str):
+            hits = [p for name, p in every_name.items() if name == item or fnmatchcase(name, item)]
+        elif isinstance(item, Tensor):
+            hits = [p for p in every_name.values() if p is item]
+        else:
+            raise TypeError(f"params: expected names, globs or Parameters, got {_no_parameter(model, item)}")
+        names = {first_name[id(p)] for p in hits} & trainable.keys()
+        if not names:
+            what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
+            why = "which has requires_grad=False" if hits else "which is no parameter of the model"
+            if not hits and isinstance(item, str) and item and item in dict(model.named_modules()):
+                why = f"which is a module, and no parameter; write '{item}.*'"
+            raise ValueError(f"params: got {what}, {why}; choose among {', '.join(trainable)}")
+        chosen |= names
     return tuple(name for name in trainable if name in chosen)
+
+
+def _chooses(predicate: Callable[[str, nn.Parameter], Any], name: str, p: nn.Parameter) -> bool:
+    try:
+        inspect.signature(predicate).bind(name, p)
+    except ValueError:  # of some that are not written in Python
+        pass
+    except TypeError:
+        raise TypeError("params: expected a predicate f(name, parameter), got one of other arguments") from None
+    answer = predicate(name, p)
+    if isinstance(answer, Tensor) and answer.numel() != 1:
+        raise TypeError(f"params: expected a predicate that tells True or False, got a tensor for {name}")
+    return bool(answer)
+
+
+def _no_parameter(model: nn.Module, item: Any) -> str:
+    """What was given in place of a name or a Parameter, and what to do."""
+    kind = type(item).__name__
+    if isinstance(item, nn.Module):
+        names = [name for name, m in model.named_modules() if m is item]
+        if names == [""]:
+            return f"{kind}, the model itself; leave params out for all parameters"
+        glob = f"'{names[0]}.*'" if names else "a glob of its name, as 'head.*'"
+        return f"{kind}; write {glob}, or list(module.parameters())"
+    if isinstance(item, Mapping):
+        return f"{kind}; write list(...) for its keys, or list(....values())"
+    if isinstance(item, tuple):
+        return f"{kind}; of pairs (name, parameter) give either"
+    return f"{kind} {item}" if isinstance(item, int | float) else kind

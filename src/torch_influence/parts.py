@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from torch_influence.arguments import check_damp, check_model, check_objective
 from torch_influence.batches import Batches
 from torch_influence.evaluation import Evaluation
 from torch_influence.objective import BaseObjective
@@ -99,12 +99,8 @@ class Parts:
 
     def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None:
         """Looks at this model with this objective from now on."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(objective, type):
-            raise TypeError(
-                f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
-            )
+        check_model(model)
+        check_objective(objective)
         self._space = ParameterSpace(model.to(self.device), self._params)
         self._evaluation = Evaluation(model, objective, self._space)
         self._evaluation.on_open = self._refresh
@@ -144,18 +140,3 @@ class Parts:
     def _forget(self) -> None:
         """Drops what was found out and kept; subclasses drop what they have made of it."""
         self._randomness_checked.clear()
-
-
-def check_damp(damp: Any) -> float:
-    """A finite number: of Python's, NumPy's, torch's, or a ``Damping``."""
-    try:
-        value = None if isinstance(damp, str | bytes) else float(damp)
-    except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is None:
-        raise TypeError(
-            f"damp: expected a number, got {damp!r} of {type(damp).__name__}; module.suggest_damping() finds one"
-        )
-    if not math.isfinite(value):
-        raise ValueError(f"damp: expected a finite number, got {value}; module.suggest_damping() finds one")
-    return value

@@ -81,6 +81,11 @@ class GaussNewton(Curvature):
                 f"train_outputs: expected a tensor with gnh=True, got {type(outputs).__name__}; "
                 "return the tensor that the loss is a function of, for example output.logits"
             )
+        if not outputs.is_floating_point():
+            raise TypeError(
+                f"train_outputs: expected real floating-point numbers with gnh=True, got {outputs.dtype}; "
+                "torch.view_as_real makes them of complex ones"
+            )
         return outputs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -43,7 +44,9 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
     limit = 10 * d if maxiter is None else int(maxiter)
     if limit < 1:
         raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
-    if rtol < 0 or atol < 0:
+    if not all(isinstance(tolerance, Real | Tensor) for tolerance in (rtol, atol)):
+        raise TypeError(f"rtol, atol: expected numbers, got {rtol!r} and {atol!r}")
+    if not (rtol >= 0 and atol >= 0):
         raise ValueError(f"rtol, atol: expected tolerances >= 0, got {rtol} and {atol}")
     return limit
 
@@ -181,6 +184,8 @@ def conclude(
     if failed.any():
         if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
+        elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
+            cure = f"the matrix is singular, to the rounding of {x.dtype}: raise damp (see module.suggest_damping())"
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
@@ -217,6 +222,12 @@ def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
         f"{x.dtype}: NaN where they are too large, and where they are too small (below "
         f"{torch.finfo(x.dtype).tiny:.1e}) digits are lost, or all of them. Scale the query's loss, or use float64"
     )
+
+
+def _is_singular(report: SolveReport, dtype: torch.dtype) -> bool:
+    """Whether an eigenvalue that the iteration has seen is zero, to rounding; for where x is worse than 0 is."""
+    smallest, largest = report.eigenvalues
+    return abs(smallest) <= rounding(dtype) * largest
 
 
 def _negative_curvature(report: SolveReport, k: int, cures: str, preconditioned: bool) -> Warning:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from torch_influence.linop import as_tensor
-from torch_influence.solvers._base import conclude, norms, reachable, system
+from torch_influence.solvers._base import conclude, norms, reachable, rounding, system
 from torch_influence.solvers._report import (
+    ConvergenceWarning,
     NegativeCurvatureWarning,
     OnFailure,
     SolveReport,
@@ -38,7 +39,8 @@ def direct(A: Any, B: Any, *, on_failure: OnFailure = "warn") -> tuple[Tensor, S
 
     Warns:
         NegativeCurvatureWarning: A is indefinite.
-        ConvergenceWarning: A is so ill-conditioned that half of the digits of a residual are lost, or b is not finite.
+        ConvergenceWarning: A is singular to rounding, or so ill-conditioned that half of the digits of a residual are
+            lost; or b is not finite.
 
     Cost:
         d³/3 multiplications, d² more per right-hand side; memory 2 d².
@@ -62,6 +64,7 @@ class Factor:
 
     Attributes:
         definite: whether it is positive definite.
+        indefinite: whether it has a negative eigenvalue, beyond rounding.
         matrix: as given.
 
     Raises:
@@ -70,6 +73,7 @@ class Factor:
 
     Warns:
         NegativeCurvatureWarning: the matrix is indefinite; with the smallest eigenvalue and the damping that cures it.
+        ConvergenceWarning: its smallest eigenvalue is zero, to rounding.
 
     Cost:
         d³/3 multiplications once, d² per right-hand side; memory 2 d².
@@ -85,6 +89,7 @@ class Factor:
         check_on_failure(on_failure)
         self.on_failure = on_failure
         self.smallest = float("nan")
+        self.indefinite = False
         self.matrix = matrix
         if not matrix.sum(dtype=torch.float64).isfinite():  # any NaN or infinity shows in it
             raise ValueError(
@@ -97,7 +102,9 @@ class Factor:
             self._factor: tuple[Tensor, ...] = (lower,)
         else:
             del lower
-            smallest = float(torch.linalg.eigvalsh(matrix)[0])
+            eigenvalues = torch.linalg.eigvalsh(matrix)
+            smallest, size = float(eigenvalues[0]), float(eigenvalues.abs().max())
+            self.indefinite = smallest < -rounding(matrix.dtype) * size
             lu, pivots, singular = torch.linalg.lu_factor_ex(matrix)
             if singular:
                 raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
@@ -105,11 +112,17 @@ class Factor:
                 )
             self._factor = (lu, pivots)
             self.smallest = smallest
-            found = NegativeCurvatureWarning(
+            found: Warning = NegativeCurvatureWarning(
                 f"the damped curvature is not positive definite: smallest eigenvalue {smallest:.3g}. Scores are "
-                f"those of a saddle point; damping larger by {1.1 * max(-smallest, torch.finfo(matrix.dtype).eps):.3g} "
-                "makes it positive definite, gnh=True (in the iterative modules) does for convex losses"
+                f"those of a saddle point; damping larger by {-1.1 * smallest:.3g} makes it positive definite, "
+                "gnh=True (in the iterative modules) does for convex losses"
             )
+            if not self.indefinite:
+                found = ConvergenceWarning(
+                    f"the damped curvature is singular, to the rounding of {matrix.dtype}: smallest eigenvalue "
+                    f"{smallest:.3g}, largest {size:.3g}. What its null space adds to a solution is rounding; raise "
+                    "damp (module.suggest_damping() finds one)"
+                )
             fail([found], on_failure)
 
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveReport]:
@@ -137,7 +150,7 @@ class Factor:
             residual=torch.where(size > 0, residual / size, residual),
             converged=converged,
             precision_limit=~converged & residual.isfinite() & (residual <= limit),
-            negative_curvature=torch.full((len(rows),), not self.definite, device="cpu"),
+            negative_curvature=torch.full((len(rows),), self.indefinite, device="cpu"),
             products=0,
             seconds=time.perf_counter() - start,
             rtol=rtol,

@@ -202,7 +202,7 @@ def _checked_scale(scale: Any) -> float:
 
 def _check_counts(repeat: Any, depth: Any, rtol: float | None) -> None:
     for name, value in (("repeat", repeat), ("depth", depth)):
-        if not value >= 1 or value % 1:
+        if value is None or isinstance(value, str) or not value >= 1 or value % 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value}")
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"rtol: expected a tolerance >= 0 or None, got {rtol}")
