@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
+from torch_influence.leaves import held
 from torch_influence.leaves import leaves as leaves_of
-from torch_influence.leaves import map_leaves
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
@@ -95,7 +95,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
     Without what they share with the tensors in ``besides`` (parameters, data), which are there anyway: a batch is often
     a view of all data.
     """
-    anyway = {t.untyped_storage().data_ptr() for t in leaves_of(besides) if _is_strided(t)}
+    anyway = {storage.data_ptr() for t in leaves_of(besides) for storage in _storages(t)}
     storages: dict[int, int] = {}
     seen: set[Any] = set()
     nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
@@ -110,14 +110,15 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
             except RuntimeError:  # freed, or edited in place since: its own backward will say so
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
-                if _is_strided(t) and (storage := t.untyped_storage()).data_ptr() not in anyway:
-                    storages[storage.data_ptr()] = storage.nbytes()
+                for storage in _storages(t):
+                    if storage.data_ptr() not in anyway:
+                        storages[storage.data_ptr()] = storage.nbytes()
         nodes += [following for following, _ in node.next_functions if following is not None]
     return sum(storages.values())
 
 
-def _is_strided(t: Any) -> TypeGuard[Tensor]:
-    return isinstance(t, Tensor) and t.layout is torch.strided
+def _storages(t: Any) -> list[Any]:
+    return [part.untyped_storage() for part in held(t)] if isinstance(t, Tensor) else []
 
 
 @functools.cache
@@ -221,10 +222,7 @@ def warn_if_not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> N
     leaves = evaluation.leaves()
 
     def value(batch: Any) -> float:
-        if loss == "test_loss":
-            return evaluation.test_loss(leaves, batch).item()
-        outputs = evaluation.train_outputs(leaves, batch)
-        return evaluation.train_loss_on_outputs(leaves, outputs, batch).item()
+        return (evaluation.test_loss if loss == "test_loss" else evaluation.data_loss)(leaves, batch).item()
 
     with _undisturbed(batches, leaves[0].device) as drawn:
         found = in_one_batch(batches)
@@ -263,14 +261,15 @@ class NondeterminismWarning(RuntimeWarning):
 def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
     """Whether the loss of the first batch is another when it is evaluated again: what to say of it, "" if it is not.
 
-    Two evaluations, more only where random numbers are drawn. The default random states are left as they were.
+    Two evaluations, more only where random numbers are drawn. The default random states are left as they were. Whether
+    the loss edits its batches in place is found, too: ``Evaluation.edits``.
     """
     batch = batches.peek(range(min(batches.batch_size or 1, batches.n)))
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
+    evaluation.edits.pop(loss, None)
 
     def value() -> Tensor:
-        copied = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        return getattr(evaluation, loss)(leaves, copied).detach()  # the objective may edit its batch
+        return evaluation.examine(loss, leaves, batch).detach()
 
     with _undisturbed(batches, leaves[0].device) as drawn:
         first = value()

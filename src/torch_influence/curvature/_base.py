@@ -241,7 +241,10 @@ class Curvature(LinearOperator):
             step = self.batch_size or self.batches.batch_size or 1
             batches = self.batches.bar(batches, describe, -(-len(rest) // step))
         for batch, size in batches:
+            copies = self.evaluation.edits.get("train_loss")
             linearized = self.linearize(batch, self.leaves)
+            if self.evaluation.edits.get("train_loss") != copies:  # an edit of data that graphs before it may share
+                self._kept, self.kept_bytes, self.kept_examples, keep = [], 0, 0, False
             keep = keep and not self.batches.why_not_kept
             if keep:
                 keep = self.kept_bytes + linearized.nbytes <= self.budget
