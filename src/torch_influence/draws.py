@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import random
@@ -53,9 +54,9 @@ def generators(*roots: Any) -> list[Any]:
     """
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
-    waiting: list[Any] = list(reversed(roots))
-    while waiting and len(seen) < _ROOM:
-        item = waiting.pop()
+    waiting = collections.deque(roots)
+    while waiting and len(seen) < _ROOM:  # what is near first
+        item = waiting.popleft()
         if id(item) in seen or isinstance(item, str | bytes | int | float | Tensor | np.ndarray | type | ModuleType):
             continue
         seen[id(item)] = item
@@ -63,7 +64,7 @@ def generators(*roots: Any) -> list[Any]:
             if not isinstance(item, random.SystemRandom):  # it has no state
                 found[id(item)] = item
             continue
-        waiting += _inside(item)
+        waiting.extend(_inside(item))
     return list(found.values())
 
 

@@ -266,7 +266,6 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
     """
     batch = batches.peek(range(min(batches.batch_size or 1, batches.n)))
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
-    evaluation.edits.pop(loss, None)
 
     def value() -> Tensor:
         return evaluation.examine(loss, leaves, batch).detach()

@@ -15,7 +15,6 @@ _NEEDED = (
     *("dataset", "collate_fn", "batch_size", "batch_sampler", "sampler", "num_workers"),
     *("worker_init_fn", "multiprocessing_context", "prefetch_factor", "timeout"),
 )
-_WEIGHING = (data.SubsetRandomSampler, data.WeightedRandomSampler)
 _ORDERING = (data.SequentialSampler, data.RandomSampler, data.BatchSampler)
 _ITERATES = ("__iter__", "_get_iterator")  # what a subclass of DataLoader can put something of its own in place of
 
@@ -74,15 +73,13 @@ def warn_of_selection(loader: Any, name: str) -> None:
     n, batches = len(loader.dataset), loader.batch_sampler
     of_its_own = batches is not None and type(batches) is not data.BatchSampler
     sampler = getattr(batches, "sampler", loader.sampler)
-    if type(sampler) not in _WEIGHING and of_its_own:
+    if of_its_own and type(sampler) is not data.WeightedRandomSampler:
         sampler = batches
     kind = type(sampler)
-    if kind in _WEIGHING or isinstance(sampler, data.DistributedSampler):
-        selects = kind in _WEIGHING  # the other is this process's share of all
-    elif sampler is batches or kind not in _ORDERING:
-        selects = _draws_unevenly(sampler, loader.dataset, sampler is batches)
+    if isinstance(sampler, data.DistributedSampler) or kind in _ORDERING:
+        selects = False  # this process's share of all, or an order
     else:
-        selects = False
+        selects = kind is data.WeightedRandomSampler or _draws_unevenly(sampler, loader.dataset, sampler is batches)
     if selects:
         warnings.warn(
             f"{name}: its {kind.__name__} is ignored, all {n} examples of the data set count, once each. "
