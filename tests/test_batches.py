@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import types
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
@@ -10,13 +12,31 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import IdentityModule, Supervised, assert_close, dense_hessian, example_gradients
+from oracles import (
+    IdentityModule,
+    Supervised,
+    assert_close,
+    dense_hessian,
+    example_gradients,
+    loader_batches,
+    query_gradients,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
-from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
+from torch_influence import BaseObjective, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -249,6 +269,183 @@ def test_sequences_of_different_length(collate: Callable[[Any], Any], batch_size
     assert_close(got["self"], gradients.square().sum(1) / N, operations=operations)
 
 
+# -- sparse and nested tensors ----------------------------------------------------------------------------------------
+
+
+def each_mean(body: nn.Module, sequences: Any) -> Tensor:
+    return torch.stack([body(t).mean(0) for t in sequences.unbind()])
+
+
+def twice(x: Tensor) -> Tensor:
+    """Every entry is there twice, by halves: not coalesced."""
+    x = x.to_sparse()
+    return torch.sparse_coo_tensor(x.indices().repeat(1, 2), x.values().repeat(2) / 2, x.shape)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Tensor]]] = {
+    "COO": (lambda x: torch.stack(x).to_sparse(), lambda body, x: body(x)),
+    "COO, not coalesced": (lambda x: twice(torch.stack(x)), lambda body, x: x @ body.weight.T + body.bias),
+    "CSR": (lambda x: torch.stack(x).to_sparse_csr(), lambda body, x: x @ body.weight.T + body.bias),
+    "CSC": (lambda x: torch.stack(x).to_sparse_csc(), lambda body, x: body(x.to_dense())),
+    "nested": (torch.nested.nested_tensor, each_mean),
+    "jagged": (lambda x: torch.nested.nested_tensor(x, layout=torch.jagged), each_mean),
+    "list": (list, lambda body, x: torch.stack([body(t).mean(0) for t in x])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:Sparse .* tensor support")
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"gnh": True}, {"cache": False}], ids=str)
+def test_sparse_and_ragged_batches(kind: str, options: dict[str, Any]) -> None:
+    make, outputs = LAYOUTS[kind]
+    sequences = kind in ("nested", "jagged", "list")
+    inputs = Sequences().x if sequences else list(Pairs().x * (Pairs().x > 0))
+    features, labels = [x.mean(0) if sequences else x for x in inputs], Pairs().y
+    model = nn.Linear(INPUTS, CLASSES).double()
+    plain = DataLoader([*zip(features, labels, strict=True)], batch_size=BATCH)
+    loader = DataLoader(
+        [*zip(inputs, labels, strict=True)],  # type: ignore[arg-type]
+        batch_size=BATCH,
+        collate_fn=lambda items: (make([x for x, _ in items]), torch.stack([y for _, y in items])),
+    )
+
+    class Odd(Unpacked):
+        def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return outputs(model, batch[0])
+
+        def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs(model, batch[0]), batch[1])
+
+    objective = Unpacked(tuple)
+    d, damp = (INPUTS + 1) * CLASSES, 0.5
+    matrix = dense_hessian(model, objective, loader_batches(plain)) + damp * torch.eye(d, dtype=torch.float64)
+    g = example_gradients(model, objective, plain)
+    queries = query_gradients(model, objective, plain)
+    expected = g @ torch.linalg.solve(matrix, queries.mT) / N
+    module = InfluenceModule(model, Odd(tuple), loader, loader, "cpu", damp=damp, solver="direct", **options)
+    for _ in range(2):
+        got = module.influence_matrix()
+        assert_close(got, expected, operations=4 * N * d, condition=float(torch.linalg.cond(matrix)))
+    if options.get("cache", True):
+        held = next(iter(loader))[0]
+        assert module._train.kept_bytes > 0
+        if kind.startswith("COO"):
+            once = held._indices().nbytes + held._values().nbytes
+            assert once < module._train.kept_bytes < once * N
+
+
+# -- objectives that edit their batches -------------------------------------------------------------------------------
+
+
+class InForward(Unpacked):
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["in"][0].sub_(0.5).mul_(2))
+
+
+class InLoss(Unpacked):
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().train_loss_on_outputs(outputs * 1.0, batch | {"y": batch["y"].add_(1).remainder_(CLASSES)})
+
+
+class Unseen(Unpacked):
+    """Through ``.data``, which counts no version."""
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        batch["in"][0].data.sub_(0.5).mul_(2)
+        return model(batch["in"][0])
+
+
+class Popping(Unpacked):
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["in"].pop())
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"])
+
+
+class Rarely(Unpacked):
+    """Where the first feature is large, which it is in the first batch nowhere; each time again."""
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        x = batch["in"][0]
+        large = x[:, 0] > 0.6
+        if large.any():
+            x[large, 0] = x[large, 0] * 0.5 + 0.5
+        return model(x)
+
+
+def by_name(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch["in"][0], batch["y"]
+
+
+def lowered(batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = by_name(batch)
+    first = x[:, :1]
+    return torch.cat([torch.where(first > 0.6, first * 0.5 + 0.5, first), x[:, 1:]], dim=1), y
+
+
+EDITS: dict[str, tuple[type[Unpacked], Callable[[Any], tuple[Any, Tensor]]]] = {
+    "forward": (InForward, lambda batch: ((batch["in"][0] - 0.5) * 2, batch["y"])),
+    "loss": (InLoss, lambda batch: (batch["in"][0], (batch["y"] + 1) % CLASSES)),
+    ".data": (Unseen, lambda batch: ((batch["in"][0] - 0.5) * 2, batch["y"])),
+    "container": (Popping, by_name),
+    "some batches": (Rarely, lowered),
+}
+
+
+class Rows(Pairs):
+    """Named, and the first feature large in some of the later batches only."""
+
+    def __init__(self) -> None:
+        super().__init__(30)
+        self.x[:, 0] = torch.where(torch.arange(30) % 9 == 5, 2.0, -1.0)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"in": [x], "y": y}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache": False}, {"gnh": True}, {"params": "2.*"}, {"gnh": True, "solver": "dual"}],
+    ids=str,
+)
+def test_an_objective_may_edit_its_batches(kind: str, options: dict[str, Any]) -> None:
+    editing, unpack = EDITS[kind]
+
+    class Tested(editing):  # type: ignore[misc, valid-type]
+        def test_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
+            return self.train_loss_on_outputs(self.train_outputs(model, batch), batch)
+
+    def module(objective: Unpacked) -> InfluenceModule:
+        loader = DataLoader(data, batch_size=BATCH)
+        return InfluenceModule(
+            network(), objective, loader, loader, "cpu", **({"damp": 1.0, "solver": "direct"} | options)
+        )
+
+    data = Rows()
+    expected = module(Unpacked(unpack)).influence_matrix()
+    module_that_edits = module(Tested(by_name))
+    rare = pytest.warns(UserWarning, match="edits some batches in place")
+    with rare if kind == "some batches" else contextlib.nullcontext():
+        first = module_that_edits.influence_matrix()
+    for scores in (first, module_that_edits.influence_matrix()):
+        assert_close(scores, expected, operations=4 * len(data) * D, condition=100.0)
+
+
+@pytest.mark.parametrize("editing", [InForward, Rarely])
+def test_items_that_are_not_batched_are_not_edited_in_the_data_set(editing: type[Unpacked]) -> None:
+    data = [{"in": [item["in"][0][None]], "y": item["y"][None]} for item in Rows()]
+    before = torch.cat([item["in"][0] for item in data])
+    loader = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    module = IdentityModule(network(), editing(by_name), loader, None, "cpu")
+    rare = pytest.warns(UserWarning, match="edits some batches in place")
+    with rare if editing is Rarely else contextlib.nullcontext():
+        module.train_loss_grad(range(30))
+    assert torch.equal(torch.cat([item["in"][0] for item in data]), before)
+
+
 # -- loaders ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,12 +464,11 @@ class TwoThenRest:
 LOADERS: dict[str, Callable[[], DataLoader]] = {
     "shuffle": lambda: DataLoader(Pairs(), batch_size=BATCH, shuffle=True),
     "drop_last": lambda: DataLoader(Pairs(), batch_size=BATCH, drop_last=True),
-    "a sampler that repeats": lambda: DataLoader(Pairs(), batch_size=BATCH, sampler=[3, 3, *range(9)]),
     "batch_sampler": lambda: DataLoader(
         Pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, drop_last=True)
     ),
     "batch_sampler without batch_size": lambda: DataLoader(Pairs(), batch_sampler=TwoThenRest()),
-    "a list as batch_sampler": lambda: DataLoader(Pairs(), batch_sampler=[[4, 3, 2, 1], [0]]),
+    "a list as batch_sampler": lambda: DataLoader(Pairs(), batch_sampler=[[4, 3, 2, 1], [0, 9, 10], [8, 7, 6, 5]]),
     "workers": lambda: DataLoader(Pairs(), batch_size=BATCH, num_workers=2),
     "workers that persist": lambda: DataLoader(
         Pairs(), batch_size=BATCH, num_workers=1, persistent_workers=True, prefetch_factor=3
@@ -287,6 +483,114 @@ LOADERS: dict[str, Callable[[], DataLoader]] = {
 @pytest.mark.parametrize("kind", LOADERS)
 def test_loaders_of_every_setting(kind: str) -> None:
     check(LOADERS[kind]())
+
+
+class Shuffling(Sampler):
+    """An order of its own, from a generator of its own."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data, self.generator = data, torch.Generator().manual_seed(3)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(self.data), generator=self.generator).tolist())
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Balancing(Shuffling):
+    """As many as there are, with replacement."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randint(len(self.data), (len(self.data),), generator=self.generator).tolist())
+
+
+class Buckets:
+    """Batches of examples that are alike, dropping what makes no batch; ``forever`` draws them again and again."""
+
+    def __init__(self, forever: bool = False) -> None:
+        self.forever = forever
+
+    def __iter__(self) -> Iterator[list[int]]:
+        numbers = itertools.count() if self.forever else range(N // BATCH)
+        return ([(BATCH * k + i) % N for i in range(BATCH)] for k in numbers)
+
+    def __len__(self) -> int:
+        return N // BATCH
+
+
+SAMPLERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "order": (lambda: {"sampler": Shuffling(Pairs())}, ""),
+    "all of a subset sampler": (lambda: {"sampler": SubsetRandomSampler([*range(N)])}, ""),
+    "a last batch that is dropped": (lambda: {"batch_sampler": Buckets()}, ""),
+    "repeats": (lambda: {"sampler": Balancing(Pairs())}, "Balancing"),
+    "a list that repeats": (lambda: {"sampler": [3, 3, *range(9)]}, "list"),
+    "repeats in batches": (lambda: {"batch_sampler": BatchSampler(Balancing(Pairs()), BATCH, False)}, "Balancing"),
+    "batches without end": (lambda: {"batch_sampler": Buckets(forever=True)}, "Buckets"),
+    "some batches": (lambda: {"batch_sampler": [[4, 3, 2, 1], [0]]}, "list"),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_what_selects_is_said_to_be_ignored_and_an_order_is_not(kind: str) -> None:
+    make, named = SAMPLERS[kind]
+    arguments = make()
+    loader = DataLoader(Pairs(), **arguments)
+    expected = pytest.warns(UserWarning, match=f"its {named} is ignored") if named else contextlib.nullcontext()
+    with expected:
+        IdentityModule(network(), Unpacked(tuple), loader, None, "cpu")
+    generator = getattr(arguments.get("sampler"), "generator", None)
+    if generator is not None:
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())  # a copy was drawn from
+
+
+class Normalising(DataLoader):
+    def __iter__(self) -> Any:
+        return ((x - 1, y) for x, y in super().__iter__())
+
+
+class Moving(DataLoader):
+    def _get_iterator(self) -> Any:
+        return super()._get_iterator()
+
+
+class Prefetching:
+    """All that a loader has, and an iteration of its own."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+def test_a_loader_that_iterates_in_a_way_of_its_own_is_warned_of() -> None:
+    plain = DataLoader(Pairs(), batch_size=BATCH)
+    for loader, words in (
+        (Normalising(Pairs(), batch_size=BATCH), "Normalising has an __iter__ of its own"),
+        (Moving(Pairs(), batch_size=BATCH), "Moving has an _get_iterator of its own"),
+        (Prefetching(plain), "Prefetching has an __iter__ of its own"),
+    ):
+        with pytest.warns(UserWarning, match=f"train_loader: {words}.*collate_fn"):
+            IdentityModule(network(), Unpacked(tuple), loader, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (Pairs(), "got Pairs; write DataLoader"),
+        ([(1, 2)], "got list; write DataLoader"),
+        (Subset(Pairs(), range(3)), "got Subset; write DataLoader"),
+        (types.SimpleNamespace(dataset=Pairs(), sampler=None), "got SimpleNamespace; .*the DataLoader that this one"),
+        ((batch for batch in ()), "got generator; .*need an index"),
+    ],
+)
+def test_what_is_no_loader_is_refused_by_name(loader: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"train_loader: expected a torch.utils.data.DataLoader, {words}"):
+        IdentityModule(network(), Unpacked(tuple), loader, None, "cpu")
 
 
 def with_leading_axis(item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from torch_influence.draws import quiet
 from torch_influence.kept import KeptBatches, Stacked, is_range
 from torch_influence.leaves import map_leaves
 from torch_influence.resident import Cache, Resident
-from torch_influence.source import Source, device_of, quiet
+from torch_influence.source import Source, device_of
 
 _DRAWN_AT_ONCE = 32  # by torch's RandomSampler: more would be too early for others that draw from its generator
 
@@ -246,7 +247,8 @@ def _serve(
     """What a loader would give, from memory, with the same draws in the same order."""
     for number, some in enumerate(_chunks(order, count, step, generator), start=first or 0):
         if isinstance(kept, Stacked):
-            batch = kept.batch(some)
+            # Of what is drawn again and again a copy, so that who edits a batch does not edit the next one.
+            batch = kept.batch(some if isinstance(order, Sequence) else torch.tensor(some))
         else:
             batch = kept.batch(some[0], copy=True) if first is None else kept.batch(number)
         yield batch, len(some)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from torch_influence import composed
 from torch_influence.caller import level_of_the_user
+from torch_influence.leaves import copy_of, same, versions
+from torch_influence.leaves import leaves as leaves_of
 from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
 from torch_influence.torch_errors import explained
@@ -50,6 +53,8 @@ class Evaluation:
     """Losses and outputs of a model at given parameters, without side effects on the model.
 
     Attributes:
+        edits: by loss, whether it edits its batches in place; None while that is looked at. Each evaluation of a loss
+            that does, or is not known not to, gets a copy of its batch.
         on_open: called when a session opens, not for those inside it: the place to look for what has changed.
     """
 
@@ -63,6 +68,7 @@ class Evaluation:
         self._test_loss_by_name = {"model", "params", "batch"} <= names
         self._open = False
         self._wide = False
+        self.edits: dict[str, bool | None] = {}
         self.on_open: Callable[[], None] | None = None
 
     def widened(self) -> Evaluation:
@@ -112,30 +118,37 @@ class Evaluation:
 
     def train_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean regularised training loss of a batch."""
-        loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
+        batch = self.batch_for("train_loss", batch)
+        with self._watching("train_loss", batch):
+            loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
         return checked_loss(loss, "train_loss")
 
     def data_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean training loss of a batch, without the regulariser."""
+        batch = self.batch_for("train_loss", batch)
         return self.train_loss_on_outputs(leaves, self.train_outputs(leaves, batch), batch)
 
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean test loss of a batch."""
+        batch = self.batch_for("test_loss", batch)
 
         def run(model: nn.Module, flat: Tensor) -> Any:
             if self._test_loss_by_name:
                 return self.objective.test_loss(model=model, params=flat, batch=batch)
             return self.objective.test_loss(model, flat, batch)
 
-        return checked_loss(self._call(leaves, run), "test_loss")
+        with self._watching("test_loss", batch):
+            return checked_loss(self._call(leaves, run), "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
-        """Model outputs for a training batch."""
-        return checked_outputs(self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch)))
+        """Model outputs for a training batch, as ``batch_for`` gives it: both parts of a loss get the same."""
+        with self._watching("train_loss", batch):
+            return checked_outputs(self._call(leaves, lambda model, flat: self.objective.train_outputs(model, batch)))
 
     def train_loss_on_outputs(self, leaves: Sequence[Tensor], outputs: Any, batch: Any) -> Tensor:
-        """Mean loss of these outputs, without the regulariser."""
-        loss = self._call(leaves, lambda model, flat: self.objective.train_loss_on_outputs(outputs, batch))
+        """Mean loss of these outputs, without the regulariser; of the batch that the outputs were made of."""
+        with self._watching("train_loss", batch):
+            loss = self._call(leaves, lambda model, flat: self.objective.train_loss_on_outputs(outputs, batch))
         return checked_loss(loss, "train_loss_on_outputs")
 
     def train_regularization(self, leaves: Sequence[Tensor]) -> Tensor | float:
@@ -182,6 +195,48 @@ class Evaluation:
     def is_open(self) -> bool:
         """Whether a session is open."""
         return self._open
+
+    # -- batches that the objective edits ---------------------------------------------------------------------------
+
+    def batch_for(self, loss: str, batch: Any) -> Any:
+        """What to evaluate a loss on: a copy of the batch, unless the loss leaves batches as they are."""
+        return copy_of(batch) if self.edits.get(loss, True) else batch
+
+    def examine(self, loss: str, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """A loss of a copy of this batch, which tells whether it edits its batches."""
+        copy, before, edited = copy_of(batch), self.edits.get(loss, False), True
+        self.edits[loss] = None
+        try:
+            value: Tensor = getattr(self, loss)(leaves, copy)
+            edited = before is True or self.edits[loss] is True or not same(copy, batch)
+        finally:
+            self.edits[loss] = edited
+        return value
+
+    def distrust(self) -> None:
+        """Gives copies from now on, and says so: a batch was edited by a loss that had left others as they were."""
+        self.edits = {"train_loss": True, "test_loss": True}
+        warnings.warn(
+            "objective: it, or the model, edits some batches in place, and not the first one (x.sub_(1), x[mask] = 0). "
+            "Each evaluation gets a copy from now on. A batch that shares memory with the data set (a collate_fn that "
+            "hands out the data set's own tensors) was edited there: write x = x - 1, or x = x.clone() first",
+            UserWarning,
+            stacklevel=level_of_the_user(),
+        )
+
+    @contextlib.contextmanager
+    def _watching(self, loss: str, batch: Any) -> Iterator[None]:
+        """Takes note if the batch is edited meanwhile. Inside vmap no edit is seen."""
+        before = leaves_of(batch)
+        counts = versions(before)
+        yield
+        after = leaves_of(batch)
+        if counts == versions(before) and len(before) == len(after) and all(map(operator.is_, before, after)):
+            return
+        if self.edits.get(loss, True) is False:
+            self.distrust()
+        else:
+            self.edits[loss] = True
 
     # -- surroundings -------------------------------------------------------------------------------------------------
 

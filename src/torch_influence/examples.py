@@ -18,7 +18,7 @@ from torch_influence.batches import Batches
 from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import LossOfBatch, differentiate, loss_gradient, quiet_vmap
-from torch_influence.leaves import alike, put_together, take_apart
+from torch_influence.leaves import alike, put_together, stands_alone, take_apart, versions
 from torch_influence.plan import agree
 
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
@@ -211,13 +211,33 @@ class ExampleGradients:
         verified: dict[str, list[Any]] = {way: [] for way in ways}
         self.path, self.why_not = "", {}
         for group in self._groups(indices, at_once):
+            before = versions(group.tensors)
             fast = None if len(group.positions) == 1 else self._first_way(group, ways, verified, one)
+            if versions(group.tensors) != before:
+                yield from self._anew([indices[p] for p in group.positions], group.positions, at_once, ways, one)
+                continue
             if fast is not None:
                 yield group.positions, fast
                 continue
             self.path = _ONE_BY_ONE
             for j, position in enumerate(group.positions):
                 yield [position], one(group.single(j))[None]
+
+    def _anew(
+        self,
+        indices: list[int],
+        positions: list[int],
+        at_once: int,
+        ways: dict[str, Way],
+        one: Callable[[Any], Tensor],
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Examples that the objective has edited in place, read again: it gets copies of them now."""
+        if not all(self._evaluation.edits.values()):  # seen here alone: inside vmap it can't be
+            self._evaluation.distrust()
+        with self._batches.quietly():
+            chunks = list(self._chunks(indices, at_once, ways, one))
+        for some, values in chunks:
+            yield [positions[i] for i in some], values
 
     def _first_way(
         self,
@@ -313,7 +333,8 @@ def _collected(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Gr
         if position % at_once == 0:
             yield from groups()
         template, tensors = take_apart(batch)
-        kind = next((k for k in kinds if alike(template, k[0])), None)
+        candidates = kinds[-1:] if stands_alone(template) else kinds
+        kind = next((k for k in candidates if alike(template, k[0])), None)
         if kind is None:
             kinds.append(kind := (template, [], []))
         kind[1].append(position)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch.autograd.graph import Node
 
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.evaluation import Evaluation
+from torch_influence.leaves import held
 from torch_influence.leaves import leaves as leaves_of
-from torch_influence.leaves import map_leaves
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
 
@@ -115,7 +115,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
     Without what they share with the tensors in ``besides`` (parameters, data), which are there anyway: a batch is often
     a view of all data.
     """
-    anyway = {t.untyped_storage().data_ptr() for t in leaves_of(besides) if _is_strided(t)}
+    anyway = {storage.data_ptr() for t in leaves_of(besides) for storage in _storages(t)}
     storages: dict[int, int] = {}
     for node in nodes_behind(roots):
         for name in _saved_names(type(node)):
@@ -124,8 +124,9 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
             except RuntimeError:  # freed, or edited in place since: its own backward will say so
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
-                if _is_strided(t) and (storage := t.untyped_storage()).data_ptr() not in anyway:
-                    storages[storage.data_ptr()] = storage.nbytes()
+                for storage in _storages(t):
+                    if storage.data_ptr() not in anyway:
+                        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -142,8 +143,8 @@ def nodes_behind(roots: Sequence[Tensor]) -> Iterator[Node]:
         nodes += [following for following, _ in node.next_functions if following is not None]
 
 
-def _is_strided(t: Any) -> TypeGuard[Tensor]:
-    return isinstance(t, Tensor) and t.layout is torch.strided
+def _storages(t: Any) -> list[Any]:
+    return [part.untyped_storage() for part in held(t)] if isinstance(t, Tensor) else []
 
 
 @functools.cache
@@ -242,14 +243,14 @@ class NondeterminismWarning(RuntimeWarning):
 def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
     """Whether the loss of the first batch is another when it is evaluated again: what to say of it, "" if it is not.
 
-    Two evaluations, more only where random numbers are drawn. The default random states are left as they were.
+    Two evaluations, more only where random numbers are drawn. The default random states are left as they were. Whether
+    the loss edits its batches in place is found, too: ``Evaluation.edits``.
     """
     batch = batches.peek(range(min(batches.batch_size or 1, batches.n)))
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
 
     def value() -> Tensor:
-        copied = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        return getattr(evaluation, loss)(leaves, copied).detach()  # the objective may edit its batch
+        return evaluation.examine(loss, leaves, batch).detach()
 
     with undisturbed(batches, leaves[0].device) as drawn:
         first = value()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_influence.leaves import alike, leaves, map_leaves, put_together, take_apart
+from torch_influence.leaves import alike, held, leaves, map_leaves, put_together, take_apart, versions
 
 _KNOWN = (Tensor, str, bytes, int, float, complex, type(None))  # leaves whose size is known and whose edits are seen
 
@@ -115,14 +115,14 @@ class Keeping:
         tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
         if (why := cannot_keep(found)) != "":
             return self.give_up(why)
-        nbytes = sum(leaf.nbytes if isinstance(leaf, Tensor) else sys.getsizeof(leaf) for leaf in found)
+        nbytes = sum(_nbytes(leaf) for leaf in found)
         if not self._ends:
             device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
             self._allowed = self._budget(device)
             if not self._fits(-(-nbytes * self._n // size)):
                 return None
         if self._stack and not self._copy(batch, size):
-            self._stop_stacking()
+            self.stop_stacking()
         if not self._stack:
             if not self._fits(self._nbytes + nbytes):
                 return None
@@ -142,7 +142,7 @@ class Keeping:
             stacked = Stacked(self._template, self._buffers)
             if verified(stacked):
                 return stacked
-            self._stop_stacking()
+            self.stop_stacking()
         return None if self.why_not else KeptBatches(self._batches, self._ends[0], self._nbytes)
 
     def give_up(self, why: str) -> None:
@@ -174,8 +174,10 @@ class Keeping:
             buffer[start : start + size].copy_(part)
         return True
 
-    def _stop_stacking(self) -> None:
+    def stop_stacking(self) -> None:
         """The batches so far become views of what was stacked of them."""
+        if not self._stack:
+            return
         starts = [0, *self._ends[:-1]]
         self._batches = [
             put_together(self._template, [t[start:end] for t in self._buffers])
@@ -210,9 +212,8 @@ def _again(batch: Any, copy: bool = False) -> Any:
     return map_leaves(renew, batch)
 
 
-def versions(items: Sequence[Any]) -> list[int]:
-    """Of the tensors among these items, how often each has been edited in place."""
-    return [-1 if t.is_inference() else t._version for t in items if isinstance(t, Tensor)]
+def _nbytes(leaf: Any) -> int:
+    return sum(t.nbytes for t in held(leaf)) if isinstance(leaf, Tensor) else sys.getsizeof(leaf)
 
 
 def is_range(indices: Sequence[int]) -> bool:
@@ -222,34 +223,3 @@ def is_range(indices: Sequence[int]) -> bool:
     if not len(indices) or indices[-1] - indices[0] != len(indices) - 1:
         return False
     return all(index == indices[0] + position for position, index in enumerate(indices))
-
-
-class Watched:
-    """A collate_fn that also tells what kinds of examples it was given: {kind: position of the first of them}.
-
-    Examples of one kind have tensors of the same shapes and lists and texts of the same lengths. A collate_fn that
-    pads can treat only examples of different kinds differently, so one of each kind is compared with what is stacked.
-    """
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, items: Any) -> tuple[Any, dict[Any, int]]:
-        """The batch and the kinds in it."""
-        kinds: dict[Any, int] = {}
-        for position, item in enumerate(items if isinstance(items, list) else []):
-            kinds.setdefault(_kind(item), position)
-        return self._collate(items), kinds
-
-
-def _kind(item: Any) -> Any:
-    shape = getattr(item, "shape", None)
-    if isinstance(shape, tuple):
-        return tuple(shape)
-    if isinstance(item, str | bytes):
-        return len(item)
-    if isinstance(item, Mapping):
-        return tuple((str(key), _kind(value)) for key, value in item.items())
-    if isinstance(item, list | tuple):
-        return (len(item), *map(_kind, item[:16]))  # a longer one is a sequence of things of one kind
-    return type(item).__name__

@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -48,6 +50,25 @@ def leaves(batch: Any) -> list[Any]:
     return found
 
 
+def copy_of(batch: Any) -> Any:
+    """The batch with a copy of every tensor and array in it; what was one object stays one."""
+    copies: dict[int, Any] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor | np.ndarray):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone() if isinstance(leaf, Tensor) else leaf.copy()
+        return copies[id(leaf)]
+
+    return map_leaves(copied, batch)
+
+
+def versions(items: Sequence[Any]) -> list[int]:
+    """Of the tensors among these items, how often each has been edited in place."""
+    return [-1 if t.is_inference() else t._version for t in items if isinstance(t, Tensor)]
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two batches hold the same leaves: dtype, shape, device and every value; NaN is the same as NaN."""
     ours, theirs = leaves(one), leaves(other)
@@ -57,14 +78,58 @@ def same(one: Any, other: Any) -> bool:
 def _same_leaf(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
-    if isinstance(a, Tensor) and (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
-        return False
     try:
         if isinstance(a, Tensor):
-            return bool(((a == b) | ((a != a) & (b != b))).all())
+            return _same_tensor(a, b)
+        if isinstance(a, np.ndarray):
+            return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
         return bool(a == b or (a != a and b != b))
     except (ValueError, TypeError, RuntimeError):  # what can't be compared is not known to be the same
         return False
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.device, a.layout, a.is_nested) != (b.dtype, b.device, b.layout, b.is_nested):
+        return False
+    if a.is_nested:  # its shape has a number in it that another one of the same lengths has not
+        return len(a.unbind()) == len(b.unbind()) and all(map(_same_tensor, a.unbind(), b.unbind()))
+    if a.shape != b.shape:
+        return False
+    if is_dense(a):
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    one, other = ([*held(t.coalesce() if t.layout is torch.sparse_coo else t)] for t in (a, b))
+    return len(one) == len(other) > 0 and all(map(_same_tensor, one, other))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor nested: an array with strides, whose rows can be cut off and stacked."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def held(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of any layout is made of: itself, or values and what says where they belong."""
+    if tensor.is_nested:
+        return [tensor.values()]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]  # those without an underscore want a coalesced one
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor] if tensor.layout is torch.strided else []  # none of a layout of a library's own
+
+
+class Alone:
+    """In a template, a sparse or nested tensor, which is not to be stacked: equal to the same object alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alone) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
 
 
 class Slot:
@@ -81,7 +146,7 @@ class Slot:
 
 
 def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
-    """The template of a batch, with a slot for each tensor, and the tensors; slots disregard ``leading`` axes.
+    """The template of a batch, with a slot for each dense tensor, and these; slots disregard ``leading`` axes.
 
     A container that looks into what it is made of (PackedSequence) is its own template, without tensors.
     """
@@ -90,6 +155,8 @@ def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
     def take(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        if not is_dense(leaf):
+            return Alone(leaf)
         tensors.append(leaf)
         return Slot(leaf, leading)
 
@@ -102,7 +169,18 @@ def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
 def put_together(template: Any, tensors: Sequence[Tensor]) -> Any:
     """The batch of this template with these tensors in its slots."""
     supply = iter(tensors)
-    return map_leaves(lambda leaf: next(supply) if isinstance(leaf, Slot) else leaf, template)
+
+    def put(leaf: Any) -> Any:
+        if isinstance(leaf, Slot):
+            return next(supply)
+        return leaf.tensor if isinstance(leaf, Alone) else leaf
+
+    return map_leaves(put, template)
+
+
+def stands_alone(template: Any) -> bool:
+    """Whether a template has tensors in it, so that no other batch is known to be of the same one."""
+    return any(isinstance(leaf, Tensor | Alone) for leaf in leaves(template))
 
 
 def alike(template: Any, other: Any) -> bool:

@@ -112,7 +112,7 @@ def compared(loss: str, evaluation: Evaluation, batches: Batches, some: Sequence
 def _finding(loss: str, evaluation: Evaluation, batch: Any, alone: Sequence[Any]) -> str:
     function, leaves, dtype = getattr(evaluation, loss), evaluation.leaves(), evaluation.space.pass_dtype
     with torch.no_grad():
-        together, *each, again = (float(function(leaves, _copied(some))) for some in (batch, *alone, batch))
+        together, *each, again = (float(function(leaves, some)) for some in (batch, *alone, batch))
     random = math.isfinite(together) and finding_of(loss, again, [together], dtype)  # ``randomness`` says so
     return "" if random else finding_of(loss, together, each, dtype)
 
@@ -314,11 +314,6 @@ class _Entry:
         apart = torch.where(together == mean, 0.0, apart)
         one = torch.where(together.isfinite() ^ mean.isfinite(), torch.inf, 0.0)
         return torch.where(together.isfinite() & mean.isfinite(), apart, one)
-
-
-def _copied(batch: Any) -> Any:
-    """Its own tensors, since a loss may edit them."""
-    return map_leaves(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
 
 
 def _cast(batch: Any) -> Any:

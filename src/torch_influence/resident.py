@@ -13,13 +13,16 @@ from typing import Any, TypeAlias
 import torch
 
 from torch_influence.caller import level_of_the_user
-from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched, cannot_keep
+from torch_influence.draws import generators, quiet, states
+from torch_influence.kept import Keeping, KeptBatches, Stacked, cannot_keep
 from torch_influence.leaves import alike, leaves, same, take_apart
-from torch_influence.source import Source, holdings, quiet, unchanged
+from torch_influence.source import Source, Watched, holdings, unchanged
 
 Cache: TypeAlias = bool | int | str
 
 _KINDS = 16  # of examples (lengths, shapes) in a data set that is stacked; one of each is compared
+_OTHER = "the data set gives other data each time it is read"
+_DRAWS = "the data set draws random numbers when it is read"
 _REREADS = 16  # of data that draw random numbers, to see a difference: a flip hides in 1 of 2^16 cases
 
 
@@ -134,19 +137,27 @@ class Resident:
         assert outlook is not None  # may_keep() comes first
         n, step = source.n, source.batch_size or 1
         keeping = Keeping(n, outlook.stack, lambda device: budget(self._cache, device))
+        watched = Watched(source.collate, outlook.stack and not outlook.frozen)
+        own = generators(source.dataset, source.collate)
         kinds: dict[Any, int] = {}
         before = holdings(source.dataset)
         self._busy, self._outlook = True, None  # known again when all went well
         try:
-            passing = source.through_loader(range(n), source.batch_size, collate=Watched(source.collate))
+            passing = source.through_loader(range(n), source.batch_size, collate=watched)
             for start in range(0, n, step):
                 size = min(step, n - start)
                 with torch.inference_mode(False):
+                    standing = states(own) if source.here else None
                     collated, found = next(passing)
+                    drew = found.drew or (standing is not None and standing != states(own))
                     batch = source.transfer(collated)
+                    if drew and not outlook.frozen and not keeping.why_not:
+                        self._draws(range(start, start + size), batch, outlook, keeping)
+                    if not found.together:
+                        keeping.stop_stacking()
                     keeping.add(batch, size)
                 if len(kinds) <= _KINDS:
-                    kinds = {kind: start + at for kind, at in found.items()} | kinds
+                    kinds = {kind: start + at for kind, at in found.kinds.items()} | kinds
                 yield batch, size
                 keeping.look_again()
                 if or_stop and keeping.why_not:
@@ -168,10 +179,12 @@ class Resident:
         source = self._source
         drew = differs = False
         reads: list[list[Any]] = []
+        own = generators(source.dataset, source.collate)
         for seed in range(_REREADS):
-            with torch.inference_mode(False), quiet(seed) as drawn:
+            with torch.inference_mode(False), quiet(seed):
+                standing = states(own)
                 reads[1:] = [source.probe()]
-                drew = drew or drawn()
+                drew = drew or standing != states(own)
             if (why := cannot_keep(leaves(reads[0]))) != "":
                 return _Outlook(refused=why), False
             differs = not same(reads[0], reads[-1])
@@ -179,15 +192,25 @@ class Resident:
                 break
         outlook = _Outlook(source.n, reads[0], frozen=(drew or differs) and self._cache is True)
         if (drew or differs) and not outlook.frozen:
-            outlook.refused = (
-                "the data set gives other data each time it is read"
-                if differs
-                else ("the data set draws random numbers when it is read")
-            )
+            outlook.refused = _OTHER if differs else _DRAWS
         elif source.batch_size is not None:
             with torch.inference_mode(False), quiet():
                 outlook.stack = self._looks_stackable(outlook)
         return outlook, differs
+
+    def _draws(self, examples: range, batch: Any, outlook: _Outlook, keeping: Keeping) -> None:
+        """Some examples draw random numbers when they are read, and not those that were looked at before."""
+        differs = False
+        for seed in range(_REREADS):
+            with quiet(seed):
+                differs = differs or not same(batch, self._source.read(examples))
+        if self._cache is True:
+            outlook.frozen = True
+        else:
+            keeping.give_up(_OTHER if differs else _DRAWS)
+        if differs and not self._warned:
+            self._warned = True
+            self._warn_of_randomness()
 
     def _looks_stackable(self, outlook: _Outlook) -> bool:
         """Whether a batch of two is two batches of one, put together."""
@@ -216,6 +239,11 @@ class Resident:
                 return False
             if outlook.frozen:
                 return True
+            if source.gathers and not all(
+                same(source.transfer(one), stacked.batch([i]))
+                for i, one in enumerate(source.through_loader(range(n), 1))
+            ):
+                return False
             alone = sorted({0, n // 2, n - 1, *kinds.values()})
             groups = [[i] for i in alone] + ([[n - 1, 0]] if n > 1 else [])
             return all(same(source.read(group), stacked.batch(group)) for group in groups)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from torch_influence.caller import level_of_the_user
+from torch_influence.draws import States, generators, quiet, states
+from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart
+from torch_influence.loaders import check_loader, warn_of_iteration, warn_of_selection
 
 _FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
 
@@ -32,24 +32,17 @@ class Source:
     """
 
     def __init__(self, loader: Any, name: str, transfer: Callable[[Any], Any]) -> None:
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise TypeError(f"{name}: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
-        if isinstance(dataset, data.IterableDataset) or not (
-            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        ):
-            raise TypeError(
-                f"{name}: expected a data set with __len__ and __getitem__, got {type(dataset).__name__}; influence is "
-                "per example, so examples need an index: list(dataset) makes an iterable data set one of that kind"
-            )
+        check_loader(loader, name)
         self.name = name
-        self.transfer = transfer
-        self.dataset = dataset
+        self.dataset = loader.dataset
         self.collate: Callable[[Any], Any] = loader.collate_fn
         self._loader = loader
         self.n  # noqa: B018 - raises for an empty data set
         self.batch_size = _batch_size(loader)
-        self._warn_of_a_selection(getattr(loader.batch_sampler, "sampler", loader.sampler))
+        # What is not batched may be the data set's own tensors, which no objective is to edit.
+        self.transfer = transfer if self.batch_size is not None else lambda batch: copy_of(transfer(batch))
+        warn_of_iteration(loader, name)
+        warn_of_selection(loader, name)
 
     @property
     def n(self) -> int:
@@ -58,21 +51,6 @@ class Source:
         if n == 0:
             raise ValueError(f"{self.name}: expected at least one example, got an empty data set")
         return n
-
-    def _warn_of_a_selection(self, sampler: Any) -> None:
-        """An order is of no matter to influence, a selection is: it was trained on something else than the data set."""
-        kind = type(sampler)
-        selects = kind in (data.SubsetRandomSampler, data.WeightedRandomSampler)
-        if not selects and (kind.__module__.startswith("torch.") or not hasattr(sampler, "__len__")):
-            return  # all of the data set, or this process's share of it
-        if selects or len(sampler) != self.n:
-            warnings.warn(
-                f"{self.name}: its {kind.__name__} is ignored, all {self.n} examples of the data set count, once each. "
-                "If the model was trained on some of them, give it torch.utils.data.Subset(dataset, indices); weights "
-                "of examples belong into the loss",
-                UserWarning,
-                stacklevel=level_of_the_user(),
-            )
 
     def through_loader(
         self,
@@ -106,6 +84,19 @@ class Source:
         many = getattr(self.dataset, "__getitems__", None)  # what a DataLoader asks for first
         return self.transfer(self.collate(many(wanted) if many else [self.dataset[i] for i in wanted]))
 
+    @property
+    def here(self) -> bool:
+        """Whether this process reads the data, and no workers."""
+        return not self._loader.num_workers
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the data set puts batches of examples together itself, so that one may depend on the others."""
+        dataset = self.dataset
+        while type(dataset) is data.Subset:
+            dataset = dataset.dataset
+        return hasattr(dataset, "__getitems__")
+
     def probe(self) -> list[Any]:
         """The first, the middle and the last example, in one batch where the loader batches."""
         some = sorted({0, self.n // 2, self.n - 1})
@@ -128,33 +119,106 @@ def _batch_size(loader: Any) -> int | None:
         return len(next(iter(loader.batch_sampler)))
 
 
-@contextlib.contextmanager
-def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
-    """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
+class Found(NamedTuple):
+    """What was noticed when a batch was made.
 
-    Yields a function that says whether any random number has been drawn from them so far.
+    Attributes:
+        kinds: of the examples in it, and the position of the first of each kind.
+        together: whether the batch is nothing but its examples put together, as far as was looked at.
+        drew: whether random numbers were drawn for it.
     """
-    before = _random_states()
-    try:
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
-            random.seed(seed)
-        start = before if seed is None else _random_states()
-        yield lambda: not _same_states(start, _random_states())
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+
+    kinds: dict[Any, int]
+    together: bool
+    drew: bool
 
 
-def _random_states() -> tuple[Tensor, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+class Watched:
+    """A collate_fn that also tells what it was given, what it made of it, and whether random numbers were drawn.
+
+    Examples of one kind have tensors of the same shapes and lists and texts of the same lengths. What torch's own
+    collate_fn makes of plain things depends on nothing else, so it is enough that one of each kind is compared with
+    what is stacked. Any other may look at their content: each example is collated alone, too, and compared with its
+    row of the batch.
+
+    Args:
+        collate: the user's.
+        stack: whether the batches are to be stacked.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], stack: bool) -> None:
+        self._collate = collate
+        self._stack = stack
+        self._own: list[Any] | None = None
+        self._before: States | None = None
+
+    def __call__(self, items: Any) -> tuple[Any, Found]:
+        """The batch, and what was noticed."""
+        batch = self._collate(items)
+        drew = self._drew_in_a_worker()
+        kinds: dict[Any, int] = {}
+        for position, item in enumerate(items if isinstance(items, list) else []):
+            kinds.setdefault(_kind(item), position)
+        together = True
+        if self._stack and not (_is_torchs_own(self._collate) and all(map(_is_plain, kinds))):
+            with quiet():
+                together = _is_together(batch, items, self._collate)
+        return batch, Found(kinds, together, drew)
+
+    def _drew_in_a_worker(self) -> bool:
+        """Since the batch before; nobody else draws there. In this process the caller looks."""
+        worker = data.get_worker_info()
+        if worker is None:
+            return False
+        if self._own is None:
+            self._own = generators(worker.dataset, self._collate)
+        before, self._before = self._before, states(self._own)
+        return before is not None and before != self._before
 
 
-def _same_states(one: tuple[Tensor, Any, Any], other: tuple[Tensor, Any, Any]) -> bool:
-    numbers = (np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
-    return torch.equal(one[0], other[0]) and all(numbers) and one[2] == other[2]
+def _is_together(batch: Any, items: list[Any], collate: Callable[[Any], Any]) -> bool:
+    template, rows = take_apart(batch, leading=1)
+    if not isinstance(items, list) or not rows or not all(t.dim() and len(t) == len(items) for t in rows):
+        return False
+    for position, item in enumerate(items):
+        try:
+            alone, ones = take_apart(collate([item]), leading=1)
+        except Exception:  # a collate_fn that wants more than one example
+            return False
+        if not alike(alone, template) or not same(ones, [t[position : position + 1] for t in rows]):
+            return False
+    return True
+
+
+class _Strange(str):
+    """The kind of something that torch's collate_fn does not know, but may have been taught."""
+
+    __slots__ = ()
+
+
+def _kind(item: Any) -> Any:
+    if isinstance(item, str | bytes):
+        return len(item)
+    if isinstance(item, Mapping):
+        return tuple((str(key), _kind(value)) for key, value in item.items())
+    if isinstance(item, list | tuple):
+        return (len(item), *map(_kind, item[:16]))  # a longer one is a sequence of things of one kind
+    if type(item) is np.ndarray or (type(item) is Tensor and is_dense(item)):
+        return (*item.shape, str(item.dtype))
+    name = type(item).__name__
+    return name if isinstance(item, bool | int | float | complex | np.bool_ | np.number | None) else _Strange(name)
+
+
+def _is_torchs_own(collate: Any) -> bool:
+    """Whether it is ``default_collate``, and has not been taught anything."""
+    module = data.default_collate.__module__
+    return collate is data.default_collate and all(
+        getattr(function, "__module__", None) == module for function in default_collate_fn_map.values()
+    )
+
+
+def _is_plain(kind: Any) -> bool:
+    return not isinstance(kind, _Strange) and (not isinstance(kind, tuple) or all(map(_is_plain, kind)))
 
 
 def holdings(dataset: Any) -> dict[str, tuple[Any, ...]]:

@@ -276,7 +276,10 @@ class Curvature(LinearOperator):
             batches = self.batches.bar(batches, describe, -(-len(rest) // step))
         start = rest.start
         for batch, size in batches:
+            copies = self.evaluation.edits.get("train_loss")
             linearized = self.linearize(batch, self.leaves)
+            if self.evaluation.edits.get("train_loss") != copies:  # an edit of data that graphs before it may share
+                self._kept, self.kept_bytes, self.kept_examples, keep = [], 0, 0, False
             self.means.add(batch, size, linearized.loss, range(start, start + size))
             start += size
             keep = keep and not self.batches.why_not_kept

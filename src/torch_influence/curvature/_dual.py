@@ -51,7 +51,8 @@ def dual_cost(curvature: Curvature | LinearHead, damp: float) -> DualCost | str:
         with plain.evaluation.session(), plain.batches.quietly():
             plain.prepare()
             examples = range(min(plain.batches.batch_size or 1, plain.batches.n))
-            b, c = rows_and_columns(plain.outputs(plain.leaves, plain.batches.peek(examples)))
+            batch = plain.evaluation.batch_for("train_loss", plain.batches.peek(examples))
+            b, c = rows_and_columns(plain.outputs(plain.leaves, batch))
             m = -(-b * plain.batches.n // len(examples)) * c
             # Each row of G is a sweep back through a batch; a product with one row is about three through all of them.
             sweep = plain.operations / 3 * (len(examples) if plain.why_not_grouped else 1) / plain.batches.n
@@ -195,7 +196,7 @@ def _rows(plain: GaussNewton, root: Tensor) -> Tensor | str:
     matrix = torch.empty(count * r, plain.size, dtype=plain.dtype, device=plain.device)
     first = 0
     for batch, _ in plain.batches.read(None, plain.batch_size if plain.why_not_grouped else 1):
-        outputs = plain.outputs(plain.leaves, batch)
+        outputs = plain.outputs(plain.leaves, plain.evaluation.batch_for("train_loss", batch))
         b, columns = rows_and_columns(outputs)
         if columns != c or first + b > count:
             return "the outputs of one example differ in shape from those of many"

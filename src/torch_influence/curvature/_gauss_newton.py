@@ -20,6 +20,7 @@ class GaussNewton(Curvature):
     """
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
+        given, batch = batch, self.evaluation.batch_for("train_loss", batch)
         outputs = self.outputs(leaves, batch)
         inputs = leaves if at is None else at()
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -40,13 +41,14 @@ class GaussNewton(Curvature):
             rows = self._pull_back(transposed, [slope[0].detach()[None]])
             return [row.squeeze(0) for row in rows]
 
-        return Linearized(loss, product, gradient, roots=[outputs, *jt_u, *slope], besides=self._kept_anyway(batch))
+        return Linearized(loss, product, gradient, roots=[outputs, *jt_u, *slope], besides=self._kept_anyway(given))
 
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
+        batch = self.evaluation.batch_for("train_loss", batch)
         return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)
 
     def outputs(self, leaves: Tangents, batch: Any) -> Tensor:
-        """What J is the Jacobian of, with its graph."""
+        """What J is the Jacobian of, with its graph; of a batch as ``Evaluation.batch_for`` gives it."""
         with self.convolutions(fixed=True):
             outputs = self._outputs(leaves, batch)
         if not outputs.requires_grad:
@@ -55,6 +57,7 @@ class GaussNewton(Curvature):
 
     def output_blocks(self, leaves: Tangents, batch: Any) -> Tensor:
         """H_out's blocks [b, c, c], one for each of the outputs' rows, if it has no entries outside of them."""
+        batch = self.evaluation.batch_for("train_loss", batch)
         outputs = self.outputs(leaves, batch).detach()
         at_outputs, _, slope = self._slope(leaves, outputs, batch)
         b, c = rows_and_columns(outputs)

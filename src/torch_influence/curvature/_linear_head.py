@@ -325,6 +325,8 @@ class _Capture:
                 if len(calls.outputs) != 1:
                     raise _NotAHeadError(f"a batch passes the linear layer {len(calls.outputs)} times, not once")
                 (x,), (z,) = calls.inputs, calls.outputs
+                if x.layout is not torch.strided or x.is_nested:
+                    raise _NotAHeadError("the linear layer takes sparse or nested tensors")
                 if x.dim() != 2 or z.dim() != 2 or len(z) != size:
                     raise _NotAHeadError(
                         f"the linear layer takes {list(x.shape)} for {size} examples, not a row for each"

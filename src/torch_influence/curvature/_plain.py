@@ -48,6 +48,7 @@ def hessian_product(value: Tensor, leaves: Tangents, tangents: Tangents) -> Tang
 
 def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, tangents: Tangents) -> Tangents:
     """Jᵀ H_out J v, with J v as the derivative of u -> Jᵀu · v."""
+    batch = evaluation.batch_for("train_loss", batch)
     outputs = evaluation.train_outputs(leaves, batch)
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -1,0 +1,110 @@
+"""Random numbers: whether reading data draws some, from the default generators or from one of the data set's own."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import random
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROOM = 2000  # objects that are looked into for generators
+_FEW = 1000  # a longer container holds data
+_CODE = ("__getitem__", "__getitems__", "__call__", "forward")  # what is called when data are read
+
+States: TypeAlias = tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
+    """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
+
+    Yields a function that says whether any random number has been drawn from them so far.
+    """
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
+            random.seed(seed)
+        start = states()
+        yield lambda: start != states()
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
+
+
+def states(own: list[Any] | None = None) -> States:
+    """Where the default generators, and those of the data set's ``own``, stand: equal as long as none has drawn."""
+    default = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    return tuple(_plain(state) for state in (*default, *map(_state, own or ())))
+
+
+def generators(*roots: Any) -> list[Any]:
+    """The random generators that objects hold, or that their code names: attributes, containers, closures, globals.
+
+    Looks into up to some thousand objects. Those of other libraries, or inside compiled code, are not seen.
+    """
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    waiting = collections.deque(roots)
+    while waiting and len(seen) < _ROOM:  # what is near first
+        item = waiting.popleft()
+        if id(item) in seen or isinstance(item, str | bytes | int | float | Tensor | np.ndarray | type | ModuleType):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            if not isinstance(item, random.SystemRandom):  # it has no state
+                found[id(item)] = item
+            continue
+        waiting.extend(_inside(item))
+    return list(found.values())
+
+
+def _inside(item: Any) -> list[Any]:
+    if isinstance(item, dict):
+        return list(item.values()) if len(item) <= _FEW else []
+    if isinstance(item, list | tuple | set | frozenset):
+        return list(item) if len(item) <= _FEW else []
+    if isinstance(item, MethodType):
+        return [item.__self__, item.__func__]
+    if isinstance(item, functools.partial):
+        return [item.func, item.args, item.keywords]
+    if isinstance(item, FunctionType):
+        named = [item.__globals__[name] for name in item.__code__.co_names if name in item.__globals__]
+        cells = [cell.cell_contents for cell in item.__closure__ or () if _filled(cell)]
+        return [*named, *cells, item.__defaults__, item.__kwdefaults__]
+    code = [getattr(type(item), name, None) for name in _CODE]
+    return [
+        *(function for function in code if isinstance(function, FunctionType)),
+        *getattr(item, "__dict__", {}).values(),
+    ]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # its variable has not been assigned yet
+        return False
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def _plain(state: Any) -> Any:
+    """The same in things that compare as a whole."""
+    if isinstance(state, Tensor | np.ndarray):
+        return (state.numpy() if isinstance(state, Tensor) else state).tobytes()
+    if isinstance(state, dict):
+        return tuple((key, _plain(value)) for key, value in state.items())
+    return tuple(map(_plain, state)) if isinstance(state, tuple) and len(state) < 10 else state
