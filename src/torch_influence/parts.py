@@ -15,6 +15,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.resident import Cache
+from torch_influence.turns import alone_with
 
 
 class Parts:
@@ -105,7 +106,8 @@ class Parts:
             raise TypeError(
                 f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
             )
-        self._space = ParameterSpace(model.to(self.device), self._params)
+        with alone_with(*model.modules()):  # no other thread has other tensors in it
+            self._space = ParameterSpace(model.to(self.device), self._params)
         self._evaluation = Evaluation(model, objective, self._space)
         self._evaluation.on_open = self._refresh
         self.params_names = self._space.names

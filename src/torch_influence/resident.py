@@ -15,7 +15,7 @@ import torch
 from torch_influence.caller import level_of_the_user
 from torch_influence.kept import Keeping, KeptBatches, Stacked, Watched, cannot_keep
 from torch_influence.leaves import alike, leaves, same, take_apart
-from torch_influence.source import Source, holdings, quiet, unchanged
+from torch_influence.source import Source, drawn_in_turn, holdings, quiet, unchanged
 
 Cache: TypeAlias = bool | int | str
 
@@ -138,7 +138,7 @@ class Resident:
         before = holdings(source.dataset)
         self._busy, self._outlook = True, None  # known again when all went well
         try:
-            passing = iter(source.through_loader(range(n), source.batch_size, collate=Watched(source.collate)))
+            passing = drawn_in_turn(source.through_loader(range(n), source.batch_size, collate=Watched(source.collate)))
             for start in range(0, n, step):
                 size = min(step, n - start)
                 with torch.inference_mode(False):

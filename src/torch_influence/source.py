@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import random
 import warnings
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import data
 
 from torch_influence.caller import level_of_the_user
+from torch_influence.turns import RANDOM_STATES, alone_with
 
 _FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
 
@@ -111,13 +113,13 @@ class Source:
 
 
 def _batch_size(loader: Any) -> int | None:
-    """A custom batch sampler without a batch_size is asked for its first batch, torch's random state left alone."""
+    """A custom batch sampler without a batch_size is asked for its first batch, random states left alone."""
     if loader.batch_size is not None or loader.batch_sampler is None:
         return loader.batch_size
     declared = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(declared, int):
         return declared
-    with torch.random.fork_rng(devices=()):
+    with quiet():
         return len(next(iter(loader.batch_sampler)))
 
 
@@ -125,20 +127,34 @@ def _batch_size(loader: Any) -> int | None:
 def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
 
-    Yields a function that says whether any random number has been drawn from them so far.
+    They are the process's, so threads take turns. Yields a function that says whether any random number has been drawn
+    from them so far.
     """
-    before = _random_states()
-    try:
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
-            random.seed(seed)
-        start = before if seed is None else _random_states()
-        yield lambda: not _same_states(start, _random_states())
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+    with alone_with(RANDOM_STATES):
+        before = _random_states()
+        try:
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
+                random.seed(seed)
+            start = before if seed is None else _random_states()
+            yield lambda: not _same_states(start, _random_states())
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            random.setstate(before[2])
+
+
+def drawn_in_turn(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items; what a loader or a sampler draws when it starts, it draws while no other thread is ``quiet``.
+
+    Or that one would take the draw for its own, and undo it.
+    """
+    with alone_with(RANDOM_STATES):
+        rest = iter(items)
+        first = list(itertools.islice(rest, 1))
+    yield from first
+    yield from rest
 
 
 def _random_states() -> tuple[Tensor, Any, Any]:
