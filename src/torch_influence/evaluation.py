@@ -183,6 +183,7 @@ class Evaluation:
             if self.on_open is not None:
                 self.on_open()
             remembered.to_eval_mode()
+            _check_names(self.model, self.space)
             remembered.without_inference_tensors()
             yield
 
@@ -198,6 +199,15 @@ class Evaluation:
                 held += value.values() if isinstance(value, dict) else value
         found = [m for m in (self.model, self.objective, *held) if isinstance(m, nn.Module)]
         return list({id(m): m for m in found}.values())
+
+
+def _check_names(model: nn.Module, space: ParameterSpace) -> None:
+    missing = set(space.trainable) - {name for name, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(
+            f"model: expected its trainable parameters in eval mode, too, got none named {', '.join(sorted(missing))}; "
+            "where a layer replaces them in eval(), call model.eval() before the module is made"
+        )
 
 
 def _scalar(loss: Any, name: str) -> Tensor:
@@ -232,7 +242,7 @@ def _strided_parts(t: Tensor, name: str) -> Sequence[Tensor]:
         return [t.values(), t.offsets()]  # type: ignore[attr-defined]
     raise TypeError(
         f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with layout "
-        f"{t.layout}; keep it as an attribute that is no tensor, or convert it with .to_dense()"
+        f"{t.layout}; convert it with .to_dense()"
     )
 
 

@@ -176,8 +176,8 @@ class _Noted:
     """Attributes of modules, and what those hold that are containers or objects, some levels deep.
 
     What is a module's own is put back whatever it is, and so are containers, namespaces and dataclasses among it.
-    Other objects (a cache; but also a logger, with a queue that another thread empties) are put back only where they
-    came to hold tensors.
+    Other objects (a cache of keys and values; but also a logger, with a queue that another thread empties) are put
+    back, with all that they hold, only if they came to hold tensors. An objective that is no module lets go of graphs.
     """
 
     def __init__(self, modules: Sequence[nn.Module], switching: Sequence[nn.Module], objective: object) -> None:
@@ -186,17 +186,19 @@ class _Noted:
         inside = [m for one in switching for m in one.modules()]
         self._classes = [(m, type(m)) for m in inside]
         self._contents: list[_Content] = []
+        self._objects: list[list[_Content]] = []
+        self._graphs: list[_Content] = []
         self._values: list[_Values] = []
         self._seen: set[int] = {id(m) for m in modules}
         for names, some in ((_REGISTERED, modules), (_STRUCTURE, inside)):
             for held in (vars(m).get(name) for m in some for name in names):
                 if type(held) in (dict, set) and id(held) not in self._seen:
                     self._seen.add(id(held))
-                    self._contents.append(_Content(held, None))
-        self._look([(value, None) for _, kept in self._attributes for value in kept.values()])
+                    self._contents.append(_Content(held))
+        self._look([(value, self._contents) for _, kept in self._attributes for value in kept.values()])
         if not isinstance(objective, nn.Module):
             self._seen.discard(id(objective))
-            self._look([(objective, _has_a_graph)])
+            self._look([(objective, self._graphs)])
 
     def put_back(self) -> None:
         for m, of in self._classes:
@@ -209,32 +211,43 @@ class _Noted:
             _put_into(vars(m), now, kept)
         for content in self._contents:
             content.put_back()
+        for contents in self._objects:
+            if any(content.gained(_any) for content in contents):
+                for content in contents:
+                    content.put_back()
+        for content in self._graphs:
+            content.let_go(_has_a_graph)
         for values in self._values:
             values.put_back()
 
-    def _look(self, values: Iterable[tuple[Any, Callable[[Tensor], bool] | None]]) -> None:
+    def _look(self, values: Iterable[tuple[Any, list[_Content]]]) -> None:
         """Level by level, so that what is nearest to the modules is not what room is missing for."""
         room = _ROOM
         for depth in range(_DEPTH):
-            deeper: list[tuple[Any, Callable[[Tensor], bool] | None]] = []
-            for value, only in values:
-                if type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN) or id(value) in self._seen:
+            deeper: list[tuple[Any, list[_Content]]] = []
+            for value, into in values:
+                if _is_simple(value) or id(value) in self._seen:
                     continue
                 self._seen.add(id(value))
                 if isinstance(value, Tensor | np.ndarray):
-                    if only is None and _Values.possible(value):
+                    if into is self._contents and _Values.possible(value):
                         self._values.append(_Values(value))
                     continue
                 held = _held(value)
                 if held is None or (depth and room <= 0):
                     continue
                 room -= bool(depth)
-                if only is None and not isinstance(value, _CONTAINERS) and not dataclasses.is_dataclass(value):
-                    only = _any
+                if (
+                    into is self._contents
+                    and not isinstance(value, _CONTAINERS)
+                    and not dataclasses.is_dataclass(value)
+                ):
+                    into = []
+                    self._objects.append(into)
                 if not isinstance(value, tuple | frozenset):
-                    self._contents.append(_Content(value, only))
+                    into.append(_Content(value))
                 if len(held) <= _LONGEST:
-                    deeper += [(item, only) for item in _items(held)]
+                    deeper += [(item, into) for item in _items(held)]
             values = deeper
 
 
@@ -261,6 +274,11 @@ def _items(held: _Held) -> Iterator[Any]:
     return iter(held.values() if isinstance(held, dict) else held)
 
 
+def _is_simple(value: Any) -> bool:
+    """Whether there is nothing in it; also where a look into it may fail."""
+    return type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN)
+
+
 def _any(t: Tensor) -> bool:
     return True
 
@@ -269,14 +287,23 @@ def _has_a_graph(t: Tensor) -> bool:
     return t.grad_fn is not None
 
 
-def _holds(value: Any, kind: Callable[[Tensor], bool], depth: int = _DEPTH) -> bool:
-    """Whether a tensor of this kind is in it."""
-    if not depth or type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN):
-        return False
-    if isinstance(value, Tensor):
-        return kind(value)
-    held = _held(value)
-    return held is not None and len(held) <= _LONGEST and any(_holds(item, kind, depth - 1) for item in _items(held))
+def _holds(value: Any, kind: Callable[[Tensor], bool]) -> bool:
+    """Whether a tensor of this kind is in it, as far as one looks."""
+    seen: set[int] = set()
+    level = [value]
+    for _ in range(_DEPTH):
+        deeper: list[Any] = []
+        for item in level:
+            if _is_simple(item) or id(item) in seen:
+                continue
+            if isinstance(item, Tensor) and kind(item):
+                return True
+            seen.add(id(item))
+            held = _held(item)
+            if held is not None and len(held) <= _LONGEST and len(seen) <= _ROOM:
+                deeper += _items(held)
+        level = deeper
+    return False
 
 
 def _same_items(one: _Held, other: _Held) -> bool:
@@ -289,42 +316,45 @@ def _same_items(one: _Held, other: _Held) -> bool:
 
 
 class _Content:
-    """What a container or an object holds; with ``only``, what came to hold tensors of that kind is put back alone."""
+    """What a container or an object holds."""
 
-    def __init__(self, value: Any, only: Callable[[Tensor], bool] | None) -> None:
-        self._value, self._only = value, only
+    def __init__(self, value: Any) -> None:
+        self._value = value
         self._before: Any = _held(value)
 
     def put_back(self) -> None:
-        value, only, before = self._value, self._only, self._before
-        now: Any = _held(value)
-        if _same_items(now, before):
+        self._put(self._before)
+
+    def gained(self, kind: Callable[[Tensor], bool]) -> bool:
+        """Whether it came to hold tensors of this kind."""
+        return bool(self._gains(kind))
+
+    def let_go(self, kind: Callable[[Tensor], bool]) -> None:
+        """What came to hold tensors of this kind is put back; the rest stays as it is."""
+        gains, now = self._gains(kind), _held(self._value)
+        if not gains:
             return
         if isinstance(now, dict):
-            if only is not None:
-                before = _without_new_tensors(now, before, only)
+            before = {name: item for name, item in self._before.items() if id(now.get(name)) in gains}
+            self._put({name: item for name, item in now.items() if id(item) not in gains} | before)
+        else:
+            self._put([item for item in now or [] if id(item) not in gains])
+
+    def _gains(self, kind: Callable[[Tensor], bool]) -> set[int]:
+        known = set(map(id, _items(self._before)))
+        return {id(item) for item in _items(_held(self._value) or []) if id(item) not in known and _holds(item, kind)}
+
+    def _put(self, before: Any) -> None:
+        value, now = self._value, _held(self._value)
+        if now is None or _same_items(now, before):
+            return
+        if isinstance(now, dict):
             _put_into(value if isinstance(value, dict) else vars(value), now, before)
-            return
-        known = set(map(id, before))
-        if only is not None and not any(_holds(item, only) for item in now if id(item) not in known):
-            return
-        if isinstance(value, list):
+        elif isinstance(value, list):
             value[:] = before
         else:  # a deque or a set
             value.clear()
             value.extend(before) if isinstance(value, collections.deque) else value.update(before)
-
-
-def _without_new_tensors(now: dict[Any, Any], before: dict[Any, Any], kind: Callable[[Tensor], bool]) -> dict[Any, Any]:
-    missing = object()
-    kept = {}
-    for name, value in now.items():
-        was = before.get(name, missing)
-        if value is was or not _holds(value, kind):
-            kept[name] = value
-        elif was is not missing:
-            kept[name] = was
-    return kept
 
 
 def _put_into(place: dict[Any, Any], now: dict[Any, Any], before: dict[Any, Any]) -> None:
