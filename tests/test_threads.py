@@ -198,7 +198,8 @@ class SeesHooks(Classification):
 
     def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
         hooks = torch.nn.modules.module
-        assert not (hooks._global_forward_pre_hooks or hooks._global_forward_hooks)
+        assert not (hooks._global_forward_pre_hooks)
+        assert not (hooks._global_forward_hooks)
         return super().train_outputs(model, batch)
 
 
