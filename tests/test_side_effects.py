@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
+import gc
 import io
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_influence import AutogradInfluenceModule, CGInfluenceModule
+from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule
 
 ALL_MODULES = list(SOLVER_OPTIONS)
 
@@ -335,3 +341,412 @@ def test_compiled_models_are_evaluated_eagerly_and_compiled_afterwards() -> None
     before = torch._dynamo.utils.counters["stats"]["calls_captured"]
     compiled(torch.zeros(2, 4).double())
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > before
+
+
+# -- what a forward leaves behind -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Outputs:
+    last: Any = None
+    all: list[Any] = dataclasses.field(default_factory=list)
+
+
+class KeyValueCache:
+    """As a decoder has it: a count that is wrong without the tensors that it counts."""
+
+    def __init__(self) -> None:
+        self.count, self.layers = 0, [Outputs()]
+
+    def update(self, h: Any) -> None:
+        self.count += 1
+        self.layers[0].last = h
+        self.layers.append(Outputs(h))
+
+
+def in_place(total: Tensor, h: Tensor) -> None:
+    total += 1 if torch._C._functorch.is_batchedtensor(h) else h.sum()
+
+
+KEPT: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any]]] = {
+    "number": (lambda: 0, lambda kept, h: kept + 1),
+    "none": (lambda: None, lambda kept, h: h),
+    "tuple": (lambda: (0, []), lambda kept, h: (h, kept[1].append(h) or kept[1])),
+    "dict": (lambda: {"n": 0}, lambda kept, h: kept.update(n=kept["n"] + 1, h=h)),
+    "dict of lists": (lambda: collections.defaultdict(list, old=[1]), lambda kept, h: kept["old"].append(h)),
+    "order": (lambda: collections.OrderedDict(a=1, b=2), lambda kept, h: kept.move_to_end("a")),
+    "deque": (lambda: collections.deque([1], maxlen=4), lambda kept, h: kept.append(h)),
+    "set": (lambda: {1}, lambda kept, h: kept.add(h)),
+    "long list": (lambda: list(range(5000)), lambda kept, h: kept.append(h)),
+    "namespace": (lambda: types.SimpleNamespace(n=0), lambda kept, h: vars(kept).update(n=kept.n + 1, h=h)),
+    "dataclass": (lambda: Outputs(), lambda kept, h: (setattr(kept, "last", h), kept.all.append(h), None)[-1]),
+    "cache": (KeyValueCache, lambda kept, h: kept.update(h)),
+    "tensor": (lambda: torch.zeros((), dtype=torch.float64), in_place),
+    "array": (lambda: np.zeros(2), lambda kept, h: kept.__iadd__(1)[:0].tolist() or None),
+    "nothing": (lambda: None, lambda kept, h: None),
+}
+
+
+class Keeps(nn.Module):
+    """Edits what it keeps in each forward, and adds an attribute."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        make, self.edit = KEPT[kind]
+        self.kept = make()
+        self.net = network()
+        self.seen = lambda h: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net[1](self.net[0](x))
+        self.seen(h)
+        after = self.edit(self.kept, h)
+        self.kept = self.kept if after is None else after
+        self.new = h
+        return self.net[2](h)
+
+
+def portrait(value: Any) -> Any:
+    """Who is there, and what they hold; the values of tensors and arrays, too."""
+    if isinstance(value, Tensor):
+        return id(value), value.grad_fn, value._version, value.tolist()
+    if isinstance(value, np.ndarray):
+        return id(value), value.tolist()
+    if isinstance(value, dict):
+        return id(value), [(key, portrait(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | set | collections.deque):
+        return id(value), [portrait(item) for item in value]
+    if isinstance(value, Outputs | KeyValueCache | types.SimpleNamespace):
+        return id(value), portrait(dict(vars(value)))[1]
+    return id(value)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_a_forward_leaves_behind_is_as_before(kind: str) -> None:
+    model, seen = Keeps(kind), []
+    model.seen = lambda h: seen.append(weakref.ref(h))
+    before, names = portrait(model.kept), list(vars(model))
+    it = module(model=model)
+    scores = it.influence_matrix()
+    assert portrait(model.kept) == before
+    assert list(vars(model)) == names
+    settings = it._evaluation.settings()
+    torch.testing.assert_close(it.influence_matrix(), scores)
+    assert it._evaluation.settings() == settings  # what is kept of the curvature is not thrown away
+    torch.testing.assert_close(scores, module().influence_matrix())
+    del it
+    gc.collect()
+    assert seen
+    assert not any(h() is not None for h in seen)
+
+
+class Logs(Classification):
+    """Counts, and keeps all outputs."""
+
+    def __init__(self) -> None:
+        self.count, self.notes, self.outputs, self.last = 0, [], {}, None
+
+    def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs = super().train_outputs(model, batch)
+        self.count += 1
+        self.notes.append("called")
+        self.last = self.outputs[self.count] = outputs
+        return outputs
+
+
+def test_an_objective_keeps_its_counts_and_no_graph_of_ours() -> None:
+    objective = Logs()
+    torch.testing.assert_close(module(objective=objective).influence_matrix(), module().influence_matrix())
+    assert objective.count == len(objective.notes) > 0
+    assert objective.last is None
+    assert not any(outputs.requires_grad for outputs in objective.outputs.values())
+
+
+def test_what_has_no_tensors_in_it_is_others_business() -> None:
+    """As the queue of a logger, which another thread empties meanwhile."""
+    model = Keeps("nothing")
+    log = types.new_class("Log")()
+    log.lines = ["before"]
+    model.log, model.seen = log, lambda h: log.lines.append("forward")
+    module(model=model).influences([0], [0])
+    assert log.lines[:2] == ["before", "forward"]
+
+
+# -- layers that do more than to note their mode ----------------------------------------------------------------------
+
+
+class Lora(nn.Linear):
+    """Merges B A into its weight in eval mode."""
+
+    def __init__(self, merge: Callable[[Lora, Tensor], None]) -> None:
+        super().__init__(4, 5)
+        self.A, self.B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(5, 2))
+        self.merge, self.merged, self.switched = merge, False, 0
+        self.weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Lora:
+        super().train(mode)
+        self.switched += 1
+        if self.merged is mode:
+            self.merge(self, (self.B @ self.A).detach() * (-1 if mode else 1))
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.A.T @ self.B.T
+
+
+def by_data(layer: Lora, change: Tensor) -> None:
+    layer.weight.data += change
+
+
+def in_new_memory(layer: Lora, change: Tensor) -> None:
+    layer.weight.data = layer.weight.data + change
+
+
+def under_no_grad(layer: Lora, change: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.add_(change)
+
+
+def by_another_parameter(layer: Lora, change: Tensor) -> None:
+    layer.weight = nn.Parameter(layer.weight.data + change, requires_grad=False)
+
+
+class Memoised(nn.Linear):
+    """Keeps a scaled weight while it is in eval mode."""
+
+    def train(self, mode: bool = True) -> Memoised:
+        super().train(mode)
+        if mode:
+            vars(self).pop("scaled", None)
+        else:
+            self.scaled = self.weight.detach() * 2
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 2 if self.training else self.scaled, self.bias)
+
+
+class Folded(nn.Module):
+    """Two branches, and from the first eval mode on one layer made of them: there is no way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Linear(4, 5).requires_grad_(False) for _ in range(2))
+
+    def train(self, mode: bool = True) -> Folded:
+        super().train(mode)
+        if not mode and hasattr(self, "one"):
+            self.folded = copy.deepcopy(self.one)
+            self.folded.weight.data += self.other.weight.data
+            self.folded.bias.data += self.other.bias.data
+            del self.one, self.other
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.folded(x) if hasattr(self, "folded") else self.one(x) + self.other(x)
+
+
+class KeepsStatistics(nn.Sequential):
+    """Its normalisation stays in eval mode."""
+
+    def train(self, mode: bool = True) -> KeepsStatistics:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+SWITCHING: dict[str, Callable[[], nn.Module]] = {
+    "LoRA by .data": lambda: Lora(by_data),
+    "LoRA in new memory": lambda: Lora(in_new_memory),
+    "LoRA under no_grad": lambda: Lora(under_no_grad),
+    "LoRA by another parameter": lambda: Lora(by_another_parameter),
+    "memoised": lambda: Memoised(4, 5),
+    "frozen statistics": lambda: KeepsStatistics(nn.Linear(4, 5), nn.BatchNorm1d(5)),
+}
+
+
+def switching(kind: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    model = nn.Sequential(SWITCHING[kind](), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)).double().train()
+    model[2].eval()  # a mode of its own
+    for p in model[0].parameters():
+        p.data[0] = -0.0  # which W + B A - B A is not, nor do numbers tell
+    return model
+
+
+def bits(model: nn.Module) -> list[Any]:
+    return [(t.data_ptr(), t.detach().reshape(-1).view(torch.uint8).tolist()) for t in model.state_dict().values()]
+
+
+def attributes(model: nn.Module) -> list[Any]:
+    return [[(name, id(value)) for name, value in vars(m).items()] for m in model.modules()]
+
+
+@pytest.mark.parametrize("kind", SWITCHING)
+def test_a_layer_that_works_at_a_switch_of_mode_is_as_before(kind: str) -> None:
+    model, objective = switching(kind), Classification()
+    before, exactly, all_attributes = Snapshot(model), bits(model), attributes(model)
+    evaluations: list[int] = []
+    objective.train_outputs = lambda m, batch: (evaluations.append(1), m(batch[0]))[1]  # type: ignore[method-assign]
+    it = module(InfluenceModule, model=model, objective=objective, damp=1.0, solver="direct")
+    counts = []
+    for _ in range(2):
+        evaluations.clear()
+        scores = it.influence_matrix()
+        counts.append(len(evaluations))
+        before.check()
+        assert (bits(model), attributes(model)) == (exactly, all_attributes)
+    assert counts[1] < counts[0]  # the matrix is not made again
+    in_eval_mode = copy.deepcopy(model).eval()
+    torch.testing.assert_close(
+        scores, module(InfluenceModule, model=in_eval_mode, damp=1.0, solver="direct").influence_matrix()
+    )
+    it = module(AutogradInfluenceModule, model=model)  # and here, with no warning that parameters have changed
+    torch.testing.assert_close(it.stests(), it.stests())
+
+
+def test_a_model_in_eval_mode_is_not_switched() -> None:
+    model = switching("LoRA by .data").eval()
+    before = model[0].switched
+    module(model=model).influences([0], [0])
+    assert model[0].switched == before
+
+
+@pytest.mark.parametrize("fails_at", [False, True])
+def test_an_error_in_train_leaves_the_model_whole(fails_at: bool) -> None:
+    def merge(layer: Lora, change: Tensor) -> None:
+        by_data(layer, change)
+        if (layer.merged is False) is not fails_at:
+            raise RuntimeError("no room for it")
+
+    model = switching("LoRA by .data")
+    model[0].merge = merge
+    before, exactly, all_attributes = Snapshot(model), bits(model), attributes(model)
+    with pytest.raises(RuntimeError, match="no room for it"):
+        module(model=model).influences([0], [0])
+    before.check()
+    assert (bits(model), attributes(model)) == (exactly, all_attributes)
+
+
+def test_a_structure_that_is_lost_in_eval_mode_is_put_back() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(Folded(), nn.Tanh(), nn.Linear(5, 3)).double()
+    before, modules = Snapshot(model), list(model.modules())
+    scores = module(model=model).influence_matrix()
+    before.check()
+    assert list(model.modules()) == modules
+    torch.testing.assert_close(scores, module(model=copy.deepcopy(model).eval()).influence_matrix())
+    model[0].requires_grad_(True)
+    it = module(model=model)
+    with pytest.raises(ValueError, match=r"eval mode, too, got none named 0\.one\.bias.*call model\.eval\(\)"):
+        it.influences([0], [0])
+    assert list(model.modules()) == modules
+
+
+# -- tensors of other kinds -------------------------------------------------------------------------------------------
+
+
+def quantized() -> Tensor:
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+
+
+STRANGE: dict[str, Callable[[], Tensor]] = {
+    "coo": lambda: torch.eye(4).to_sparse(),
+    "uncoalesced": lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0]),
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "csc": lambda: torch.eye(4).to_sparse_csc(),
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "empty": lambda: torch.empty(0, 5),
+    "8 bits": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "quantized": quantized,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "inference": lambda: torch.inference_mode()(torch.ones)(3),
+    "sparse inference": lambda: torch.inference_mode()(torch.eye(3).to_sparse)(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_buffer_of_any_kind(kind: str) -> None:
+    model = network()
+    model.register_buffer("strange", STRANGE[kind]())
+    it, before = module(model=model), model.strange
+    scores = it.influence_matrix()
+    assert model.strange is before
+    torch.testing.assert_close(scores, module().influence_matrix())
+    assert it._evaluation.fingerprint() == it._evaluation.fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_scores_follow_a_sparse_buffer(layout: str) -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer(
+                "mix", getattr(torch.eye(3).double(), {"coo": "to_sparse", "csr": "to_sparse_csr"}[layout])()
+            )
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.mix, self.net(x).T).T
+
+    model = Mixes()
+    it = module(InfluenceModule, model=model, damp=1.0, solver="direct")
+    torch.testing.assert_close(it.influence_matrix(), module().influence_matrix(), rtol=1e-6, atol=1e-12)
+    (model.mix if layout == "csr" else model.mix.coalesce()).values().data.mul_(2)
+    fresh = module(InfluenceModule, model=model, damp=1.0, solver="direct")
+    torch.testing.assert_close(it.influence_matrix(), fresh.influence_matrix())
+
+
+def test_a_buffer_that_cannot_be_watched_is_named() -> None:
+    model = network()
+    model.register_buffer("packed", torch.ones(3).to_mkldnn())
+    with pytest.raises(TypeError, match=r"got buffer 'packed' with layout torch._mkldnn.*to_dense"):
+        module(model=model).influences([0], [0])
+
+
+class Scaled(nn.Module):
+    """Takes part in autograd with a parameter, frozen ones, a buffer and attributes; all loaded in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.frozen = network(), nn.Linear(3, 3).double().requires_grad_(False)
+        self.register_buffer("buffer", torch.rand(3).double())
+        self.scales, self.scale = [torch.rand(3).double()], torch.rand(3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(self.net(x) * self.buffer * self.scales[0]) * self.scale
+
+
+class Weighs(Classification):
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher, self.weight = teacher, torch.ones(3).double()
+
+    def train_loss_on_outputs(self, outputs: Tensor, batch: Any) -> Tensor:
+        target = self.teacher(batch[0]).detach() * self.weight
+        return (outputs - target).square().mul(self.weight).sum(dim=1).mean()
+
+
+def test_tensors_made_under_inference_mode_take_part() -> None:
+    expected, scores = [], []
+    for context, found in ((torch.no_grad, expected), (torch.inference_mode, scores)):
+        torch.manual_seed(1)
+        with context():
+            model, objective = Scaled(), Weighs(network())
+        before, held = Snapshot(model) if context is torch.no_grad else None, attributes(model)
+        own = [id(value) for value in vars(objective).values()] + [id(p) for p in model.parameters()]
+        for gnh in (False, True):
+            it = module(InfluenceModule, model=model, objective=objective, damp=1.0, solver="direct", gnh=gnh)
+            found += [it.influence_matrix(), it.flat_parameters()]
+        assert attributes(model) == held
+        assert own == [id(value) for value in vars(objective).values()] + [id(p) for p in model.parameters()]
+        assert before is None or before.check() is None
+    torch.testing.assert_close(scores, expected)

@@ -205,7 +205,8 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Examples:
             >>> d = module.flat_parameters().numel()
         """
-        return self._space.flatten([p.detach() for p in self._space.current()])
+        with self._evaluation.alone():
+            return self._space.flatten([p.detach() for p in self._space.current()])
 
     def batches(
         self,
@@ -238,12 +239,15 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             >>> total = sum(size for batch, size in module.batches(train=True, batch_size=10))
         """
         batches = self._train if train else self._test
-        if not self._evaluation.is_open:
-            batches.refresh()
-        indices = None if idxs is None else batches.indices(idxs, "idxs")
-        if sample is not None:
-            return batches.sample(sample, indices=indices, batch_size=batch_size, generator=generator)
-        return batches.read(indices, batch_size)
+        with self._evaluation.alone():
+            if not self._evaluation.is_open:
+                batches.refresh()
+            indices = None if idxs is None else batches.indices(idxs, "idxs")
+            if sample is None:
+                passing = batches.read(indices, batch_size)
+            else:
+                passing = batches.sample(sample, indices=indices, batch_size=batch_size, generator=generator)
+        return passing if self._evaluation.is_open else self._one_by_one(passing)
 
     def explain(self, queries: int = 1) -> Plan:
         """How influences of so many queries will be computed, why not faster, and what memory that takes.
@@ -310,9 +314,10 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         Examples:
             >>> module.clear_cache()
         """
-        for batches in self._opened():
-            batches.clear()
-        self._forget()
+        with self._evaluation.alone():
+            for batches in self._opened():
+                batches.clear()
+            self._forget()
 
     # -- solves; the scores made of them are in influences.py ---------------------------------------------------------
 
@@ -468,6 +473,15 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             gradient = mean_gradient(getattr(self._evaluation, loss), self._evaluation, batches, indices, look)
             means.conclude()
             return gradient
+
+    def _one_by_one(self, passing: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+        """The same batches; what is kept of the data is in no other thread's hands while one is read."""
+        while True:
+            with self._evaluation.alone():
+                found = next(passing, None)
+            if found is None:
+                return
+            yield found
 
     def _examples(self) -> ExampleGradients:
         evaluation = self._evaluation

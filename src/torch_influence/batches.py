@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from torch_influence.draws import quiet
+from torch_influence.draws import drawn_in_turn, quiet
 from torch_influence.kept import KeptBatches, Stacked, is_range
 from torch_influence.leaves import map_leaves
 from torch_influence.resident import Cache, Resident
 from torch_influence.source import Source, device_of
+from torch_influence.turns import RANDOM_STATES, alone_with
 
 _DRAWN_AT_ONCE = 32  # by torch's RandomSampler: more would be too early for others that draw from its generator
 
@@ -131,9 +132,8 @@ class Batches:
         ):
             yield from _serve(kept, order, count, step, first, generator)
             return
-        for start, batch in zip(
-            range(0, count, step), self._source.through_loader(order, size, generator), strict=True
-        ):
+        passing = drawn_in_turn(self._source.through_loader(order, size, generator))
+        for start, batch in zip(range(0, count, step), passing, strict=True):
             yield self._source.transfer(batch), min(step, count - start)
 
     def peek(self, indices: Sequence[int]) -> Any:
@@ -257,7 +257,7 @@ def _serve(
 def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Generator | None) -> Iterator[Any]:
     """The examples of each batch that a loader would give, with the same draws in the same order."""
     _take_seed(generator)
-    left: Any = order if isinstance(order, range) else iter(order)
+    left: Any = order if isinstance(order, range) else drawn_in_turn(order)
     for start in range(0, count, step):
         yield left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
     if not isinstance(left, range):
@@ -266,14 +266,15 @@ def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Genera
 
 def _take_seed(generator: torch.Generator | None) -> None:
     """The one that a DataLoader draws for its workers."""
-    torch.empty((), dtype=torch.int64, device=device_of(generator)).random_(generator=generator)
+    with alone_with(RANDOM_STATES):
+        torch.empty((), dtype=torch.int64, device=device_of(generator)).random_(generator=generator)
 
 
 def _drawn(sampler: data.RandomSampler) -> Iterator[int]:
     """What the sampler draws, where its generator is: by itself it draws on torch's default device."""
     drawing, more = iter(sampler), True
     while more:
-        with device_of(sampler.generator):
+        with device_of(sampler.generator), alone_with(RANDOM_STATES):
             some = list(itertools.islice(drawing, _DRAWN_AT_ONCE))
         yield from some
         more = len(some) == _DRAWN_AT_ONCE

@@ -15,13 +15,14 @@ from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.curvature import plain_product, second_derivative
 from torch_influence.diagnostics import Damping, Spectrum, spectrum, suggest_damping
-from torch_influence.evaluation import Autocasts, Evaluation
+from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NondeterminismWarning, loss_gradient, randomness
 from torch_influence.linop import probe_rows
 from torch_influence.losses import departs_most, not_a_mean, tell
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, norms, rounding
+from torch_influence.switches import Autocasts
 from torch_influence.verification import Check, Refits, Verification
 
 if TYPE_CHECKING:

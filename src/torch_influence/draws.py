@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from torch_influence.turns import RANDOM_STATES, alone_with
 
 _ROOM = 2000  # objects that are looked into for generators
 _FEW = 1000  # a longer container holds data
@@ -25,20 +28,34 @@ States: TypeAlias = tuple[Any, ...]
 def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
 
-    Yields a function that says whether any random number has been drawn from them so far.
+    They are the process's, so threads take turns. Yields a function that says whether any random number has been drawn
+    from them so far.
     """
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
-            random.seed(seed)
-        start = states()
-        yield lambda: start != states()
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+    with alone_with(RANDOM_STATES):
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        try:
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
+                random.seed(seed)
+            start = states()
+            yield lambda: start != states()
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            random.setstate(before[2])
+
+
+def drawn_in_turn(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items; what a loader or a sampler draws when it starts, it draws while no other thread is ``quiet``.
+
+    Or that one would take the draw for its own, and undo it.
+    """
+    with alone_with(RANDOM_STATES):
+        rest = iter(items)
+        first = list(itertools.islice(rest, 1))
+    yield from first
+    yield from rest
 
 
 def states(own: list[Any] | None = None) -> States:

@@ -176,13 +176,15 @@ class EstimateMethods(InfluenceMethods):
         """What ``compute`` gives, and the spread of what the repeats of its solves would have given."""
         if self.repeat < 2:
             raise ValueError(f"standard_error: expected a module with repeat of at least 2, got repeat={self.repeat}")
-        self._spread_examples = self._train.indices(train_idxs, "train_idxs")
-        self._spreads = []
-        try:
-            scores = compute()
-            errors = torch.cat([scores.new_empty(len(scores), 0), *(s.standard_error() for s in self._spreads)], dim=1)
-        finally:
-            self._spreads = None
+        with self._evaluation.alone():
+            self._spread_examples = self._train.indices(train_idxs, "train_idxs")
+            self._spreads = []
+            try:
+                scores = compute()
+                spreads = [spread.standard_error() for spread in self._spreads]
+            finally:
+                self._spreads = None
+        errors = torch.cat([scores.new_empty(len(scores), 0), *spreads], dim=1)
         if errors.numel() != scores.numel():
             raise TypeError(
                 f"standard_error: {type(self).__name__} overrides how stests are solved for; expected one solve by "

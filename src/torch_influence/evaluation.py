@@ -12,6 +12,7 @@ import copy
 import inspect
 import operator
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
@@ -21,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from torch_influence import composed
+from torch_influence import composed, switches
 from torch_influence.caller import level_of_the_user
 from torch_influence.leaves import copy_of, same, versions
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
+from torch_influence.remembered import Remembered
 from torch_influence.torch_errors import explained
+from torch_influence.turns import alone_with
 
 _DEPTH = 5  # from the objective to a list in a module in a list of it
 _ROOM = 2000  # containers and objects
@@ -66,9 +67,9 @@ class Evaluation:
         # torch-influence 0.1.0 passed these by name, so old objectives may have them in any order.
         names = inspect.signature(objective.test_loss).parameters.keys()
         self._test_loss_by_name = {"model", "params", "batch"} <= names
-        self._open = False
         self._wide = False
         self.edits: dict[str, bool | None] = {}
+        self._opened_by: int | None = None  # a thread
         self.on_open: Callable[[], None] | None = None
 
     def widened(self) -> Evaluation:
@@ -93,12 +94,16 @@ class Evaluation:
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        places: list[tuple[int, int]] = []
         sums: dict[torch.device, list[Tensor]] = {}  # one wait for each device
-        for t in tensors:
-            sums.setdefault(t.device, []).append(_checksum(t.detach()))
-        checksums = [torch.stack(some).tolist() for some in sums.values()]
-        return tuple((t.data_ptr(), t._version) for t in tensors), repr(checksums)  # a nan equals itself as text
+        with self.alone():
+            for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
+                for name, whole in tensors:
+                    for t in _strided_parts(whole.detach(), f"{kind} {name!r}"):
+                        sums.setdefault(t.device, []).append(_checksum(t))
+                        places.append((0 if whole.is_quantized else t.data_ptr(), _version(whole)))
+            checksums = [torch.stack(some).tolist() for some in sums.values()]
+        return tuple(places), repr(checksums)  # a nan equals itself as text
 
     def settings(self) -> tuple[Any, ...]:
         """Numbers, texts and tensors that are attributes of the objective and of the model's modules.
@@ -172,15 +177,15 @@ class Evaluation:
     def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
         space = self.space
         tensors = dict(zip(space.names, leaves, strict=True))
-        for name, p in zip(space.trainable, space.current(space.trainable), strict=True):
-            tensors.setdefault(name, self._cast(p.detach()))
-        flat = torch.cat([tensors[name].reshape(-1).to(space.dtype) for name in space.trainable])
-        state = {f"model.{name}": t for name, t in tensors.items()}
-        state.update((f"model.{name}", self._cast(b.clone())) for name, b in self.model.named_buffers())
-        if self._wide:
-            frozen = ((name, p) for name, p in self.model.named_parameters() if f"model.{name}" not in state)
-            state.update((f"model.{name}", self._cast(p.detach())) for name, p in frozen)
         with self.session():
+            for name, p in zip(space.trainable, space.current(space.trainable), strict=True):
+                tensors.setdefault(name, self._cast(p.detach()))
+            flat = torch.cat([tensors[name].reshape(-1).to(space.dtype) for name in space.trainable])
+            state = {f"model.{name}": t for name, t in tensors.items()}
+            state.update((f"model.{name}", self._cast(b.clone())) for name, b in self.model.named_buffers())
+            if self._wide:
+                frozen = ((name, p) for name, p in self.model.named_parameters() if f"model.{name}" not in state)
+                state.update([(f"model.{name}", self._cast(p.detach())) for name, p in frozen])
             return functional_call(self._host, state, (function, flat), tie_weights=True)
 
     def _cast(self, t: Tensor) -> Tensor:
@@ -193,8 +198,8 @@ class Evaluation:
 
     @property
     def is_open(self) -> bool:
-        """Whether a session is open."""
-        return self._open
+        """Whether this thread has a session open."""
+        return self._opened_by == threading.get_ident()
 
     # -- batches that the objective edits ---------------------------------------------------------------------------
 
@@ -245,58 +250,86 @@ class Evaluation:
         """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
 
         Modules that the objective holds (a frozen backbone, a teacher) are treated as the model is.
-        cuDNN may use TF32 inside only where matrix products may, see ``_precise_convolutions``. Public calls open it
-        once around all their work; nested ones cost nothing.
+        cuDNN may use TF32 inside only where matrix products may, see ``switches.py``. Public calls open it once around
+        all their work; nested ones cost nothing. Threads whose models share a module take turns.
+
+        What has changed is looked for before the mode is: a layer that merges weights in eval mode makes the same of
+        the same each time, but maybe in another place.
         """
-        if self._open:
+        if self.is_open:
             yield
             return
-        networks = [m for m in (self.model, self.objective, *vars(self.objective).values()) if isinstance(m, nn.Module)]
         with contextlib.ExitStack() as stack:
             stack.enter_context(explained())
-            stack.enter_context(_without_autocast(self.space))
-            for network in networks:
-                stack.callback(_remember_modules(network))
+            stack.enter_context(self.alone())
+            stack.enter_context(switches.without_autocast([p.device.type for p in self.space.current()]))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_precise_convolutions())
-            for flag in _twice_differentiable([m for network in networks for m in network.modules()]):
-                stack.enter_context(flag)
-            for network in networks:
-                network.eval()
-            self._open = True
-            stack.callback(setattr, self, "_open", False)
+            networks = self._networks()
+            remembered = Remembered(networks, self.objective)
+            stack.callback(remembered.put_back)
+            for switch in _twice_differentiable([m for network in networks for m in network.modules()]):
+                stack.enter_context(switch)
+            self._opened_by = threading.get_ident()
+            stack.callback(setattr, self, "_opened_by", None)
             if self.on_open is not None:
                 self.on_open()
+            remembered.to_eval_mode()
+            _check_names(self.model, self.space)
+            remembered.without_inference_tensors()
             yield
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """No other thread has a session with any of these modules meanwhile; without a change of anything."""
+        return alone_with(*(m for network in self._networks() for m in network.modules()))
 
-def _remember_modules(model: nn.Module) -> Callable[[], None]:
-    """Takes note of train/eval modes and of tensors kept as plain attributes; returns what puts them back.
+    def _networks(self) -> list[nn.Module]:
+        """The model, and those that the objective is or holds."""
+        held = list(vars(self.objective).values())
+        for value in list(held):
+            if isinstance(value, list | tuple | dict) and len(value) <= _LONGEST:
+                held += value.values() if isinstance(value, dict) else value
+        found = [m for m in (self.model, self.objective, *held) if isinstance(m, nn.Module)]
+        return list({id(m): m for m in found}.values())
 
-    Plain attributes: the flat weights of an LSTM, the weight that old-style weight_norm computes, activations that a
-    forward leaves behind. functional_call knows nothing of them, and left alone they would hold a graph of ours.
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    loose = [(m, _loose(m)) for m in model.modules()]
-    contents = [(value, list(value)) for _, kept in loose for value in kept.values() if isinstance(value, list)]
 
-    def restore() -> None:
-        for m, mode in modes:
-            m.training = mode
-        for m, kept in loose:
-            for key in _loose(m).keys() - kept.keys():
-                del vars(m)[key]
-            vars(m).update(kept)
-        for value, items in contents:
-            value[:] = items
+def _check_names(model: nn.Module, space: ParameterSpace) -> None:
+    missing = set(space.trainable) - {name for name, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(
+            f"model: expected its trainable parameters in eval mode, too, got none named {', '.join(sorted(missing))}; "
+            "where a layer replaces them in eval(), call model.eval() before the module is made"
+        )
 
-    return restore
+
+def _version(t: Tensor) -> int:
+    """How often it has been edited in place; of tensors made under inference_mode nobody counts that."""
+    return -1 if t.is_inference() else t._version
+
+
+def _strided_parts(t: Tensor, name: str) -> Sequence[Tensor]:
+    """What a tensor is stored in: itself; of a sparse, nested or quantized one the tensors that make it up."""
+    if t.is_quantized:
+        return [t.int_repr()]
+    if t.layout is torch.strided:
+        return t.unbind() if t.is_nested else [t]
+    if t.layout is torch.sparse_coo:
+        return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [t.ccol_indices(), t.row_indices(), t.values()]
+    if t.layout is torch.jagged:
+        return [t.values(), t.offsets()]  # type: ignore[attr-defined]
+    raise TypeError(
+        f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with layout "
+        f"{t.layout}; convert it with .to_dense()"
+    )
 
 
 def _checksum(t: Tensor) -> Tensor:
     """A sum with another factor for every place, so that it tells permutations too; float64, without a copy of t."""
-    flat = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
+    flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
     width = 4096
     whole = flat[: len(flat) // width * width].view(-1, width)
     rest = flat[whole.numel() :].to(torch.float64)
@@ -320,7 +353,7 @@ class _Settings:
     def of(self, value: Any, depth: int) -> Any:
         """Equal to what it was as long as nothing that is seen of the value has changed."""
         if isinstance(value, Tensor):
-            return id(value), value._version
+            return id(value), _version(value)
         if value is None or isinstance(value, int | float | str):
             return value
         if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY and not value.dtype.hasobject:
@@ -345,107 +378,20 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
     return [(name, item) for name, item in vars(value).items() if name != "training"]
 
 
-def _loose(module: nn.Module) -> dict[str, Tensor | list[Any]]:
-    return {key: value for key, value in vars(module).items() if isinstance(value, Tensor | list)}
-
-
 def _twice_differentiable(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[Any]]:
     """Switches off what has no second derivative.
 
     Fused attention, MHA's inference path, cuDNN and oneDNN RNNs, and code that torch.compile has compiled.
     """
-    flags: list[contextlib.AbstractContextManager[Any]] = [sdpa_kernel(SDPBackend.MATH), _mha_fastpath_off()]
+    flags: list[contextlib.AbstractContextManager[Any]] = [
+        switches.precise_convolutions(),
+        switches.fused_attention_off(),
+        switches.mha_fastpath_off(),
+    ]
+    if any(isinstance(m, nn.RNNBase) for m in modules):  # only then: without cuDNN convolutions are slow
+        flags += [switches.cudnn_off(), switches.onednn_off()]
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+        flags.append(switches.compiled_code_off())
     if composed.wanted(modules):
         flags.append(composed.Composed())
-    if any(isinstance(m, nn.RNNBase) for m in modules):  # only then: without cuDNN convolutions are slow
-        flags += [_off(torch.backends.cudnn), _off(torch.backends.mkldnn)]
-    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
-        flags.append(torch.compiler.set_stance("force_eager"))
     return flags
-
-
-@contextlib.contextmanager
-def _off(backend: Any) -> Iterator[None]:
-    before = backend.enabled
-    backend.enabled = False
-    try:
-        yield
-    finally:
-        backend.enabled = before
-
-
-@contextlib.contextmanager
-def _without_autocast(space: ParameterSpace) -> Iterator[None]:
-    """Switches off an autocast around the call, with a warning: gradients and products have the parameters' precision.
-
-    An autocast inside of the model or the objective is theirs, and stays.
-    """
-    on = [kind for kind in {"cpu", *(p.device.type for p in space.current())} if torch.is_autocast_enabled(kind)]
-    if on:
-        warnings.warn(
-            f"torch.autocast is on around this call, and is ignored: it would round gradients and products to "
-            f"{torch.get_autocast_dtype(on[0])}; they are computed in the parameters' {space.pass_dtype}",
-            UserWarning,
-            stacklevel=level_of_the_user(),
-        )
-    with contextlib.ExitStack() as stack:
-        for kind in on:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-class Autocasts(TorchFunctionMode):
-    """While it is active, it takes note of the dtypes of an autocast inside of the model or the objective.
-
-    Attributes:
-        dtypes: to which operands are rounded.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        kind = out.device.type if isinstance(out, Tensor) else "cpu"
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            self.dtypes.add(torch.get_autocast_dtype(kind))
-        return out
-
-    def less_precise_than(self, dtype: torch.dtype) -> list[torch.dtype]:
-        """Those of them that are."""
-        return [seen for seen in self.dtypes if torch.finfo(seen).eps > torch.finfo(dtype).eps]
-
-
-@contextlib.contextmanager
-def _precise_convolutions() -> Iterator[None]:
-    """Convolutions and RNNs in the float32 that they are given, as matrix products are, unless the user says otherwise.
-
-    torch lets cuDNN round their operands to TF32, a relative 5e-4, by default: more than the tolerance of a solve, and
-    than fast paths may differ from plain ones by. Who allows TF32 in matrix products
-    (``torch.set_float32_matmul_precision("high")``) or everywhere (``torch.backends.fp32_precision = "tf32"``), or has
-    set cuDNN's to anything else than torch's default, keeps that. The older of torch's two switches is used: with the
-    newer one, reading the older (``torch.backends.cudnn.flags`` in somebody's forward) is an error.
-    """
-    cudnn: Any = torch.backends.cudnn
-    untouched = (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision) == ("tf32", "tf32", "none")
-    if not untouched or torch.backends.cuda.matmul.fp32_precision == "tf32":
-        yield
-        return
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = True
-
-
-@contextlib.contextmanager
-def _mha_fastpath_off() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -18,6 +17,7 @@ from torch_influence.leaves import held
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.parameters import ParameterSpace
 from torch_influence.plan import agree
+from torch_influence.switches import quiet_vmap
 
 LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
@@ -226,14 +226,6 @@ class PullBack:
                 self.why_plain[stage] = "a backward of many rows at once differs from the plain one"
                 return False
         return True
-
-
-@contextlib.contextmanager
-def quiet_vmap() -> Iterator[None]:
-    """Without vmap's advice to torch's developers about operators that it has to do one at a time."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-        yield
 
 
 class NondeterminismWarning(RuntimeWarning):

@@ -58,12 +58,14 @@ class LegacyHelpers:
         return self._stand_in is not None
 
     def _model_params(self, with_names: bool = True) -> tuple[Any, ...]:
-        named = tuple(zip(self._space.names, self._space.current(), strict=True))
+        with self._evaluation.alone():
+            named = tuple(zip(self._space.names, self._space.current(), strict=True))
         return named if with_names else tuple(p for _, p in named)
 
     def _model_make_functional(self) -> tuple[Tensor, ...]:
-        self._stand_in = _sharing_copy(self._evaluation.model).eval()
-        return self._evaluation.leaves()
+        with self._evaluation.alone():
+            self._stand_in = _sharing_copy(self._evaluation.model).eval()
+            return self._evaluation.leaves()
 
     def _model_reinsert_params(self, params: Sequence[Tensor], register: bool = False) -> None:
         if register:

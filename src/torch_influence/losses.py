@@ -14,9 +14,10 @@ from torch import Tensor
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import nodes_behind, quiet_vmap, undisturbed
+from torch_influence.gradients import nodes_behind, undisturbed
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.leaves import map_leaves, put_together, take_apart
+from torch_influence.switches import quiet_vmap
 
 _ROUNDINGS = 64  # by which two means of the same losses may differ, at least
 _BATCHES_HELD = 16  # batches of unknown examples between two looks at what was found

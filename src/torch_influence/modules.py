@@ -85,7 +85,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         refuse_if_too_large(self._space, self.device, type(self).__name__)
         with self._evaluation.session():
             self.hess = self._curvature().dense()
-        self._built_at = self._made_of()
+            self._built_at = self._made_of()
         damped = self._damped()
         if check_eigvals:
             eigenvalues = torch.linalg.eigvalsh(damped)
@@ -107,14 +107,14 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     def inverse_hvp(self, vec: Tensor) -> Tensor:
         """A⁻¹ v for [d] or rows [k, d]."""
         rows = self._as_rows(vec, "vec")
-        if self._made_of() != self._built_at:
-            warnings.warn(
-                "parameters or buffers of the model, or what this module is made of, have changed since it was built: "
-                "its Hessian is that of the construction; build a new module for what is new",
-                UserWarning,
-                stacklevel=level_of_the_user(),
-            )
         with self._evaluation.session():
+            if self._made_of() != self._built_at:
+                warnings.warn(
+                    "parameters or buffers of the model, or what this module is made of, have changed since it was "
+                    "built: its Hessian is that of the construction; build a new module for what is new",
+                    UserWarning,
+                    stacklevel=level_of_the_user(),
+                )
             return self._solved(self._current_factor().solve, rows).reshape(vec.shape)
 
     def _solver(self, queries: int) -> Step:
@@ -122,7 +122,9 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         return Step("solver", f"dense matrix, factored once by {kind}", 3 * self._space.size * self._row_bytes)
 
     def _made_of(self) -> tuple[Any, ...]:
-        return self._evaluation.fingerprint(), self._makes
+        """With the parameters as they were when the session opened: in eval mode a layer may have merged others."""
+        with self._evaluation.session():
+            return self._valid_for[0], self._makes
 
     def __getstate__(self) -> dict[str, Any]:
         """As for other modules; whether the Hessian was up to date, in place of when it was built."""
@@ -135,10 +137,11 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     @property
     def inverse_hess(self) -> Tensor:
         """A⁻¹, [d, d]."""
-        factor = self._current_factor()
-        if self._inverse is None:
-            self._inverse = factor.inverse()
-        return self._inverse
+        with self._evaluation.alone():
+            factor = self._current_factor()
+            if self._inverse is None:
+                self._inverse = factor.inverse()
+            return self._inverse
 
     def _current_factor(self) -> Factor:
         if self.damp != self._factored_with:

@@ -15,6 +15,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.resident import Cache
+from torch_influence.turns import alone_with
 
 
 class Parts:
@@ -101,7 +102,8 @@ class Parts:
         """Looks at this model with this objective from now on."""
         check_model(model)
         check_objective(objective)
-        self._space = ParameterSpace(model.to(self.device), self._params)
+        with alone_with(*model.modules()):  # no other thread has other tensors in it
+            self._space = ParameterSpace(model.to(self.device), self._params)
         self._evaluation = Evaluation(model, objective, self._space)
         self._evaluation.on_open = self._refresh
         self.params_names = self._space.names

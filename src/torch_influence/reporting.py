@@ -19,6 +19,7 @@ from torch_influence.exhibits import Exhibit, binned, exhibit, split
 from torch_influence.page import Entry, Page, Query, write
 from torch_influence.ranking import Ranking, TopInfluences, check_top_k, top
 from torch_influence.scores import Tile
+from torch_influence.turns import WARNINGS, alone_with
 
 if TYPE_CHECKING:
     from torch_influence.batches import Batches
@@ -201,7 +202,7 @@ def _noted() -> Iterator[list[warnings.WarningMessage]]:
     """Notes the warnings that are given meanwhile, each once, and gives them at the end."""
     found: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with alone_with(WARNINGS), warnings.catch_warnings(record=True) as caught:
             try:
                 yield found
             finally:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from torch_influence.caller import level_of_the_user
-from torch_influence.draws import generators, quiet, states
+from torch_influence.draws import drawn_in_turn, generators, quiet, states
 from torch_influence.kept import Keeping, KeptBatches, Stacked, cannot_keep
 from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.source import Source, Watched, holdings, unchanged
@@ -143,7 +143,7 @@ class Resident:
         before = holdings(source.dataset)
         self._busy, self._outlook = True, None  # known again when all went well
         try:
-            passing = source.through_loader(range(n), source.batch_size, collate=watched)
+            passing = drawn_in_turn(source.through_loader(range(n), source.batch_size, collate=watched))
             for start in range(0, n, step):
                 size = min(step, n - start)
                 with torch.inference_mode(False):

@@ -109,13 +109,13 @@ def device_of(generator: torch.Generator | None) -> torch.device:
 
 
 def _batch_size(loader: Any) -> int | None:
-    """A custom batch sampler without a batch_size is asked for its first batch, torch's random state left alone."""
+    """A custom batch sampler without a batch_size is asked for its first batch, random states left alone."""
     if loader.batch_size is not None or loader.batch_sampler is None:
         return loader.batch_size
     declared = getattr(loader.batch_sampler, "batch_size", None)
     if isinstance(declared, int):
         return declared
-    with torch.random.fork_rng(devices=()):
+    with quiet():
         return len(next(iter(loader.batch_sampler)))
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.convolutions import Convolutions, channels_last, convolves
@@ -203,7 +204,9 @@ class Curvature(LinearOperator):
         """Additions and multiplications of a product with one row, in matrix products and convolutions."""
         size = min(self.batches.batch_size or 1, self.batches.n)
         linearized = self.linearize(self.batches.peek(range(size)), self.leaves)
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _NoModules()  # torch's own hooks into every module there is, other threads' too
+        with counter:
             self._multiply(linearized, torch.ones(1, self.size, dtype=self.dtype, device=self.device))
         return counter.get_total_flops() * self.batches.n / size
 
@@ -327,6 +330,16 @@ class Curvature(LinearOperator):
             factor = float(diagonal[0, 0])
             return Regularizer(lambda sums, rows: sums.add_(rows, alpha=factor), factor, diagonal=True)
         return Regularizer(lambda sums, rows: sums.addcmul_(rows, diagonal), diagonal=True)
+
+
+class _NoModules(ModuleTracker):
+    """Counts for the whole, and not for each module of it."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
 
 
 class _OfBatch(LinearOperator):
