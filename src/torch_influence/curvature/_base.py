@@ -20,6 +20,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator
 from torch_influence.plan import agree
+from torch_influence.turns import Once
 
 Tangents: TypeAlias = Sequence[Tensor]
 
@@ -151,7 +152,7 @@ class Curvature(LinearOperator):
             self.why_not_grouped = "the loss depends on the parameters by its regulariser alone"
         self._prepared = True  # now, and not when an exception has ended it
 
-    @functools.cached_property
+    @Once
     def leaves(self) -> tuple[Tensor, ...]:
         """The parameters, where everything that is kept is differentiated."""
         plain = self.evaluation.leaves()
@@ -176,12 +177,12 @@ class Curvature(LinearOperator):
         """For the passes that ``linearize`` differentiates: lean convolutions, where they were seen to be the same."""
         return Convolutions(fixed) if self._lean else contextlib.nullcontext()
 
-    @functools.cached_property
+    @Once
     def regularizer(self) -> Regularizer | None:
         """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
 
-    @functools.cached_property
+    @Once
     def operations(self) -> float:
         """Additions and multiplications of a product with one row, in matrix products and convolutions."""
         size = min(self.batches.batch_size or 1, self.batches.n)
