@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "ops",
         "gradients",
         "convolutions",
+        "turns",
     },
     "exhibits": set(),
     # Its functions draw what solvers, diagnostics and checks have found; these import it when they are asked to plot().

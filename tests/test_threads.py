@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torch_influence import AutogradInfluenceModule, InfluenceModule, LiSSAInfluenceModule, switches, turns
 from torch_influence.batches import Batches, to_device
+from torch_influence.curvature import Hessian
 from torch_influence.evaluation import Evaluation
 from torch_influence.parameters import ParameterSpace
 from torch_influence.source import quiet
@@ -228,6 +229,25 @@ def test_who_would_wait_forever_is_told() -> None:
     found.remove("done")
     with pytest.raises(RuntimeError, match="two threads wait for one another"):
         raise found[0]
+
+
+def test_what_is_computed_once_keeps_no_other_thread_waiting() -> None:
+    """Two threads over different models: one is quiet, the other waits for that while it counts operations."""
+    data = Batches(loader(), "train_loader", lambda batch: to_device(batch, torch.device("cpu")), lambda *of: of[0])
+    one, other = (Hessian(evaluation(network()), data, torch.device("cpu")) for _ in range(2))
+
+    def first() -> float:
+        with one.evaluation.session(), quiet():
+            until_somebody_waits()
+            return one.operations
+
+    def second() -> float:
+        with other.evaluation.session():
+            while id(turns.RANDOM_STATES) not in turns._held:
+                time.sleep(0)
+            return other.operations
+
+    assert len(set(in_threads(first, second))) == 1
 
 
 def test_who_came_first_is_served_first() -> None:

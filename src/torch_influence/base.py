@@ -46,6 +46,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
 
     The model is moved to ``device`` once, here; nothing else of it changes: not its Parameter objects, gradients,
     buffers, train or eval mode, and not when an exception ends a computation. Losses are evaluated in eval mode.
+    Threads with one module, or with modules over one model, take turns; ``last_report`` is that of the last call.
 
     Args:
         model: the trained model.

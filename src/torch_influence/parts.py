@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.resident import Cache
-from torch_influence.turns import alone_with
+from torch_influence.turns import Once, alone_with
 
 
 class Parts:
@@ -94,7 +93,7 @@ class Parts:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @Once
     def _test(self) -> Batches:
         return self._batches_of(self.test_loader, "test_loader")
 

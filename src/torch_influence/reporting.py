@@ -127,7 +127,7 @@ class ReportMethods:
             pairs = zip(ranking.indices[row].tolist(), ranking.values[row].tolist(), strict=True)
             return [Entry(i, score, *shown(self._train, self.train_loader, i)) for i, score in pairs]
 
-        with _noted() as given:
+        with self._evaluation.alone(), _noted() as given:
             plan = self.explain(len(queries))
             scores, solved = self._reported(lambda: self.influence_matrix(indices, queries))
             best, solves = _best(scores, indices, k), [("Solves for the scores", solved)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 RANDOM_STATES = object()  # the default random states of torch, NumPy and Python
 WARNINGS = object()  # how warnings are shown
+
+_Value = TypeVar("_Value")
 
 _changed = threading.Condition()
 _held: dict[int, int] = {}  # ids of things, and of the threads that have them
@@ -41,6 +44,23 @@ def alone_with(*things: object) -> Iterator[None]:
             for thing in mine:
                 _held.pop(thing, None)
             _changed.notify_all()
+
+
+class Once(Generic[_Value]):
+    """``functools.cached_property`` without its lock, which Python before 3.12 shares among all objects of a class.
+
+    A thread that waits for its turn while it computes would keep that from another, which it may be waiting for.
+    """
+
+    def __init__(self, compute: Callable[[Any], _Value]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, owner: Any, of: type) -> _Value:
+        if owner is None:
+            return self  # type: ignore[return-value]
+        value = vars(owner)[self._compute.__name__] = self._compute(owner)
+        return value
 
 
 def _my_turn(me: int) -> bool:

@@ -21,6 +21,7 @@ from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate
 from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import Means
 from torch_influence.plan import agree
+from torch_influence.turns import Once
 
 Tangents: TypeAlias = Sequence[Tensor]
 
@@ -170,7 +171,7 @@ class Curvature(LinearOperator):
             self.why_not_grouped = "the loss depends on the parameters by its regulariser alone"
         self._prepared = True  # now, and not when an exception has ended it
 
-    @functools.cached_property
+    @Once
     def leaves(self) -> tuple[Tensor, ...]:
         """The parameters, where everything that is kept is differentiated."""
         plain = self.evaluation.leaves()
@@ -194,12 +195,12 @@ class Curvature(LinearOperator):
         """For the passes that ``linearize`` differentiates: lean convolutions, where they were seen to be the same."""
         return Convolutions(fixed) if self._lean else contextlib.nullcontext()
 
-    @functools.cached_property
+    @Once
     def regularizer(self) -> Regularizer | None:
         """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
         return self._regularizer_at(self.leaves)
 
-    @functools.cached_property
+    @Once
     def operations(self) -> float:
         """Additions and multiplications of a product with one row, in matrix products and convolutions."""
         size = min(self.batches.batch_size or 1, self.batches.n)
