@@ -33,11 +33,12 @@ class Batches:
     """The data of one loader.
 
     Once as many examples have been asked for as there are, the data are kept on the device, if they fit the budget.
-    Where batches are nothing but their examples put together (each is compared with what it is alone, unless torch's own
-    collate_fn makes batches of tensors and numbers; some in another order) they are kept as one tensor per tensor of a batch, which serves any examples. Otherwise the loader's own batches are kept,
-    and serve whole passes in its own batch size. What is served equals what the loader gives, and so does the random
-    state afterwards: every pass takes one int64 from torch's default generator, as a pass of a DataLoader does, from
-    memory or not, so that seeded results don't depend on ``cache``. Loading and probing take nothing.
+    Where batches are nothing but their examples put together they are kept as one tensor per tensor of a batch, which
+    serves any examples. Each example is compared with what it is alone, unless torch's own collate_fn made the batch of
+    tensors and numbers, and some in another order. Otherwise the loader's own batches are kept, and serve whole passes
+    in its own batch size. What is served equals what the loader gives, and so does the random state afterwards: every
+    pass takes one int64 from torch's default generator, as a pass of a DataLoader does, from memory or not, so that
+    seeded results don't depend on ``cache``. Loading and probing take nothing.
 
     Nothing is kept of a data set that draws random numbers when it is read (unless ``cache=True``), of batches with
     things in them whose size is unknown, nor of batches that are edited in place.
