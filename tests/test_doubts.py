@@ -281,6 +281,18 @@ def test_parameters_that_no_gradient_reaches_are_named(model: Callable[[], nn.Mo
     assert f"params: {', '.join(named)} get" in found[0]
 
 
+def test_a_loss_of_another_model_than_the_one_given_is_no_loss_of_its_parameters() -> None:
+    other = nn.Linear(INPUTS, CLASSES).double()
+
+    class Stale(Supervised):
+        def train_outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return other(batch[0]).detach()
+
+    data = loader()
+    it = InfluenceModule(nn.Linear(INPUTS, CLASSES).double(), Stale(F.cross_entropy, 0.1), data, data, "cpu", 1.0)
+    assert any("params: weight, bias get no gradient" in text for text in doubts(it))
+
+
 # -- no curvature -----------------------------------------------------------------------------------------------------
 
 

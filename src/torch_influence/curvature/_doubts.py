@@ -227,12 +227,11 @@ def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Calla
         return [i for i, g in zip(places, grads, strict=True) if g is None]
 
     missing = left(list(range(len(leaves))), batch)
-    if 0 < len(missing) < len(leaves):
-        for other, _ in batches.read():
-            missing = left(missing, other)
-            if not missing:
-                break
-    return missing if len(missing) < len(leaves) else []
+    for other, _ in batches.read() if missing else ():
+        missing = left(missing, other)
+        if not missing:
+            break
+    return missing
 
 
 def _beside_the_outputs(evaluation: Evaluation, batch: Any) -> list[int]:
