@@ -209,13 +209,16 @@ class Evaluation:
 
     def examine(self, loss: str, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """A loss of a copy of this batch, which tells whether it edits its batches."""
-        copy, before, edited = copy_of(batch), self.edits.get(loss, False), True
+        copy, known = copy_of(batch), self.edits.pop(loss, None)
+        edited = known
         self.edits[loss] = None
         try:
             value: Tensor = getattr(self, loss)(leaves, copy)
-            edited = before is True or self.edits[loss] is True or not same(copy, batch)
+            edited = bool(known or self.edits[loss]) or not same(copy, batch)
         finally:
-            self.edits[loss] = edited
+            del self.edits[loss]
+            if edited is not None:  # else an exception has ended it, and nothing is known
+                self.edits[loss] = edited
         return value
 
     def distrust(self) -> None:
