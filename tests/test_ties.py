@@ -108,6 +108,21 @@ def test_rows_of_gradients_of_a_later_kind(model: type[Kinds]) -> None:
     assert_right(module.self_influences() * len(data.dataset), expected)
 
 
+@pytest.mark.parametrize("k", [2, 12])
+def test_an_example_that_is_not_finite_does_not_hold_up_the_others(k: int) -> None:
+    data, net = sorted_by_kind(), nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    objective = Supervised(F.cross_entropy, 0.1)
+    module = IdentityModule(net, objective, data, data, "cpu")
+    data.dataset.tensors[0][100] = torch.nan
+    examples = module._examples()
+    vectors, rest = torch.randn(k, module._space.size, dtype=torch.float64), torch.arange(FIRST + LATER) != 100
+    with module._evaluation.session():
+        dots = torch.cat([dots for _, dots in examples.dots(range(FIRST + LATER), vectors)])
+    assert not examples.why_not
+    assert dots[100].isnan().all()
+    assert_right(dots[rest], example_gradients(net, objective, data, rest.nonzero().flatten().tolist()) @ vectors.mT)
+
+
 def test_the_way_is_given_up_where_it_differs_and_no_sooner() -> None:
     data = sorted_by_kind()
     module = IdentityModule(Functional().double(), Supervised(F.cross_entropy), data, data, "cpu")
@@ -132,7 +147,7 @@ def test_a_tie_costs_a_forward_and_a_backward_pass() -> None:
             leaves = evaluation.leaves()
             torch.autograd.grad(evaluation.train_loss(leaves, module._train.peek(range(256))), leaves)
         with FlopCounterMode(display=False) as tie:
-            examples._signed(group)
+            examples._signed(group, torch.zeros(module._space.size, dtype=torch.float64))
     assert tie.get_total_flops() == plain.get_total_flops() > 0
 
 

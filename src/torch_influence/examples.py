@@ -146,15 +146,17 @@ class ExampleGradients:
         gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
         leaves = tuple(leaf.detach() for leaf in self._evaluation.leaves())
         rows = self._space.flatten(torch.vmap(gradient, in_dims=(None, 0))(leaves, group.tensors)).detach()
-        tie(rows, *self._signed(group))
+        total = torch.zeros_like(rows[0])
+        tie(rows, self._signed(group, total), total)
         return rows
 
-    def _signed(self, group: _Group, data: bool = False) -> tuple[Tensor, Tensor]:
-        """Signs u, one for each example, and ∇ Σ uᵢ lossᵢ [d] by a plain backward; of the data's loss, if wanted."""
+    def _signed(self, group: _Group, total: Tensor, data: bool = False) -> Tensor:
+        """Signs u [m]; adds ∇ Σ uᵢ lossᵢ, by a plain backward, to ``total`` [d]. With ``data`` of the data's loss."""
         loss, leaves = self._data_loss if data else self._loss, self._evaluation.leaves()
         losses = torch.vmap(lambda tensors: loss(leaves, group.batch(tensors)))(group.tensors)
         signs = _signs(losses)
-        return signs, self._space.flatten(differentiate(losses @ signs, leaves)).detach()
+        total += self._space.flatten(differentiate(losses @ signs, leaves)).detach()
+        return signs
 
     def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Way:
         constant = None if self._constant is None else vectors @ self._constant
@@ -166,7 +168,8 @@ class ExampleGradients:
             each = max(contraction.example_bytes, 1)
             parts = group.parts(max(1, min(_BYTES_OF_ROWS // each, max(_BYTES_OF_A_PASS // each, _ROWS_OF_A_PRODUCT))))
             dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
-            signs, gradient = self._signed(group, data=True)
+            gradient = torch.zeros_like(vectors[0])
+            signs = torch.cat([self._signed(part, gradient, data=True) for part in parts])
             tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
             return dots if constant is None else dots.add_(constant)
 
@@ -255,14 +258,12 @@ class ExampleGradients:
         for way, many in ways.items():
             if way in self.why_not:
                 continue
-            tie = Tie(self._space.pass_dtype)
             try:
-                with quiet_vmap():
-                    fast = many(group, tie)
+                fast, holds = self._tied(group, many, one)
             except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop of ones
                 self.why_not[way] = f"many examples at once failed: {error}"
                 continue
-            if not tie.holds:
+            if not holds:
                 self.why_not[way] = "many examples at once differ from a backward pass of the sum of their losses"
                 continue
             if not any(alike(group.template, known) for known in verified[way]):
@@ -275,6 +276,23 @@ class ExampleGradients:
             self.path = way
             return fast
         return None
+
+    def _tied(self, group: _Group, many: Way, one: Callable[[Any], Tensor]) -> tuple[Tensor, bool]:
+        """What a way makes of a group, and whether it is tied to a plain backward pass.
+
+        Examples that are not finite would be all that a sum shows: they are taken one at a time, the rest is tied.
+        """
+        tie = Tie(self._space.pass_dtype)
+        with quiet_vmap():
+            fast = many(group, tie)
+            if tie.holds or bool((finite := fast.isfinite().all(dim=1)).all()):
+                return fast, tie.holds
+            tie = Tie(self._space.pass_dtype)
+            for j in (~finite).nonzero().flatten().tolist():
+                fast[j] = one(group.single(j))
+            if finite.any():
+                fast[finite] = many(group.of(finite.nonzero().flatten().tolist()), tie)
+        return fast, tie.holds
 
 
 class _Group:
@@ -291,6 +309,10 @@ class _Group:
 
     def single(self, j: int) -> Any:
         return self.batch([t[j] for t in self.tensors])
+
+    def of(self, some: list[int]) -> _Group:
+        """The same of some of them."""
+        return _Group([self.positions[j] for j in some], self.template, [t[some] for t in self.tensors])
 
     def parts(self, size: int) -> list[_Group]:
         """The same in groups of at most so many."""
