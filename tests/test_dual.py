@@ -17,7 +17,9 @@ from torch_influence.linop import Dense, Dual
 from torch_influence.solvers import ConvergenceWarning, DualFactor
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
-pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")
+pytestmark = pytest.mark.filterwarnings(
+    "error", "ignore:.* over the batch, got something else", "ignore:the training loss has no curvature"
+)
 
 SWEEPS = 4  # forward, backward, and the two of the second derivative
 ROOM = 2.0**30

@@ -183,7 +183,6 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("lazy parameter", lambda: module(model=nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3))), ValueError, "model: 0.weight has no shape yet, it belongs to a lazy layer: run one batch through the model first"),
     ("lazy buffer", lambda: module(model=lazy()), ValueError, "model: 1.running_mean has no shape yet"),
     ("meta", lambda: module(model=nn.Linear(4, 3, device="meta")), ValueError, "model: weight is on the meta device and has no values: load them first"),
-    ("inference", lambda: module(model=torch.inference_mode()(network)()), ValueError, "model: 0.weight was made under inference_mode and has no gradient"),
     ("complex parameter", lambda: module(model=with_parameter(torch.ones(2) * 1j), params="0.*"), TypeError, "model: expected real floating-point parameters, got scale with dtype torch.complex64"),
     ("no parameters", lambda: module(model=nn.Tanh()), ValueError, "got none; it has no parameters at all"),
     ("no device", lambda: module(device=None), TypeError, "device: expected a torch.device or the name of one, as 'cpu' or 'cuda:0', got None"),

@@ -33,6 +33,7 @@ from torch_influence.examples import ExampleGradients
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:.* over the batch, got something else"),  # see test_errors.py
+    pytest.mark.filterwarnings("ignore:the training loss has no curvature"),  # see test_doubts.py
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
 ]
 

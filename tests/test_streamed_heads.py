@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.curvature import Curvature, LinearHead
-from torch_influence.gradients import in_one_batch
+from torch_influence.losses import in_one_batch
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")
@@ -171,11 +171,11 @@ def test_random_data_are_not_captured() -> None:
 
 
 def test_a_random_example_that_is_not_probed_differs_from_the_plain_products() -> None:
-    """Random by a generator of its own, of which nothing is seen; it is in the first batch, which is read again."""
-    own = torch.Generator().manual_seed(1)
+    """Random by numbers drawn before, of which nothing is seen; it is in the first batch, which is read again."""
+    drawn = iter(torch.rand(1000).tolist())
 
     def hidden(data: Images, index: int, x: Tensor) -> Tensor:
-        return x * torch.rand((), generator=own) if index == 1 else x
+        return x * next(drawn) if index == 1 else x
 
     it = module(Images(hidden))
     it.hvp(torch.ones(it._space.size, dtype=torch.float64))

@@ -82,10 +82,6 @@ def check_model(model: Any) -> None:
             )
         if t.is_meta:
             raise ValueError(f"model: {name} is on the meta device and has no values: load them first")
-        if isinstance(t, nn.Parameter) and t.is_inference():
-            raise ValueError(
-                f"model: {name} was made under inference_mode and has no gradient: build the model outside"
-            )
         if isinstance(t, nn.Parameter) and t.requires_grad and (bad := _count_of_nan(t.detach())):
             warnings.warn(
                 f"model: {bad} of {t.numel()} entries of {name} are NaN, and so will be scores: the training has "

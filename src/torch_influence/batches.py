@@ -249,7 +249,7 @@ def _serve(
     for number, some in enumerate(_chunks(order, count, step, generator), start=first or 0):
         if isinstance(kept, Stacked):
             # Of what is drawn again and again a copy, so that who edits a batch does not edit the next one.
-            batch = kept.batch(some if isinstance(order, Sequence) else torch.tensor(some))
+            batch = kept.batch(some if isinstance(order, Sequence) else torch.tensor(some, device="cpu"))
         else:
             batch = kept.batch(some[0], copy=True) if first is None else kept.batch(number)
         yield batch, len(some)

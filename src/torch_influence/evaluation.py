@@ -1,7 +1,7 @@
 """The user's objective as pure functions of the parameters: the model is called, never changed.
 
 Parameters are handed in as *leaves*: one tensor per selected parameter, shaped like it. While the objective runs, the
-model's own tensors are swapped for them (``torch.func.functional_call``, so tied weights stay tied) and buffers for
+model's own tensors are swapped for them (``torch.func.functional_call``; tied weights stay tied) and buffers for
 clones; afterwards the very same Parameter objects, buffers and attributes are back, also after an exception.
 """
 
@@ -181,12 +181,13 @@ class Evaluation:
             for name, p in zip(space.trainable, space.current(space.trainable), strict=True):
                 tensors.setdefault(name, self._cast(p.detach()))
             flat = torch.cat([tensors[name].reshape(-1).to(space.dtype) for name in space.trainable])
-            state = {f"model.{name}": t for name, t in tensors.items()}
-            state.update((f"model.{name}", self._cast(b.clone())) for name, b in self.model.named_buffers())
+            own = dict(self.model.named_parameters())
+            instead = {id(own[name]): t for name, t in tensors.items()}
+            instead |= {id(b): self._cast(b.clone()) for b in self.model.buffers()}
             if self._wide:
-                frozen = ((name, p) for name, p in self.model.named_parameters() if f"model.{name}" not in state)
-                state.update([(f"model.{name}", self._cast(p.detach())) for name, p in frozen])
-            return functional_call(self._host, state, (function, flat), tie_weights=True)
+                instead |= {id(p): self._cast(p.detach()) for p in own.values() if id(p) not in instead}
+            state = {f"model.{name}": instead[id(t)] for name, t in _places(self.model) if id(t) in instead}
+            return functional_call(self._host, state, (function, flat), tie_weights=False)
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.double() if self._wide and t.is_floating_point() else t
@@ -294,6 +295,17 @@ class Evaluation:
                 held += value.values() if isinstance(value, dict) else value
         found = [m for m in (self.model, self.objective, *held) if isinstance(m, nn.Module)]
         return list({id(m): m for m in found}.values())
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All places of parameters and buffers, each once: of a tied weight several, of a layer with two names one.
+
+    functional_call's own ``tie_weights`` takes a layer's second name for another place, and leaves what it put there.
+    """
+    for prefix, m in model.named_modules():
+        for name, t in (*m._parameters.items(), *m._buffers.items()):
+            if t is not None:
+                yield f"{prefix}.{name}" if prefix else name, t
 
 
 def _check_names(model: nn.Module, space: ParameterSpace) -> None:

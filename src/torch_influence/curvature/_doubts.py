@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
@@ -74,16 +75,18 @@ def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warn
                 CurvatureWarning(
                     f"the second derivative of the training loss is wrong: {second.wrong}. Some operator in the model "
                     "or the loss can be differentiated once only, or its backward can't be differentiated (a custom "
-                    "autograd.Function with once_differentiable, NumPy, a kernel, or values kept on ctx). Write it in "
-                    "operators of torch, or save tensors by ctx.save_for_backward and compute the backward from them"
+                    "autograd.Function with once_differentiable, NumPy, a kernel, or values kept on ctx), or something "
+                    "is held fixed by detach(). Write it in operators of torch, or save tensors by "
+                    "ctx.save_for_backward and compute the backward from them"
                 )
             )
         elif second.flat and _is_flat(plain, operator):
             found.append(
                 CurvatureWarning(
-                    "the training loss has no curvature (is it piecewise linear, as absolute values, hinge and "
-                    "quantile losses are?): what is inverted is the regulariser's and the damping alone, so that "
-                    "scores are products of gradients divided by these. A smooth loss (Huber's, logistic) has one"
+                    f"the training loss has no curvature{' in the outputs' if gnh else ''} (is it piecewise linear, "
+                    "as absolute values, hinge and quantile losses are, or nll_loss of outputs that are logarithms?): "
+                    "what is inverted is the regulariser's and the damping alone, so that scores are products of "
+                    "gradients divided by these. A smooth loss (Huber's, cross_entropy of logits) has one"
                 )
             )
     return found
@@ -139,6 +142,7 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     drawn = probe_rows(2, space.size, dtype=space.dtype, device=leaves[0].device)
     rows = [[t.to(leaf.dtype) for t, leaf in zip(space.split(row), leaves, strict=True)] for row in drawn]
     function = getattr(evaluation, loss)
+    rows = _where_differentiated(evaluation, leaves, function(leaves, batch), rows)
 
     def product(tangents: Tangents) -> Tensor:
         if gnh:
@@ -150,6 +154,8 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     size, apart = float(Hu.norm() + Hv.norm()), float((u @ Hv - v @ Hu).abs())
     # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
     found = SecondDerivative(apart / size if apart else 0.0, eps**0.5 + eps * len(u) ** 0.5, flat=size == 0)
+    if not math.isfinite(size) or not v.any():
+        return found._replace(asymmetry=0.0)  # products say themselves that they are not finite
     if found.wrong or (dtype != torch.float64 and (dtype != torch.float32 or _kinked(function(leaves, batch)))):
         return found  # steps as long as less precision takes would cross kinks
     step = eps ** (1 / 3) * (float(_flat(leaves).norm()) or 1.0) / float(v.norm())
@@ -161,6 +167,23 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
         return found
     # h² and ε/h are ε^(2/3): that leaves as much again.
     return found._replace(deviation=apart / max(float(Hv.norm()), float(fine.norm())), precise=eps ** (1 / 3))
+
+
+def _where_differentiated(
+    evaluation: Evaluation, leaves: Tangents, loss: Tensor, rows: Sequence[Tangents]
+) -> list[list[Tensor]]:
+    """The rows, without what torch takes for constant though the loss depends on it.
+
+    The row of an embedding's padding_idx, whose gradient is zero, and the weights of one whose max_norm rescales them.
+    """
+    slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    embeddings = [m for m in evaluation.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    rescaled = {id(m.weight) for m in embeddings if m.max_norm is not None}
+    masks = [
+        torch.zeros_like(slope) if id(p) in rescaled else (slope != 0).to(slope)
+        for p, slope in zip(evaluation.space.current(), slopes, strict=True)
+    ]
+    return [[t * mask for t, mask in zip(row, masks, strict=True)] for row in rows]
 
 
 def _differences(

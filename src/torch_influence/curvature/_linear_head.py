@@ -388,7 +388,7 @@ def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> Out
     products = linearized.product([tangents])[0]
     columns = products[:c]
     if not agree(torch.einsum("jbi,bj->bi", columns, random[0]), products[c], z.dtype):
-        raise _NotAHeadError("the loss joins the outputs of different examples")
+        raise _NotAHeadError("products with the closed form differ: the loss joins the outputs of different examples")
     return OutputCurvature(blocks=columns.permute(1, 2, 0).to(wide).contiguous().mul_(share))
 
 
