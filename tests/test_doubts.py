@@ -354,4 +354,4 @@ def test_looks_take_a_few_passes_over_as_many_examples_whatever_the_data() -> No
         handle.remove()
         spent[n] = counts
     assert spent[200] == spent[400] == [32] * len(spent[200])
-    assert len(spent[200]) == 1 + 2 + 4  # for what is missing; two products; two differences
+    assert len(spent[200]) == 1 + 1 + 2 + 4  # what is missing; where it is differentiated; products; differences

@@ -39,8 +39,8 @@ def in_double(evaluation: Evaluation, loss: str, batch: Any) -> tuple[Evaluation
     cast = _cast(batch)
     try:
         with torch.no_grad():
-            here = float(getattr(evaluation, loss)(evaluation.leaves(), batch))
-            there = getattr(twin, loss)(twin.leaves(), cast)
+            here = float(getattr(evaluation, loss)(evaluation.leaves(), batch).detach())
+            there = getattr(twin, loss)(twin.leaves(), cast).detach()
     except Exception:  # a layer, an operator or a constant that insists on its dtype
         return evaluation, batch
     close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * (1 + abs(here))
@@ -113,7 +113,7 @@ def compared(loss: str, evaluation: Evaluation, batches: Batches, some: Sequence
 def _finding(loss: str, evaluation: Evaluation, batch: Any, alone: Sequence[Any]) -> str:
     function, leaves, dtype = getattr(evaluation, loss), evaluation.leaves(), evaluation.space.pass_dtype
     with torch.no_grad():
-        together, *each, again = (float(function(leaves, some)) for some in (batch, *alone, batch))
+        together, *each, again = (float(function(leaves, some).detach()) for some in (batch, *alone, batch))
     random = math.isfinite(together) and finding_of(loss, again, [together], dtype)  # ``randomness`` says so
     return "" if random else finding_of(loss, together, each, dtype)
 
