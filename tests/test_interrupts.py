@@ -76,10 +76,12 @@ def alike(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
+# Each call at one moment: the moments go round from kind to kind, so that every call is interrupted early and late.
+MOMENTS = [(kind, call, (1, 9, 25)[(i + j) % 3]) for i, kind in enumerate(KINDS) for j, call in enumerate(CALLS)]
+
+
 @pytest.mark.filterwarnings("ignore::torch_influence.ConvergenceWarning")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("after", [1, 9, 25])
+@pytest.mark.parametrize(("kind", "call", "after"), MOMENTS)
 def test_what_is_interrupted_can_be_asked_again(kind: str, call: str, after: int) -> None:
     of, options = KINDS[kind]
     objective, model = Interrupted(), network().train()

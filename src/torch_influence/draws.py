@@ -32,14 +32,14 @@ def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     from them so far.
     """
     with alone_with(RANDOM_STATES):
-        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        before = start = _default()
         try:
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
                 np.random.seed(seed)  # noqa: NPY002 - the generator that augmentations draw from
                 random.seed(seed)
-            start = states()
-            yield lambda: start != states()
+                start = _default()
+            yield lambda: tuple(map(_plain, start)) != states()
         finally:
             torch.set_rng_state(before[0])
             np.random.set_state(before[1])  # noqa: NPY002
@@ -60,8 +60,11 @@ def drawn_in_turn(items: Iterable[Any]) -> Iterator[Any]:
 
 def states(own: list[Any] | None = None) -> States:
     """Where the default generators, and those of the data set's ``own``, stand: equal as long as none has drawn."""
-    default = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    return tuple(_plain(state) for state in (*default, *map(_state, own or ())))
+    return tuple(_plain(state) for state in (*_default(), *map(_state, own or ())))
+
+
+def _default() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
 
 
 def generators(*roots: Any) -> list[Any]:
