@@ -155,8 +155,7 @@ def decaying(decay: str, batch_size: int, d: int = 30) -> tuple[LeastSquares, Te
 
 
 @quality
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-@pytest.mark.parametrize("repeat", [1, 4])
+@pytest.mark.parametrize(("batch_size", "repeat"), [(1, 1), (4, 4), (32, 1)])
 def test_runs_of_enough_depth_are_silent_however_noisy(decay: str, batch_size: int, repeat: int) -> None:
     operator, matrix, damp = decaying(decay, batch_size)
     auto = AutoScale()

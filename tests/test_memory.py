@@ -90,8 +90,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return extra
 
 
-@both
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("layers", "cache"), [(1, True), (2, False)])
 def test_memory_does_not_grow_with_the_queries_beyond_a_tile(layers: int, cache: bool, scored: Any) -> None:
     """But for a report: 19 bytes for each, in 5 tensors of a tile, which take multiples of 64 bytes."""
     reports = 4 * 5 * 64 + 19 * 4 * TILE
@@ -105,8 +104,7 @@ def test_nor_where_it_is_solved_for_the_training_examples(layers: int, cache: bo
     assert scored(layers, 48, 20 * TILE, cache, few) <= scored(layers, 48, 4 * TILE, cache, few)
 
 
-@both
-@pytest.mark.parametrize("cache", [2000, False])
+@pytest.mark.parametrize(("layers", "cache"), [(1, False), (2, 2000)])
 def test_memory_does_not_grow_with_the_examples_beyond_the_budget(layers: int, cache: Any, scored: Any) -> None:
     """Data take 40 bytes an example: more than the budget in either case. A flag per example tells of NaN."""
     assert scored(layers, 20 * TILE, TILE, cache) <= scored(layers, 4 * TILE, TILE, cache) + 16 * TILE

@@ -266,8 +266,7 @@ def problem(case: dict[str, Any], split: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("split", ["batch_size", "batch_sampler"])
-@pytest.mark.parametrize("gnh", [False, True])
+@pytest.mark.parametrize(("split", "gnh"), [("batch_size", False), ("batch_sampler", True)])
 @hypothesis.given(ragged())
 def test_how_the_data_are_cut_changes_nothing(split: str, gnh: bool, case: dict[str, Any]) -> None:
     whole = CGInfluenceModule(**problem(case, "whole"), gnh=gnh)

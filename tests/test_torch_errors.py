@@ -185,7 +185,7 @@ def test_autocast_inside_of_the_model_is_named(recwarn: pytest.WarningsRecorder)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return self.layers(x)
 
-    with pytest.warns(UserWarning, match="autocast is on inside of the model or the objective: .*torch.bfloat16"):
+    with pytest.warns(UserWarning, match="it is computed in torch.bfloat16 in part, and the parameters are .*autocast"):
         single(model=Rounds(torch.float32)).influences([0], [0])
     recwarn.clear()
     half = {"train_loader": loader(dtype=torch.bfloat16), "test_loader": loader(dtype=torch.bfloat16)}

@@ -258,11 +258,15 @@ def _serve(
 def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Generator | None) -> Iterator[Any]:
     """The examples of each batch that a loader would give, with the same draws in the same order."""
     _take_seed(generator)
-    left: Any = order if isinstance(order, range) else drawn_in_turn(order)
-    for start in range(0, count, step):
-        yield left[start : start + step] if isinstance(left, range) else list(itertools.islice(left, step))
-    if not isinstance(left, range):
-        next(left, None)  # a loader looks for one more batch; a sampler may draw then
+    if isinstance(order, range):
+        yield from (order[start : start + step] for start in range(0, count, step))
+        return
+    with alone_with(RANDOM_STATES):  # the first draw may be of a seed, by the default generator
+        left = iter(order)
+        some = list(itertools.islice(left, step))
+    for _ in range(0, count, step):
+        yield some
+        some = list(itertools.islice(left, step))  # a loader looks for one more batch; a sampler may draw then
 
 
 def _take_seed(generator: torch.Generator | None) -> None:
@@ -273,9 +277,15 @@ def _take_seed(generator: torch.Generator | None) -> None:
 
 def _drawn(sampler: data.RandomSampler) -> Iterator[int]:
     """What the sampler draws, where its generator is: by itself it draws on torch's default device."""
+    if torch.get_default_device().type == device_of(sampler.generator).type:
+        return iter(sampler)
+    return _drawn_elsewhere(sampler)
+
+
+def _drawn_elsewhere(sampler: data.RandomSampler) -> Iterator[int]:
     drawing, more = iter(sampler), True
     while more:
-        with device_of(sampler.generator), alone_with(RANDOM_STATES):
+        with device_of(sampler.generator):
             some = list(itertools.islice(drawing, _DRAWN_AT_ONCE))
         yield from some
         more = len(some) == _DRAWN_AT_ONCE

@@ -22,7 +22,6 @@ from torch_influence.losses import departs_most, not_a_mean, tell
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, norms, rounding
-from torch_influence.switches import Autocasts
 from torch_influence.verification import Check, Refits, Verification
 
 if TYPE_CHECKING:
@@ -432,22 +431,22 @@ class CheckMethods:
 
     def _check_mean(self, loss: str, batches: Batches) -> None:
         """Warns once of a loss that is no mean over the batch, or random: nothing else would show it."""
-        own = self._space.pass_dtype  # before the loss's own is taken note of
         if loss not in self._means_checked:
+            own = self._space.pass_dtype
             finding = not_a_mean(loss, self._evaluation, batches)
             self._means_checked[loss] = finding  # now, and not when an exception has ended it
             tell(finding)
-        if loss not in self._randomness_checked:
-            with Autocasts() as inside:
-                why = randomness(loss, self._evaluation, batches)
-            self._randomness_checked.add(loss)
-            for dtype in inside.less_precise_than(own):
+            if (seen := self._space.pass_dtype) != own and seen in (torch.bfloat16, torch.float16):
                 warnings.warn(
-                    "torch.autocast is on inside of the model or the objective: gradients and products are rounded to "
-                    f"{dtype}, and the parameters are {own}. Leave it out for influence",
+                    f"{loss}: it is computed in {seen} in part, and the parameters are {own}; torch.autocast is on "
+                    "inside of the model or the objective, or something is cast: gradients and products are rounded to "
+                    "it. Leave it out for influence",
                     UserWarning,
                     stacklevel=level_of_the_user(),
                 )
+        if loss not in self._randomness_checked:
+            why = randomness(loss, self._evaluation, batches)
+            self._randomness_checked.add(loss)
             if why:
                 fail([NondeterminismWarning(why)], self.on_failure)
 

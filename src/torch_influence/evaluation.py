@@ -82,6 +82,12 @@ class Evaluation:
         twin._wide = True
         return twin
 
+    def by_the_smallest(self, most: int) -> Evaluation:
+        """The same losses, to be differentiated by parameters of so many scalars at the most, see ParameterSpace."""
+        twin = copy.copy(self)
+        twin.space = self.space.smallest(most)
+        return twin
+
     # -- parameters ---------------------------------------------------------------------------------------------
 
     def leaves(self, row: Tensor | None = None) -> tuple[Tensor, ...]:

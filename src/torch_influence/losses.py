@@ -186,7 +186,7 @@ class Means:
             return
         if where is not None:
             self._looked_at.add(where[0])
-        with torch.no_grad(), undisturbed(self._batches, together.device):
+        with torch.no_grad():
             alone = self._alone(self._evaluation, batch, size, where)
         if alone is not None:
             self._entries.append(_Entry(together.detach(), alone, where))

@@ -76,6 +76,17 @@ class ParameterSpace:
         twin.dtype = twin.pass_dtype = torch.float64
         return twin
 
+    def smallest(self, most: int) -> ParameterSpace:
+        """Those of the selected parameters, the smallest first, that have ``most`` scalars together; at least one."""
+        order = sorted(range(len(self.sizes)), key=lambda i: self.sizes[i])
+        fit = [i for k, i in enumerate(order) if k == 0 or sum(self.sizes[j] for j in order[: k + 1]) <= most]
+        twin, some = copy.copy(self), sorted(fit)
+        twin.names = tuple(self.names[i] for i in some)
+        twin.shapes = tuple(self.shapes[i] for i in some)
+        twin.sizes = tuple(self.sizes[i] for i in some)
+        twin.size = sum(twin.sizes)
+        return twin
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters -> one row [d]; tensors with a leading axis of k -> rows [k, d]."""
         lead = tensors[0].shape[: tensors[0].dim() - len(self.shapes[0])]

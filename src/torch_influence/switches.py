@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from torch_influence.caller import level_of_the_user
 
@@ -150,28 +148,3 @@ def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
         for kind in on:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-class Autocasts(TorchFunctionMode):
-    """While it is active, it takes note of the dtypes of an autocast inside of the model or the objective.
-
-    Attributes:
-        dtypes: to which operands are rounded.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        kind = out.device.type if isinstance(out, Tensor) else "cpu"
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            self.dtypes.add(torch.get_autocast_dtype(kind))
-        return out
-
-    def less_precise_than(self, dtype: torch.dtype) -> list[torch.dtype]:
-        """Those of them that are."""
-        return [seen for seen in self.dtypes if torch.finfo(seen).eps > torch.finfo(dtype).eps]

@@ -21,7 +21,8 @@ from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import in_double, in_one_batch
 
 _EXAMPLES = 32
-_VECTORS = 12  # of d numbers in float64, that are held at once
+_SCALARS = 2**20  # by which it is differentiated, of all parameters the smallest: biases and norms of every layer first
+_VECTORS = 12  # of so many numbers in float64, that are held at once
 _ROUNDINGS = 32  # in a gradient
 _KINKED = ("Relu", "LeakyRelu", "Prelu", "RRelu", "Threshold", "Hardtanh", "Abs", "Clamp", "Max", "Min", "Adaptive")
 
@@ -38,8 +39,8 @@ def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warn
     - No curvature at all.
     - Second derivatives that autograd gets wrong, see ``second_derivative``.
 
-    Cost: about ten passes over the examples in one batch; where something is missing in it, one over the data. What
-    needs more memory than ``room`` (twelve vectors of float64) is not looked at.
+    Cost: about ten passes over the examples in one batch; where something is missing in it, one over the data. Second
+    derivatives are looked at by up to a million parameters, if twelve vectors of them in float64 fit ``room``.
     """
     evaluation, batches = plain.evaluation, plain.batches
     names, gnh = evaluation.space.names, isinstance(plain, GaussNewton)
@@ -65,7 +66,7 @@ def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warn
                         "the loss needs into train_outputs, leave these parameters out with params=, or use gnh=False"
                     )
                 )
-            if 8 * _VECTORS * plain.size > room:
+            if 8 * _VECTORS * evaluation.space.smallest(_SCALARS).size > room:
                 return found
             second = second_derivative(evaluation, batch, gnh)
         except Exception:  # whatever is wrong shows again, and with its own words, when the curvature is multiplied
@@ -135,7 +136,7 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     and of the loss's gradient at the outputs, stand for the two derivatives.
     """
     loss = "train_loss" if evaluation.overrides_train_loss and not gnh else "data_loss"
-    evaluation, batch = in_double(evaluation, loss, batch)
+    evaluation, batch = in_double(evaluation.by_the_smallest(_SCALARS), loss, batch)
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
     eps = torch.finfo(dtype).eps
     space = evaluation.space
