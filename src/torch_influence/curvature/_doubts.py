@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,53 +45,49 @@ def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warn
     """
     evaluation, batches = plain.evaluation, plain.batches
     names, gnh = evaluation.space.names, isinstance(plain, GaussNewton)
-    found: list[Warning] = []
+    unreached: list[int] = []
+    beside: list[int] = []
+    second: SecondDerivative | None = None
     with evaluation.session(), undisturbed(batches, plain.device):
-        try:
+        with contextlib.suppress(Exception):  # what is wrong shows again, in its own words, when it is multiplied
             _, batch = in_one_batch(batches, _EXAMPLES) or ([0], batches.peek([0]))
-            if unreached := _unreached(evaluation, batches, batch, plain.loss):
-                warnings.warn(
-                    f"params: {_listed(names, unreached)} {'gets' if len(unreached) == 1 else 'get'} no gradient from "
-                    "any training example: scores say nothing of them. If the loss should depend on them, something "
-                    "cuts them off in eval mode: LoRA weights that are merged, a weight that is cached, no_grad, "
-                    "detach(), or reentrant checkpointing (use_reentrant=False is the other); else leave them out with "
-                    "params=",
-                    UserWarning,
-                    stacklevel=level_of_the_user(),
-                )
-            if gnh and (beside := _beside_the_outputs(evaluation, batch)):
-                found.append(
-                    CurvatureWarning(
-                        f"gnh=True: the loss depends on {_listed(names, beside)} directly, and not by the "
-                        "outputs alone: the Gauss-Newton matrix is zero there, and scores grow like 1/damp. Put what "
-                        "the loss needs into train_outputs, leave these parameters out with params=, or use gnh=False"
-                    )
-                )
-            if 8 * _VECTORS * evaluation.space.smallest(_SCALARS).size > room:
-                return found
-            second = second_derivative(evaluation, batch, gnh)
-        except Exception:  # whatever is wrong shows again, and with its own words, when the curvature is multiplied
-            return found
-        if second.wrong:
-            found.append(
-                CurvatureWarning(
-                    f"the second derivative of the training loss is wrong: {second.wrong}. Some operator in the model "
-                    "or the loss can be differentiated once only, or its backward can't be differentiated (a custom "
-                    "autograd.Function with once_differentiable, NumPy, a kernel, or values kept on ctx), or something "
-                    "is held fixed by detach(). Write it in operators of torch, or save tensors by "
-                    "ctx.save_for_backward and compute the backward from them"
-                )
-            )
-        elif second.flat and _is_flat(plain, operator):
-            found.append(
-                CurvatureWarning(
-                    f"the training loss has no curvature{' in the outputs' if gnh else ''} (is it piecewise linear, "
-                    "as absolute values, hinge and quantile losses are, or nll_loss of outputs that are logarithms?): "
-                    "what is inverted is the regulariser's and the damping alone, so that scores are products of "
-                    "gradients divided by these. A smooth loss (Huber's, cross_entropy of logits) has one"
-                )
-            )
-    return found
+            unreached = _unreached(evaluation, batches, batch, plain.loss)
+            beside = _beside_the_outputs(evaluation, batch) if gnh else []
+            if 8 * _VECTORS * evaluation.space.smallest(_SCALARS).size <= room:
+                second = second_derivative(evaluation, batch, gnh)
+        flat = second is not None and not second.wrong and second.flat and _is_flat(plain, operator)
+    if unreached:
+        warnings.warn(
+            f"params: {_listed(names, unreached)} {'gets' if len(unreached) == 1 else 'get'} no gradient from any "
+            "training example: scores say nothing of them. If the loss should depend on them, something cuts them off "
+            "in eval mode: LoRA weights that are merged, a weight that is cached, no_grad, detach(), or reentrant "
+            "checkpointing (use_reentrant=False is the other); else leave them out with params=",
+            UserWarning,
+            stacklevel=level_of_the_user(),
+        )
+    texts: list[str] = []
+    if beside:
+        texts.append(
+            f"gnh=True: the loss depends on {_listed(names, beside)} directly, and not by the outputs alone: the "
+            "Gauss-Newton matrix is zero there, and scores grow like 1/damp. Put what the loss needs into "
+            "train_outputs, leave these parameters out with params=, or use gnh=False"
+        )
+    if second is not None and second.wrong:
+        texts.append(
+            f"the second derivative of the training loss is wrong: {second.wrong}. Some operator in the model or the "
+            "loss can be differentiated once only, or its backward can't be (a custom autograd.Function with "
+            "once_differentiable, NumPy, a kernel, or values kept on ctx), or something is held fixed by detach(). "
+            "Write it in operators of torch, or save tensors by ctx.save_for_backward and compute the backward from "
+            "them"
+        )
+    if flat:
+        texts.append(
+            f"the training loss has no curvature{' in the outputs' if gnh else ''} (is it piecewise linear, as "
+            "absolute values, hinge and quantile losses are, or nll_loss of outputs that are logarithms?): what is "
+            "inverted is the regulariser's and the damping alone, so that scores are products of gradients divided by "
+            "these. A smooth loss (Huber's, cross_entropy of logits) has one"
+        )
+    return [CurvatureWarning(text) for text in texts]
 
 
 class SecondDerivative(NamedTuple):
