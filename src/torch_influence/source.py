@@ -197,14 +197,14 @@ class _Strange(str):
 
 
 def _kind(item: Any) -> Any:
+    if type(item) is np.ndarray or (type(item) is Tensor and is_dense(item)):
+        return (*item.shape, item.dtype)
     if isinstance(item, str | bytes):
         return len(item)
     if isinstance(item, Mapping):
         return tuple((str(key), _kind(value)) for key, value in item.items())
     if isinstance(item, list | tuple):
         return (len(item), *map(_kind, item[:16]))  # a longer one is a sequence of things of one kind
-    if type(item) is np.ndarray or (type(item) is Tensor and is_dense(item)):
-        return (*item.shape, str(item.dtype))
     name = type(item).__name__
     return name if isinstance(item, bool | int | float | complex | np.bool_ | np.number | None) else _Strange(name)
 
