@@ -225,9 +225,10 @@ def test_larger_batches_are_given_up_where_one_of_the_loaders_is_no_mean(layers:
     """Regrouping is tested with some batches of the data; the curvature is that of the loader's own all the same."""
     n = 40 * BATCH
     x, y = data(n)
-    y[11 * BATCH + 3 : 11 * BATCH + 6] = 2  # in a batch that is none of the 32 which are compared
+    y[4 * BATCH + 3 : 4 * BATCH + 6] = 2  # in a batch that is none of the 32 which are compared
     loader, model, objective = DataLoader(TensorDataset(x, y), BATCH), net(layers), Trained(weighted, 0.1)
     module = CGInfluenceModule(model, objective, loader, loader, "cpu", 1.0)
+    assert not set(range(4 * BATCH, 5 * BATCH)) & set(in_one_batch(module._train)[0])
     rows = torch.randn(3, module._space.size, dtype=torch.float64)
     with pytest.warns(UserWarning, match=NO_MEAN):
         products = module.hvp(rows)
@@ -275,7 +276,7 @@ def test_a_look_is_one_forward_pass_and_no_pass_is_looked_at_twice() -> None:
     with FlopCounterMode(display=False) as forward:
         model(x)
     means = Means("data_loss", evaluation, module._train)
-    for _ in range(2):
+    for again in (False, True):
         with FlopCounterMode(display=False) as looks:
             for start in range(0, N, BATCH):
                 some = range(start, start + BATCH)
@@ -283,4 +284,4 @@ def test_a_look_is_one_forward_pass_and_no_pass_is_looked_at_twice() -> None:
                 means.add(batch, BATCH, evaluation.data_loss(evaluation.leaves(), batch).detach(), some)
             assert means.conclude()
         together = forward.get_total_flops()
-        assert looks.get_total_flops() == together + (together if _ == 0 else 0)
+        assert looks.get_total_flops() == together + (0 if again else together)

@@ -421,6 +421,23 @@ def portrait(value: Any) -> Any:
     return id(value)
 
 
+def test_a_layer_with_two_names_keeps_its_parameters() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.again, self.head = self.layer, nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.again(self.layer(x).tanh()))
+
+    model = Twice().double()
+    before = Snapshot(model)
+    module(InfluenceModule, model=model, damp=1.0).influences([0, 1], [0])
+    before.check()
+    assert isinstance(model.layer.weight, nn.Parameter)
+
+
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_a_forward_leaves_behind_is_as_before(kind: str) -> None:
     model, seen = Keeps(kind), []

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_influence import CGInfluenceModule, InfluenceModule
-from torch_influence.curvature import GaussNewton, Hessian
 from torch_influence.examples import ExampleGradients
 
 FIRST, LATER = 270, 50  # examples of either kind: the first group, of 256, has but one of them
@@ -189,13 +188,12 @@ class WrongLater(nn.Module):
 @pytest.mark.parametrize("gnh", [False, True])
 def test_products_of_many_rows_in_batches_of_a_later_kind(gnh: bool) -> None:
     net, data, objective = WrongLater().double(), sorted_by_kind(), Supervised(F.cross_entropy, 0.1)
-    module = CGInfluenceModule(net, objective, data, data, "cpu", 1.0, gnh=gnh)
+    # Without a cache the batches are the loader's own, and the first of them are of the usual kind.
+    module = CGInfluenceModule(net, objective, data, data, "cpu", 1.0, gnh=gnh, cache=False)
     rows = torch.randn(3, module._space.size, dtype=torch.float64)
-    # One batch at a time: larger ones would not tell the kinds apart as the loader's do.
-    plain = (GaussNewton if gnh else Hessian)(module._evaluation, module._train, module.device)
     dense = (dense_gauss_newton if gnh else dense_hessian)(net, objective, loader_batches(data))
-    assert_right(plain.product(rows), rows @ dense)
     assert_right(module.hvp(rows), rows @ dense)
+    assert {True, False} <= set(module._curvature()._pull_back._batched.values())  # either way was taken
 
 
 class Joined(Supervised):

@@ -125,7 +125,7 @@ def test_products_of_gradients_need_no_second_derivative() -> None:
         ("torch.compile with aot_autograd does not currently support double backward", "torch.compile. It can be"),
     ],
 )
-def test_riddles_of_other_machines(text: str, words: str) -> None:
+def test_errors_of_other_machines(text: str, words: str) -> None:
     with pytest.raises(NotImplementedError, match=words), explained():
         raise NotImplementedError(text)
 

@@ -1,4 +1,4 @@
-"""What a module is given, checked at the door: each error says what was expected, what was got and what to do."""
+"""Checks what a module is given: each error says what was expected, what was got and what to do."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _takes_other_arguments(method: Callable[..., Any], arguments: tuple[str, ...
 
 
 def _no_model(given: Any) -> str:
-    """What was given in place of a model, and what to do."""
+    """Says what was given in place of a model, and what to do."""
     kind = type(given).__name__
     if isinstance(given, type):
         return f"the class {given.__name__}; build one, {given.__name__}(...)"

@@ -206,7 +206,7 @@ class InfluenceModule(BaseInfluenceModule):
         return cost if isinstance(cost, str) else ""
 
     def _costs(self, k: int) -> list[Cost]:
-        """What the solvers would take for so many rows, the best first."""
+        """Estimates what each solver would take for so many rows; the best comes first."""
         operator = self._curvature()
         small = dual_cost(operator, self.damp)
         once = 0.0 if self._dual_factor is not None else 1.0

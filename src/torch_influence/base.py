@@ -476,7 +476,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
             return gradient
 
     def _one_by_one(self, passing: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-        """The same batches; what is kept of the data is in no other thread's hands while one is read."""
+        """Yields the same batches; reads each while no other thread uses what is kept of the data."""
         while True:
             with self._evaluation.alone():
                 found = next(passing, None)
@@ -499,7 +499,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         return torch.stack([self._checked_inverse(row) for row in rows])
 
     def _checked_inverse(self, vec: Tensor) -> Tensor:
-        """What inverse_hvp, which may be a user's, makes of [d] or [k, d]."""
+        """Calls inverse_hvp, which may be a user's, for [d] or [k, d], and checks what it returns."""
         x = self.inverse_hvp(vec)
         if not isinstance(x, Tensor):
             raise TypeError(f"inverse_hvp: expected it to return a tensor, got {type(x).__name__}")

@@ -201,7 +201,7 @@ class Batches:
 
     @property
     def kept_bytes(self) -> int:
-        """What the data that are kept take."""
+        """Counts the bytes of the data that are kept."""
         return self._resident.nbytes
 
     @property
@@ -245,7 +245,7 @@ def _serve(
     first: int | None,
     generator: torch.Generator | None,
 ) -> Iterator[tuple[Any, int]]:
-    """What a loader would give, from memory, with the same draws in the same order."""
+    """Yields from memory what a loader would give, with the same draws in the same order."""
     for number, some in enumerate(_chunks(order, count, step, generator), start=first or 0):
         if isinstance(kept, Stacked):
             # Of what is drawn again and again a copy, so that who edits a batch does not edit the next one.
@@ -276,13 +276,14 @@ def _take_seed(generator: torch.Generator | None) -> None:
 
 
 def _drawn(sampler: data.RandomSampler) -> Iterator[int]:
-    """What the sampler draws, where its generator is: by itself it draws on torch's default device."""
+    """Draws from the sampler on its generator's device: by itself it draws on torch's default device."""
     if torch.get_default_device().type == device_of(sampler.generator).type:
         return iter(sampler)
     return _drawn_elsewhere(sampler)
 
 
 def _drawn_elsewhere(sampler: data.RandomSampler) -> Iterator[int]:
+    """Draws while the generator's device is the default, a few at a time, so that callers don't see that default."""
     drawing, more = iter(sampler), True
     while more:
         with device_of(sampler.generator):

@@ -1,4 +1,4 @@
-"""What users ask about the numbers themselves: the spectrum, the damping it needs, whether everything is right."""
+"""Answers what users ask about the numbers: the spectrum, the damping it needs, whether everything is right."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from torch_influence import composed, switches
 from torch_influence.caller import level_of_the_user
-from torch_influence.leaves import copy_of, same, versions
+from torch_influence.leaves import copy_of, held, same, versions
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
@@ -100,14 +100,14 @@ class Evaluation:
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
-        places: list[tuple[int, int]] = []
+        places: list[tuple[int, ...]] = []
         sums: dict[torch.device, list[Tensor]] = {}  # one wait for each device
         with self.alone():
             for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
                 for name, whole in tensors:
-                    for t in _strided_parts(whole.detach(), f"{kind} {name!r}"):
+                    for t in _dense_parts(whole.detach(), f"{kind} {name!r}"):
                         sums.setdefault(t.device, []).append(_checksum(t))
-                        places.append((0 if whole.is_quantized else t.data_ptr(), _version(whole)))
+                        places.append((0 if whole.is_quantized else t.data_ptr(), *versions([whole])))
             checksums = [torch.stack(some).tolist() for some in sums.values()]
         return tuple(places), repr(checksums)  # a nan equals itself as text
 
@@ -323,29 +323,15 @@ def _check_names(model: nn.Module, space: ParameterSpace) -> None:
         )
 
 
-def _version(t: Tensor) -> int:
-    """How often it has been edited in place; of tensors made under inference_mode nobody counts that."""
-    return -1 if t.is_inference() else t._version
-
-
-def _strided_parts(t: Tensor, name: str) -> Sequence[Tensor]:
+def _dense_parts(t: Tensor, name: str) -> Sequence[Tensor]:
     """What a tensor is stored in: itself; of a sparse, nested or quantized one the tensors that make it up."""
-    if t.is_quantized:
-        return [t.int_repr()]
-    if t.layout is torch.strided:
-        return t.unbind() if t.is_nested else [t]
-    if t.layout is torch.sparse_coo:
-        return [t._indices(), t._values()]
-    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [t.crow_indices(), t.col_indices(), t.values()]
-    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [t.ccol_indices(), t.row_indices(), t.values()]
-    if t.layout is torch.jagged:
-        return [t.values(), t.offsets()]  # type: ignore[attr-defined]
-    raise TypeError(
-        f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with layout "
-        f"{t.layout}; convert it with .to_dense()"
-    )
+    parts = [t.int_repr()] if t.is_quantized else held(t)
+    if not parts:
+        raise TypeError(
+            f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with "
+            f"layout {t.layout}; convert it with .to_dense()"
+        )
+    return parts
 
 
 def _checksum(t: Tensor) -> Tensor:
@@ -374,7 +360,7 @@ class _Settings:
     def of(self, value: Any, depth: int) -> Any:
         """Equal to what it was as long as nothing that is seen of the value has changed."""
         if isinstance(value, Tensor):
-            return id(value), _version(value)
+            return id(value), *versions([value])
         if value is None or isinstance(value, int | float | str):
             return value
         if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY and not value.dtype.hasobject:

@@ -109,7 +109,8 @@ def is_dense(tensor: Tensor) -> bool:
 def held(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a tensor of any layout is made of: itself, or values and what says where they belong."""
     if tensor.is_nested:
-        return [tensor.values()]
+        ends = [tensor.offsets()] if tensor.layout is torch.jagged else []  # type: ignore[attr-defined]
+        return [tensor.values(), *ends]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]  # those without an underscore want a coalesced one
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

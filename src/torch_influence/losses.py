@@ -15,8 +15,8 @@ from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import nodes_behind, undisturbed
+from torch_influence.leaves import is_dense, map_leaves, put_together, take_apart
 from torch_influence.leaves import leaves as leaves_of
-from torch_influence.leaves import map_leaves, put_together, take_apart
 from torch_influence.switches import quiet_vmap
 
 _ROUNDINGS = 64  # by which two means of the same losses may differ, at least
@@ -324,5 +324,5 @@ def _cast(batch: Any) -> Any:
 def _is_rows(batch: Any, size: int) -> bool:
     """Whether a batch is tensors with a row for each of its examples, and nothing else."""
     found = leaves_of(batch)
-    plain = (type(t) is Tensor and not t.is_nested and t.layout is torch.strided and t.dim() > 0 for t in found)
+    plain = (type(t) is Tensor and is_dense(t) and t.dim() > 0 for t in found)
     return bool(found) and all(plain) and all(len(t) == size for t in found)

@@ -13,7 +13,7 @@ from torch.utils import data
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from torch_influence.draws import States, generators, quiet, states
-from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart
+from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart, versions
 from torch_influence.loaders import check_loader, warn_of_iteration, warn_of_selection
 
 _FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
@@ -245,7 +245,7 @@ def _content(item: Any, depth: int = 3) -> Iterator[Any]:
     yield item
     if isinstance(item, Tensor):
         yield item.data_ptr() if item.layout is torch.strided else 0
-        yield -1 if item.is_inference() else item._version
+        yield from versions([item])
     elif isinstance(item, list | tuple | dict):
         parts = list(item.values()) if isinstance(item, dict) else item
         if depth and len(parts) <= _FEW:

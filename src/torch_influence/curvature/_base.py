@@ -51,7 +51,7 @@ class Linearized:
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """What the graphs keep in memory."""
+        """Counts the bytes that the graphs keep in memory."""
         return saved_bytes(self.roots, self.besides)
 
 
@@ -135,7 +135,7 @@ class Curvature(LinearOperator):
 
     @abc.abstractmethod
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
-        """What ``linearize`` differentiates: without the regulariser, where it is known apart from the rest."""
+        """Computes what ``linearize`` differentiates; leaves the regulariser out where that is known apart."""
 
     def batch_product(self, batch: Any, rows: Tensor, leaves: Tangents, drawn: int = 0) -> Tensor:
         """Curvature of the loss of one batch, regulariser included, times rows [k, d].
@@ -213,12 +213,12 @@ class Curvature(LinearOperator):
 
     @property
     def operations_of_dense(self) -> float:
-        """Those of ``dense``."""
+        """Counts the additions and multiplications of ``dense``."""
         return self.operations * self.size
 
     @property
     def ridge(self) -> float | None:
-        """What is added to the mean of the batches, if it is a multiple of the identity: that number; None if not."""
+        """Returns r where r·I is added to the mean of the batches; None where something else is."""
         return 0.0 if self.regularizer is None else self.regularizer.factor
 
     def describe(self) -> str:
@@ -303,7 +303,7 @@ class Curvature(LinearOperator):
         return torch.cat([space.flatten(linearized.product(space.split(some))) for some in rows.split(at_once)])
 
     def _kept_anyway(self, batch: Any) -> Any:
-        """What graphs may share with the data and the model."""
+        """Lists what graphs may share with the data and the model."""
         return batch, tuple(self.evaluation.model.parameters())
 
     def _regularizer_at(self, leaves: Tangents) -> Regularizer | None:

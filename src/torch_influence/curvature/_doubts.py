@@ -109,7 +109,7 @@ class SecondDerivative(NamedTuple):
 
     @property
     def wrong(self) -> str:
-        """In words; empty if all is well."""
+        """Says in words what is wrong; empty if nothing is."""
         if not self.asymmetry <= self.symmetric:
             return (
                 f"products of random vectors u and v are not symmetric, |u·Hv - v·Hu| is {self.asymmetry:.2g} of them"
