@@ -28,7 +28,10 @@ from torch_influence.curvature import Curvature, Hessian, LinearHead, linear_hea
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
 pytestmark = pytest.mark.filterwarnings(
-    "error", "ignore:.* over the batch, got something else", "ignore:the training loss has no curvature"
+    "error",
+    "ignore:.* over the batch, got something else",
+    "ignore:the training loss has no curvature",
+    "ignore:params. (never gets|0.weight, 0.bias get) no gradient from any",
 )
 
 SWEEPS = 4  # forward, backward, and the two of the second derivative

@@ -144,15 +144,14 @@ class Resident:
         self._busy, self._outlook = True, None  # known again when all went well
         try:
             passing = drawn_in_turn(source.through_loader(range(n), source.batch_size, collate=watched))
+            standing = states(own)
+            drew = False
             for start in range(0, n, step):
                 size = min(step, n - start)
                 with torch.inference_mode(False):
-                    standing = states(own) if source.here else None
                     collated, found = next(passing)
-                    drew = found.drew or (standing is not None and standing != states(own))
+                    drew = drew or found.drew
                     batch = source.transfer(collated)
-                    if drew and not outlook.frozen and not keeping.why_not:
-                        self._draws(range(start, start + size), batch, outlook, keeping)
                     if not found.together:
                         keeping.stop_stacking()
                     keeping.add(batch, size)
@@ -163,6 +162,9 @@ class Resident:
                 if or_stop and keeping.why_not:
                     break
             with torch.inference_mode(False), quiet():
+                # Who has used the batches may have drawn as well, or another thread: the data are asked alone.
+                if (drew or standing != states(own)) and not outlook.frozen and not keeping.why_not:
+                    self._look_for_draws(own, outlook, keeping)
                 self._finish(keeping, outlook, kinds, before)
         finally:
             self._busy = False
@@ -198,12 +200,22 @@ class Resident:
                 outlook.stack = self._looks_stackable(outlook)
         return outlook, differs
 
-    def _draws(self, examples: range, batch: Any, outlook: _Outlook, keeping: Keeping) -> None:
-        """Some examples draw random numbers when they are read, and not those that were looked at before."""
-        differs = False
+    def _look_for_draws(self, own: list[Any], outlook: _Outlook, keeping: Keeping) -> None:
+        """Gives up keeping, or freezes what is kept, if reading any batch draws random numbers. Reads all data once."""
+        n, step = outlook.n, self._source.batch_size or 1
+        for start in range(0, n, step):
+            examples, standing = range(start, min(start + step, n)), states(own)
+            self._source.read(examples)
+            if standing != states(own):
+                return self._draws(examples, outlook, keeping)
+
+    def _draws(self, examples: range, outlook: _Outlook, keeping: Keeping) -> None:
+        """Takes note that these examples draw random numbers, which those that were looked at before did not."""
+        reads: list[Any] = []
         for seed in range(_REREADS):
             with quiet(seed):
-                differs = differs or not same(batch, self._source.read(examples))
+                reads.append(self._source.read(examples))
+        differs = not all(same(reads[0], read) for read in reads[1:])
         if self._cache is True:
             outlook.frozen = True
         else:

@@ -85,11 +85,6 @@ class Source:
         return self.transfer(self.collate(many(wanted) if many else [self.dataset[i] for i in wanted]))
 
     @property
-    def here(self) -> bool:
-        """Whether this process reads the data, and no workers."""
-        return not self._loader.num_workers
-
-    @property
     def gathers(self) -> bool:
         """Whether the data set puts batches of examples together itself, so that one may depend on the others."""
         dataset = self.dataset

@@ -237,7 +237,7 @@ def _kinked(loss: Tensor) -> bool:
 
 
 def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Callable[..., Tensor]) -> list[int]:
-    """Places of the parameters that no example's loss is connected with."""
+    """Places of the parameters that have entries, and that no example's loss is connected with."""
     leaves = evaluation.leaves()
 
     def left(places: list[int], batch: Any) -> list[int]:
@@ -247,7 +247,7 @@ def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Calla
         grads = torch.autograd.grad(value, [leaves[i] for i in places], allow_unused=True)
         return [i for i, g in zip(places, grads, strict=True) if g is None]
 
-    missing = left(list(range(len(leaves))), batch)
+    missing = left([i for i, leaf in enumerate(leaves) if leaf.numel()], batch)
     for other, _ in batches.read() if missing else ():
         missing = left(missing, other)
         if not missing:
