@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:.* over the batch, got something else"),  # see test_errors.py
     pytest.mark.filterwarnings("ignore:the training loss has no curvature"),  # see test_doubts.py
-    pytest.mark.filterwarnings("ignore:params. never gets no gradient from any"),
+    pytest.mark.filterwarnings("ignore:params. also_never, never.weight, never.bias get no gradient from any"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
 ]
 
