@@ -16,6 +16,7 @@ from torch_influence.draws import States, generators, quiet, states
 from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart, versions
 from torch_influence.loaders import check_loader, warn_of_iteration, warn_of_selection
 
+_LONG = 16  # items of an example; a longer list is a sequence of things of one kind
 _FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
 
 
@@ -192,14 +193,17 @@ class _Strange(str):
 
 
 def _kind(item: Any) -> Any:
-    if type(item) is np.ndarray or (type(item) is Tensor and is_dense(item)):
-        return (*item.shape, item.dtype)
+    kind = type(item)
+    if kind is np.ndarray or (kind is Tensor and is_dense(item)):
+        return item.shape, item.dtype
+    if kind is tuple and len(item) <= _LONG:  # first of the containers, since most examples are one
+        return (len(item), *map(_kind, item))
     if isinstance(item, str | bytes):
         return len(item)
     if isinstance(item, Mapping):
         return tuple((str(key), _kind(value)) for key, value in item.items())
     if isinstance(item, list | tuple):
-        return (len(item), *map(_kind, item[:16]))  # a longer one is a sequence of things of one kind
+        return (len(item), *map(_kind, item[:_LONG]))
     name = type(item).__name__
     return name if isinstance(item, bool | int | float | complex | np.bool_ | np.number | None) else _Strange(name)
 
