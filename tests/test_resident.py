@@ -598,6 +598,26 @@ def test_augmentation_of_a_rare_kind_of_example_is_noticed_when_it_is_read(own: 
     assert (source.kept_bytes > 0) == (cache is True)
 
 
+def test_augmentation_is_noticed_in_data_that_turn_out_too_large_as_well() -> None:
+    def augmented(index: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + torch.randn(INPUTS) if index == 5 else x
+        return x.repeat(50 if index == 9 else 1, 1), y
+
+    source = batches(DataLoader(Examples(augmented), batch_size=BATCH, collate_fn=padded), 3 * NBYTES)
+    with pytest.warns(UserWarning, match="other data each time") as caught:
+        list(source.read())
+    assert len(caught) == 1
+    assert "other data each time" in source.why_not_kept
+    assert not source.watched()
+
+
+def test_draws_of_whoever_uses_the_batches_are_no_draws_of_the_data() -> None:
+    source = batches(plain())
+    for _ in source.read():
+        torch.rand(1)
+    assert source.kept_bytes > 0
+
+
 def test_cache_true_freezes_one_draw_and_says_so() -> None:
     source = batches(DataLoader(Examples(AUGMENTED["torch"]), batch_size=BATCH), True)
     with pytest.warns(UserWarning, match="train_loader.*cache=True keeps one draw"):

@@ -163,7 +163,8 @@ class Resident:
                     break
             with torch.inference_mode(False), quiet():
                 # Who has used the batches may have drawn as well, or another thread: the data are asked alone.
-                if (drew or standing != states(own)) and not outlook.frozen and not keeping.why_not:
+                watching = not keeping.why_not or keeping.too_large
+                if watching and not outlook.frozen and (drew or standing != states(own)):
                     self._look_for_draws(own, outlook, keeping)
                 self._finish(keeping, outlook, kinds, before)
         finally:
@@ -219,6 +220,7 @@ class Resident:
         if self._cache is True:
             outlook.frozen = True
         else:
+            keeping.too_large, keeping.why_not = False, ""  # which would be the lesser reason
             keeping.give_up(_OTHER if differs else _DRAWS)
         if differs and not self._warned:
             self._warned = True
