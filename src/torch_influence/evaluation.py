@@ -73,7 +73,7 @@ class Evaluation:
         self.on_open: Callable[[], None] | None = None
 
     def widened(self) -> Evaluation:
-        """The same losses in float64, inside the present session: parameters and buffers are cast when they are used.
+        """Returns the same losses in float64, in the present session: parameters and buffers are cast when used.
 
         Batches are the caller's to cast. A model may refuse (a layer that insists on its dtype): then it raises.
         """
@@ -83,7 +83,7 @@ class Evaluation:
         return twin
 
     def by_the_smallest(self, most: int) -> Evaluation:
-        """The same losses, to be differentiated by parameters of so many scalars at the most, see ParameterSpace."""
+        """Returns the same losses, differentiated by parameters of at most this many scalars, see ParameterSpace."""
         twin = copy.copy(self)
         twin.space = self.space.smallest(most)
         return twin
@@ -211,7 +211,7 @@ class Evaluation:
     # -- batches that the objective edits ---------------------------------------------------------------------------
 
     def batch_for(self, loss: str, batch: Any) -> Any:
-        """What to evaluate a loss on: a copy of the batch, unless the loss leaves batches as they are."""
+        """Returns what a loss is evaluated on: a copy of the batch, unless the loss leaves batches as they are."""
         return copy_of(batch) if self.edits.get(loss, True) else batch
 
     def examine(self, loss: str, leaves: Sequence[Tensor], batch: Any) -> Tensor:
@@ -324,7 +324,7 @@ def _check_names(model: nn.Module, space: ParameterSpace) -> None:
 
 
 def _dense_parts(t: Tensor, name: str) -> Sequence[Tensor]:
-    """What a tensor is stored in: itself; of a sparse, nested or quantized one the tensors that make it up."""
+    """Returns what a tensor is stored in: itself, or the tensors that make up a sparse, nested or quantized one."""
     parts = [t.int_repr()] if t.is_quantized else held(t)
     if not parts:
         raise TypeError(
@@ -348,7 +348,7 @@ def _checksum(t: Tensor) -> Tensor:
 
 
 class _Settings:
-    """What values come to, for comparison with later: plain ones themselves, others their contents, down to a depth.
+    """Turns values into something to compare later: plain ones as they are, others as their contents, down to a depth.
 
     Attributes:
         room: how many more containers and objects are looked into; the rest is told apart by identity.

@@ -65,7 +65,7 @@ def copy_of(batch: Any) -> Any:
 
 
 def versions(items: Sequence[Any]) -> list[int]:
-    """Of the tensors among these items, how often each has been edited in place."""
+    """Counts how often each tensor among these items has been edited in place."""
     return [-1 if t.is_inference() else t._version for t in items if isinstance(t, Tensor)]
 
 
@@ -121,7 +121,7 @@ def held(tensor: Tensor) -> list[Tensor]:
 
 
 class Alone:
-    """In a template, a sparse or nested tensor, which is not to be stacked: equal to the same object alone."""
+    """Marks a sparse or nested tensor in a template, which is not stacked: equals the same object alone."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

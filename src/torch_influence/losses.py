@@ -73,7 +73,7 @@ def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | No
 
 
 def not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> str:
-    """What is wrong with the loss of one batch of up to eight examples, spread over the data; empty if nothing is.
+    """Says what is wrong with the loss of one batch of up to eight examples, spread over the data; empty if nothing is.
 
     Examples whose loss is neither finite alone nor together with others are left out. Takes note of the precision of
     the loss, too.
@@ -92,7 +92,7 @@ def not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 
 
 def compared(loss: str, evaluation: Evaluation, batches: Batches, some: Sequence[int]) -> str:
-    """What is wrong with the loss of a batch of these examples, each of which is read and collated alone as well.
+    """Says what is wrong with the loss of a batch of these examples; each is read and collated alone as well.
 
     What seems wrong is looked at again in float64, where the model runs in it, so that rounding is no finding.
     """
@@ -119,7 +119,7 @@ def _finding(loss: str, evaluation: Evaluation, batch: Any, alone: Sequence[Any]
 
 
 def finding_of(loss: str, together: float, alone: Sequence[float], dtype: torch.dtype) -> str:
-    """What is wrong with the loss of a batch, given those of its examples alone; empty if it is their mean."""
+    """Says what is wrong with the loss of a batch, given those of its examples alone; empty if it is their mean."""
     mean, total = sum(alone) / len(alone), sum(alone)
     close = torch.finfo(dtype).eps ** 0.5 * sum(map(abs, alone))
     if together == mean or (math.isfinite(together) == math.isfinite(mean) and not abs(together - mean) > close):
@@ -250,7 +250,7 @@ class Means:
         return torch.stack([loss(leaves, put_together(template, [t[j] for t in ones])) for j in range(size)])
 
     def _confirmed(self, entry: _Entry) -> str:
-        """What is wrong with a batch of the loader's own among these examples, read anew; empty if nothing is.
+        """Says what is wrong with a batch of the loader's own among these examples, read anew; empty if nothing is.
 
         In float64 where the model runs in it, so that neither rounding, nor a larger batch, nor a wrong cut is found.
         """

@@ -28,7 +28,7 @@ _REREADS = 16  # of data that draw random numbers, to see a difference: a flip h
 
 @dataclasses.dataclass
 class _Outlook:
-    """What reading a few examples says about the data.
+    """Holds what reading a few examples has told about the data.
 
     Attributes:
         n: number of examples then.
@@ -46,7 +46,7 @@ class _Outlook:
 
 
 class Resident:
-    """What is kept of a source.
+    """Keeps the data of a source on the device, while they fit and do not change.
 
     Args:
         source: where the data come from.
@@ -81,11 +81,11 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """What the tensors that are kept take."""
+        """Counts the bytes of the tensors that are kept."""
         return 0 if self._kept is None else self._kept.nbytes
 
     def now(self) -> Stacked | KeptBatches | None:
-        """What is kept, if nobody has edited it."""
+        """Returns what is kept, if nobody has edited it."""
         if self._kept is not None and not self._kept.intact():
             self._refuse("the model or the objective edits its batches in place")
         return self._kept

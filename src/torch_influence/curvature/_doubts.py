@@ -237,7 +237,7 @@ def _kinked(loss: Tensor) -> bool:
 
 
 def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Callable[..., Tensor]) -> list[int]:
-    """Places of the parameters that have entries, and that no example's loss is connected with."""
+    """Lists the parameters, by place, that have entries and that no example's loss is connected with."""
     leaves = evaluation.leaves()
 
     def left(places: list[int], batch: Any) -> list[int]:
