@@ -132,7 +132,7 @@ def sampled_scale(work: Workload, device: str) -> float:
     """Twice what the package finds by itself, as the baseline needs one that is given."""
     module = by_lissa(work, {"repeat": 1, "depth": 1}, device)
     module.stest([0])
-    return 2 * module._auto_scale.scale(work.damp)
+    return 2 * module._lissa._auto_scale._made.scale(work.damp)
 
 
 def lissa_floor(work: Workload, queries: int, depth: int, device: str) -> float:

@@ -57,8 +57,9 @@ def measure(work: Workload, k: int) -> dict[str, Any]:
     chosen = next(name for name in SOLVERS if name not in dict(plan["solver"].why_not))
     able = []
     auto = module("auto")
-    with auto._evaluation.session():
-        operations = {cost.solver: cost.operations for cost in auto._costs(k)}
+    with auto._problem.evaluation.session():
+        ranked = auto._solver.ranked(auto._problem.curvature().damped(auto.damp), k)
+        operations = {name: cost.operations for name, cost in ranked.items()}
     for name in ("auto", *SOLVERS):  # also what the process does once
         if operations.get(name, 0.0) > HOPELESS * min(operations.values()):
             continue

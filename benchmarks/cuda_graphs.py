@@ -42,7 +42,7 @@ class LissaIteration:
     """
 
     def __init__(self, module: LiSSAInfluenceModule, work: Workload, vector: Tensor) -> None:
-        curvature = module._curvature()
+        curvature = module._problem.curvature()
         plain = getattr(curvature, "plain", curvature)
         self.limit = module.depth
         self.draws = torch.tensor(list(plain.batches.draw(self.limit)), device=vector.device)
@@ -84,7 +84,7 @@ class CGIteration:
     limit = MAXITER
 
     def __init__(self, module: CGInfluenceModule, _: Workload, vector: Tensor) -> None:
-        self.operator = module._curvature().damped(module.damp)
+        self.operator = module._problem.curvature().damped(module.damp)
         self.operator.product(vector[None])  # what is kept is made now
         self.rows = vector[None]
         self.x, self.r, self.p = (torch.zeros_like(self.rows) for _ in range(3))
@@ -168,7 +168,7 @@ def measure(name: str, method: str, device: str) -> list[dict[str, Any]]:
         wait()
         return result
 
-    with module._evaluation.session():
+    with module._problem.evaluation.session():
         calls = {"the package": packages}
         failures = {}
         torch.manual_seed(0)

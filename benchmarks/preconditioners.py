@@ -88,8 +88,8 @@ def measure(name: str) -> list[dict[str, Any]]:
     loaders = work.train_loader(), work.test_loader()
     module = CGInfluenceModule(work.model, work.objective, *loaders, "cpu", DAMP, work.gnh)
     rows = torch.stack([module.test_loss_grad([i]) for i in range(ROWS[name])])
-    with module._evaluation.session():
-        base = module._curvature()
+    with module._problem.evaluation.session():
+        base = module._problem.curvature()
         base.product(rows)  # what is done once
 
         def solve(M: Any) -> tuple[SolveReport, int, float, Tensor]:

@@ -47,8 +47,9 @@ def test_the_choice_is_read_from_explain(k: int) -> None:
     row = choice.measure(work, k)
     module = all_queries.build(work)
     assert isinstance(module, InfluenceModule)
-    with module._evaluation.session():
-        assert row["chosen"] == module._taken(module._costs(k))
+    with module._problem.evaluation.session():
+        operator = module._problem.curvature().damped(module.damp)
+        assert row["chosen"] == module._solver.chosen(operator, k)
     assert row["ratio"] == row["seconds"][row["chosen"]] / row["seconds"][row["best"]] >= 1
 
 

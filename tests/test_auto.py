@@ -10,13 +10,13 @@ import pytest
 import torch
 from oracles import Supervised, assert_close, dense_gauss_newton, dense_hessian, loader_batches
 from test_kept_curvature import network, tensors
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import CGInfluenceModule, InfluenceModule, NegativeCurvatureWarning
-from torch_influence.auto import _SOLVERS
-from torch_influence.choice import Problem, costs, reasons
+from torch_influence.linop import Dual, DualCost, LinearOperator
+from torch_influence.solvers import Auto, named
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -66,19 +66,37 @@ def test_scores_are_those_of_the_named_module() -> None:
     assert scores.abs().max() > 1e-5
 
 
-def problem(**changes: Any) -> Problem:
-    values = {
-        "d": 1000,
-        "k": 1,
-        "rtol": 1e-3,
-        "product": 1e6,
-        "dense": 1e9,
-        "factored": False,
-        "dual": None,
-        "element": 4,
-        "free": 1e9,
-    }
-    return Problem(**(values | changes))
+class Known(LinearOperator):
+    """A matrix of which nothing is known but what it costs."""
+
+    def __init__(self, d: int, product: float, dense: float, dual: DualCost | None) -> None:
+        self.size, self.dtype, self.device = d, torch.float32, torch.device("cpu")
+        self._costs = product, dense, dual
+
+    @property
+    def operations(self) -> float:
+        return self._costs[0]
+
+    @property
+    def operations_of_dense(self) -> float:
+        return self._costs[1]
+
+    def product(self, rows: Tensor) -> Tensor:
+        raise AssertionError("costs are estimated without products")
+
+    def dual_cost(self, shift: float) -> DualCost:
+        return super().dual_cost(shift) if self._costs[2] is None else self._costs[2]
+
+    def dual(self, shift: float, room: float) -> Dual:
+        return None  # type: ignore[return-value]  # it is not looked into
+
+
+def ranked(
+    monkeypatch: pytest.MonkeyPatch, *, k: int = 1, d: int = 1000, free: float = 1e9, **changes: Any
+) -> tuple[Auto, Known]:
+    monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 2 * free)
+    operator = Known(d, **({"product": 1e6, "dense": 1e9, "dual": None} | changes))
+    return Auto(rtol=1e-3), operator
 
 
 @pytest.mark.parametrize(
@@ -88,21 +106,24 @@ def problem(**changes: Any) -> Problem:
         ({"k": 100}, "block"),
         ({"k": 1000}, "direct"),  # as many rows as parameters
         ({"d": 10, "dense": 1e4}, "direct"),
-        ({"factored": True}, "direct"),
-        ({"dual": (1e6, 1e4, 1000)}, "dual"),
-        ({"dual": (1e6, 1e4, 2 * 10**9)}, "cg"),  # it does not fit
+        ({"dual": DualCost(10, 1000, 1e6, 1e4)}, "dual"),
+        ({"dual": DualCost(10, 2 * 10**9, 1e6, 1e4)}, "cg"),  # it does not fit
         ({"k": 100, "free": 2.4e6}, "cg"),  # neither three matrices nor seven vectors for each row fit
         ({"k": 100, "free": 1e6}, "block"),  # nothing fits: the one that asks for least operations
     ],
 )
-def test_the_cheapest_that_fits_comes_first(changes: dict[str, Any], best: str) -> None:
-    ranked = costs(problem(**changes))
-    assert ranked[0].solver == best
+def test_the_cheapest_that_fits_comes_first(
+    changes: dict[str, Any], best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, operator = ranked(monkeypatch, **changes)
+    assert auto.chosen(operator, changes.get("k", 1)) == best
 
 
-def test_reasons_name_operations_or_memory() -> None:
-    ranked = costs(problem(k=100, free=5e6))
-    why_not = dict(reasons(ranked, 5e6, "block"))
+def test_reasons_name_operations_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, operator = ranked(monkeypatch, free=5e6)
+    step = auto.describe(operator, 100)
+    assert step.path.startswith("block conjugate gradients")
+    why_not = dict(step.why_not)
     assert "x the operations" in why_not["cg"]
     assert why_not["direct"] == "needs 0.012 GB, and 0.005 GB may be used"
 
@@ -110,9 +131,9 @@ def test_reasons_name_operations_or_memory() -> None:
 def test_auto_keeps_a_factor_until_something_changes() -> None:
     it = module("direct")
     it.stest([0])
-    factor = it._factor
+    factor = it._solver._factor._made
     it.stest([1])
-    assert it._factor is factor
+    assert it._solver._factor._made is factor
     auto = module()
     auto.solver = "direct"
     auto.stest([0])
@@ -134,8 +155,8 @@ def arguments() -> tuple[Any, ...]:
 def test_operations_are_those_of_the_layers() -> None:
     """A Gauss-Newton product with weights of 4 x 4 and 4 x 3: J of either, Jᵀ of either, and twice what links them."""
     it = module(layers=2, gnh=True)
-    with it._evaluation.session():
-        operations = it._curvature().operations
+    with it._problem.evaluation.session():
+        operations = it._problem.curvature().operations
     assert operations == 2 * 17 * 2 * (16 + 12 + 12)
 
 
@@ -143,7 +164,7 @@ def test_what_is_made_of_a_curvature_goes_with_it() -> None:
     for solver, gnh in (("direct", False), ("dual", True)):
         it = module(solver, gnh=gnh)
         it.stest([0])
-        curvature = weakref.ref(it._operator)
+        curvature = weakref.ref(it._problem._curvature[1])
         it.clear_cache()
         gc.collect()
         assert curvature() is None
@@ -152,7 +173,7 @@ def test_what_is_made_of_a_curvature_goes_with_it() -> None:
 @pytest.mark.parametrize("solver", [*SOLVERS, "dual"])
 def test_explain_of_a_solver_that_was_asked_for(solver: str) -> None:
     for k in (1, 3):
-        assert module(solver).explain(k)["solver"].path.startswith(_SOLVERS[solver])
+        assert module(solver).explain(k)["solver"].path.startswith(named()[solver].title)
 
 
 def test_explain_names_the_solver_and_the_others() -> None:

@@ -328,10 +328,10 @@ def test_sparse_and_ragged_batches(kind: str, options: dict[str, Any]) -> None:
         assert_close(got, expected, operations=4 * N * d, condition=float(torch.linalg.cond(matrix)))
     if options.get("cache", True):
         held = next(iter(loader))[0]
-        assert module._train.kept_bytes > 0
+        assert module._problem.train.kept_bytes > 0
         if kind.startswith("COO"):
             once = held._indices().nbytes + held._values().nbytes
-            assert once < module._train.kept_bytes < once * N
+            assert once < module._problem.train.kept_bytes < once * N
 
 
 # -- objectives that edit their batches -------------------------------------------------------------------------------

@@ -254,8 +254,8 @@ def alone(it: CGInfluenceModule, vectors: Tensor) -> Tensor:
 
 
 def scores_of(it: CGInfluenceModule, vectors: Tensor) -> tuple[Tensor, str]:
-    with it._evaluation.session():
-        examples, n = it._examples(), it._train.n
+    with it._problem.evaluation.session():
+        examples, n = it._problem.train_gradients(), it._problem.train.n
         scores = whole(from_stests(examples, range(n), vectors, n), range(n), len(vectors), vectors.dtype)
     return scores, examples.path
 
@@ -388,7 +388,7 @@ def test_the_matrix_is_the_same_from_either_side_and_in_tiles(kind: Any, monkeyp
     whole = it.influence_matrix()
     few = it.influence_matrix(train_idxs=[3, 11])
     assert solved == [7, 2]
-    monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
+    monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
     tiled = it.influence_matrix()
     assert solved == [7, 2, 2, 2, 2, 1]
     # Solved to 1e-12, at a condition of about 10.

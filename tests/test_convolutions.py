@@ -101,7 +101,7 @@ def test_products_are_those_of_the_dense_matrix(name: str, gnh: bool) -> None:
     for rows in (torch.randn(1, len(matrix)).double(), torch.eye(len(matrix)).double()):
         size = float((rows.abs() @ matrix.abs()).max())
         assert_close(module.hvp(rows), rows @ matrix, operations=SWEEPS * N * len(matrix), scale=size)
-    curvature = module._operator
+    curvature = module._problem._curvature[1]
     assert isinstance(curvature, Curvature)
     assert curvature.why_plain_convolutions.startswith(why_plain)
     assert bool(curvature.why_plain_convolutions) == bool(why_plain)

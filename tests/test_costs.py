@@ -115,7 +115,7 @@ class Counted:
 
 def rows_like(module: Any, k: int = 4) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(k, module._space.size, dtype=torch.float64, generator=generator)
+    return torch.randn(k, module._problem.space.size, dtype=torch.float64, generator=generator)
 
 
 # -- an iteration -----------------------------------------------------------------------------------------------------
@@ -145,14 +145,14 @@ CG_STEP = {
 
 
 def cg_on(counted: Counted, k: int = 4) -> Callable[[int], Any]:
-    operator, rows = counted.module._curvature().damped(1.0), rows_like(counted.module, k)
+    operator, rows = counted.module._problem.curvature().damped(1.0), rows_like(counted.module, k)
     return lambda steps: cg(operator, rows, rtol=0.0, maxiter=steps, on_failure="ignore")
 
 
 @needs_native
 def test_an_iteration_with_a_linear_head_takes_six_launches_and_a_wait() -> None:
     counted = Counted(CGInfluenceModule)
-    with counted.module._evaluation.session():
+    with counted.module._problem.evaluation.session():
         launches, waits = per_step(cg_on(counted), 2, 8)
     assert launches == CG_STEP | {"linear_curvature_product": 1, "add_": 2}  # the regulariser besides
     assert waits == 1
@@ -163,9 +163,9 @@ def test_an_iteration_with_a_linear_head_takes_six_launches_and_a_wait() -> None
 def test_an_iteration_with_kept_graphs_adds_nothing_to_their_product(n: int) -> None:
     """And their product computes no forward pass; it is one of all data, in as many batches as their graphs take."""
     counted = Counted(CGInfluenceModule, layers=2, n=n)
-    with counted.module._evaluation.session():
+    with counted.module._problem.evaluation.session():
         launches, waits = per_step(cg_on(counted), 2, 8)
-        operator, rows = counted.module._curvature(), rows_like(counted.module)
+        operator, rows = counted.module._problem.curvature(), rows_like(counted.module)
         with Operations() as product:
             operator.product(rows)
     assert launches == dict(product.launches + collections.Counter(CG_STEP))
@@ -179,8 +179,8 @@ def test_a_product_of_kept_graphs_launches_as_much_for_any_number_of_rows_and_ex
     total = set()
     for n in (24, 240):
         counted = Counted(CGInfluenceModule, layers=2, n=n)
-        with counted.module._evaluation.session():
-            operator = counted.module._curvature()
+        with counted.module._problem.evaluation.session():
+            operator = counted.module._problem.curvature()
             for k in (2, 7):
                 rows = rows_like(counted.module, k)
                 operator.product(rows)
@@ -194,8 +194,8 @@ def test_a_product_of_kept_graphs_launches_as_much_for_any_number_of_rows_and_ex
 def test_a_step_of_lissa_with_a_linear_head_takes_ten_operations_and_a_wait() -> None:
     counted = Counted(LiSSAInfluenceModule, repeat=1, depth=8, scale=20.0)
     rows = rows_like(counted.module)
-    with counted.module._evaluation.session():
-        operator = counted.module._curvature().damped(1.0)
+    with counted.module._problem.evaluation.session():
+        operator = counted.module._problem.curvature().damped(1.0)
 
         def solve(depth: int) -> None:
             generator = torch.Generator().manual_seed(0)
@@ -219,8 +219,8 @@ def test_a_step_of_lissa_with_a_linear_head_takes_ten_operations_and_a_wait() ->
 @pytest.mark.parametrize("k", [1, 4])
 def test_minres_waits_once_in_an_iteration(k: int) -> None:
     counted = Counted(CGInfluenceModule)
-    with counted.module._evaluation.session():
-        operator, rows = counted.module._curvature().damped(1.0), rows_like(counted.module, k)
+    with counted.module._problem.evaluation.session():
+        operator, rows = counted.module._problem.curvature().damped(1.0), rows_like(counted.module, k)
         _, waits = per_step(lambda m: minres(operator, rows, rtol=0.0, maxiter=m, on_failure="ignore"), 2, 8)
     assert waits == 1
 

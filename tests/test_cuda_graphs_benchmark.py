@@ -36,7 +36,7 @@ def both(work: workloads.Workload, method: str, device: str, graph: bool) -> tup
     vector = module.test_loss_grad([0])
     torch.manual_seed(3)
     expected = module.inverse_hvp(vector)
-    with module._evaluation.session():
+    with module._problem.evaluation.session():
         torch.manual_seed(3)
         iteration = cuda_graphs.ITERATIONS[method](module, work, vector)
         advance = cuda_graphs.captured(iteration, 5) if graph else cuda_graphs.repeated(iteration, 5)

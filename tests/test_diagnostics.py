@@ -208,7 +208,7 @@ def test_damping_of_an_indefinite_hessian_lets_conjugate_gradients_converge(dtyp
     with pytest.warns(NegativeCurvatureWarning):
         it.stests()
     suggested = it.suggest_damping()
-    smallest = float(torch.linalg.eigvalsh(it._curvature().dense().double())[0])
+    smallest = float(torch.linalg.eigvalsh(it._problem.curvature().dense().double())[0])
     assert smallest < 0
     assert 1.1 * -smallest <= suggested.damp <= 1.5 * -smallest
     assert suggested.damp == float(suggested) == suggested.least
@@ -391,8 +391,8 @@ def test_a_loss_that_is_not_a_number_is_not_random() -> None:
 def test_the_probe_leaves_random_states_alone() -> None:
     it = of_module(CGInfluenceModule, model=AlwaysDropout())
     state = torch.get_rng_state()
-    with it._evaluation.session(), pytest.warns(NondeterminismWarning):
-        it._check_mean("train_loss", it._train)
+    with it._problem.evaluation.session(), pytest.warns(NondeterminismWarning):
+        it._problem.check_loss("train_loss")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -400,7 +400,7 @@ def test_it_is_looked_at_again_when_the_model_has_changed() -> None:
     model = DrawsInVain()
     it = of_module(CGInfluenceModule, model=model)
     it.hvp(it.flat_parameters())
-    it._evaluation.model.forward = AlwaysDropout.forward.__get__(model)  # type: ignore[method-assign]
+    it._problem.evaluation.model.forward = AlwaysDropout.forward.__get__(model)  # type: ignore[method-assign]
     with pytest.warns(NondeterminismWarning):
         it.hvp(it.flat_parameters())
 
@@ -410,6 +410,6 @@ def test_it_is_looked_at_again_when_the_model_has_changed() -> None:
 def test_dropout_on_the_device_is_told_and_its_state_left_alone() -> None:
     it = of_module(CGInfluenceModule, model=AlwaysDropout(), device="cuda")
     state = torch.cuda.get_rng_state()
-    with it._evaluation.session(), pytest.warns(NondeterminismWarning, match="random numbers are drawn"):
-        it._check_mean("train_loss", it._train)
+    with it._problem.evaluation.session(), pytest.warns(NondeterminismWarning, match="random numbers are drawn"):
+        it._problem.check_loss("train_loss")
     assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -30,7 +30,18 @@ MODULES = [BaseInfluenceModule, AutogradInfluenceModule, CGInfluenceModule, torc
 MODULES += [LiSSAInfluenceModule]
 
 # What the modules of this package share with its solvers: exported, but not what users call.
-PLUMBING = {"AutoScale", "Kept", "check_on_failure", "fail", "is_recipe", "norms", "rounding"}
+PLUMBING = {
+    "AutoScale",
+    "Memo",
+    "named",
+    "own_or_ours",
+    "refuse_if_too_large",
+    "check_on_failure",
+    "fail",
+    "is_recipe",
+    "norms",
+    "rounding",
+}
 OBJECTIVE = {name for name in vars(BaseObjective) if not name.startswith("_")}
 # Of these the user writes the body, or they do next to nothing.
 WITHOUT_COST = {"backend_info", "clear_cache", "flat_parameters", "inverse_hvp", "solve", "inverse"} | OBJECTIVE

@@ -349,7 +349,7 @@ def test_looks_take_a_few_passes_over_as_many_examples_whatever_the_data() -> No
         x, y = torch.randn(n, INPUTS, dtype=torch.float64), torch.randint(CLASSES, (n,))
         data = DataLoader(TensorDataset(x, y), 50)
         it = InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0)
-        plain = Hessian(it._evaluation, it._train, it.device)
+        plain = Hessian(it._problem.evaluation, it._problem.train, it.device)
         assert not doubts_of(plain, plain, 1e9)
         handle.remove()
         spent[n] = counts

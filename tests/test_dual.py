@@ -12,8 +12,9 @@ from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_influence.curvature import GaussNewton, LinearHead, dual, dual_cost
+from torch_influence.curvature import GaussNewton, LinearHead
 from torch_influence.linop import Dense, Dual
+from torch_influence.plan import NotPossible
 from torch_influence.solvers import ConvergenceWarning, DualFactor
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
@@ -59,9 +60,8 @@ SINGULAR = {"softmax", "class weights", "the weight alone", "frozen trunk", "two
 
 
 def found(case: Case, dtype: torch.dtype = torch.float64, gnh: bool = True, **options: Any) -> Dual:
-    it = dual(case.module(dtype, gnh)._curvature(), **({"damp": DAMP, "room": ROOM} | options))
-    assert isinstance(it, Dual), it
-    return it
+    values = {"damp": DAMP, "room": ROOM} | options
+    return case.module(dtype, gnh)._problem.curvature().dual(values["damp"], values["room"])
 
 
 def assert_solved(matrix: Tensor, x: Tensor, rows: Tensor, rtol: float, operations: float) -> None:
@@ -104,8 +104,7 @@ def test_solves_equal_dense_ones(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_as_many_rows_as_the_outputs_have_curvature(name: str) -> None:
     case = CASES[name]
-    it, cost = found(case), dual_cost(case.module(gnh=True)._curvature(), DAMP)
-    assert not isinstance(cost, str)
+    it, cost = found(case), case.module(gnh=True)._problem.curvature().dual_cost(DAMP)
     assert it.rank <= cost.rank
     if name in SINGULAR:
         assert it.rank == N * 2
@@ -211,22 +210,21 @@ def test_refusals_say_why(name: str) -> None:
     case, options, reason = REFUSED[name]
     curvature = case.module(
         gnh=options.get("gnh", True), **{key: options[key] for key in ("cache",) if key in options}
-    )._curvature()
-    why = dual(curvature, damp=options.get("damp", DAMP), room=options.get("room", ROOM))
-    assert isinstance(why, str)
-    assert reason in why
-    assert "\n" not in why
+    )._problem.curvature()
+    with pytest.raises(NotPossible) as refused:
+        curvature.dual(options.get("damp", DAMP), options.get("room", ROOM))
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["softmax", "logistic", "two layers"])
 def test_room_is_asked_for_before_anything_is_computed(name: str) -> None:
-    curvature = CASES[name].module(gnh=True)._curvature()
+    curvature = CASES[name].module(gnh=True)._problem.curvature()
     assert isinstance(curvature, LinearHead if name != "two layers" else GaussNewton)
-    cost = dual_cost(curvature, DAMP)
-    assert not isinstance(cost, str)
-    it = dual(curvature, damp=DAMP, room=cost.nbytes)
-    assert isinstance(it, Dual)
-    assert isinstance(dual(curvature, damp=DAMP, room=cost.nbytes - 1), str)
+    cost = curvature.dual_cost(DAMP)
+    it = curvature.dual(DAMP, cost.nbytes)
+    with pytest.raises(NotPossible):
+        curvature.dual(DAMP, cost.nbytes - 1)
     held = [it.kernel, DualFactor(it.damped(DAMP))._lower, *(t for t in vars(it).values() if isinstance(t, Tensor))]
     assert sum(t.nbytes for t in held) <= cost.nbytes
     assert cost.operations >= it.rank**3 / 3

@@ -23,8 +23,8 @@ from torch_influence import (
     LiSSAInfluenceModule,
     NondeterminismWarning,
 )
+from torch_influence.agreement import agree
 from torch_influence.linop import Dense
-from torch_influence.plan import agree
 from torch_influence.solvers import (
     ConvergenceWarning,
     DivergenceWarning,

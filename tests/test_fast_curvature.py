@@ -55,7 +55,7 @@ def test_heads_are_taken_and_right(name: str, gnh: bool, dtype: torch.dtype) -> 
     rows = torch.randn(4, len(matrix)).to(dtype)
     for some in (rows, rows[1:2]):
         assert_products(module.hvp(some), some, matrix, case.inherent)
-    head = module._operator
+    head = module._problem._curvature[1]
     assert type(head) is LinearHead
     assert head.at_outputs.form == case.form
     assert case.grouped in head.plain.why_not_grouped
@@ -66,7 +66,7 @@ def test_heads_are_taken_and_right(name: str, gnh: bool, dtype: torch.dtype) -> 
 def test_dense_matrix_of_heads(name: str) -> None:
     case = HEADS[name]
     module, matrix = AutogradInfluenceModule(*case.arguments(), 1.0, params=case.params), case.reference()
-    assert type(module._operator) is LinearHead
+    assert type(module._problem._curvature[1]) is LinearHead
     assert_close(module.hess, matrix, operations=SWEEPS * N * len(matrix), inherent=case.inherent)
     assert torch.equal(module.hess, module.hess.mT)
 
@@ -80,7 +80,7 @@ def test_diagonal_of_heads(
 ) -> None:
     monkeypatch.setattr("torch_influence.curvature._linear_head._TILE_BYTES", scratch)  # 1: an example at a time
     case = HEADS[name]
-    operator, matrix = case.module(dtype, gnh)._curvature(), case.reference(gnh)
+    operator, matrix = case.module(dtype, gnh)._problem.curvature(), case.reference(gnh)
     diagonal = operator.diagonal()
     if name == "regulariser that is not diagonal":
         assert diagonal is None
@@ -107,7 +107,7 @@ def test_half_precision_heads(name: str) -> None:
     case = HEADS[name]
     dtype = torch.bfloat16
     module = case.module(dtype)
-    rows = torch.eye(module._space.size)
+    rows = torch.eye(module._problem.space.size)
     model, loader = case.model(dtype).double(), case.loader(dtype)
     batches = (([t.double() if t.is_floating_point() else t for t in batch], b) for batch, b in loader_batches(loader))
     matrix = dense_hessian(model, case.objective, batches)
@@ -143,7 +143,7 @@ def test_what_is_no_head_is_right(name: str, gnh: bool, cache: Any) -> None:
     rows = torch.randn(4, len(matrix), dtype=torch.float64)
     for some in (rows, rows[1:2]):
         assert_products(module.hvp(some), some, matrix)
-    plain = module._operator
+    plain = module._problem._curvature[1]
     assert isinstance(plain, Curvature)
     if cache is not False:
         assert case.form in module._why_no_head
@@ -167,7 +167,7 @@ def test_heads_with_no_room_for_blocks(loss: Loss, gnh: bool, bias: bool) -> Non
     rows = torch.randn(4, len(matrix), dtype=torch.float64)
     for some in (rows, rows[1:2]):
         assert_products(module.hvp(some), some, matrix)
-    head = module._operator
+    head = module._problem._curvature[1]
     assert type(head) is LinearHead, module._why_no_head
     assert head.at_outputs.form == GRAPHS
     assert head.diagonal() is None
@@ -182,7 +182,7 @@ def test_what_a_head_keeps_fits_the_budget(loss: Loss) -> None:
     module = case.module()
     forms = []
     for budget in range(500, N * 8 * (5 + WIDE**2) + 500, 250):
-        head = linear_head(Hessian(module._evaluation, module._train, module.device, budget))
+        head = linear_head(Hessian(module._problem.evaluation, module._problem.train, module.device, budget))
         forms.append(head.at_outputs.form if isinstance(head, LinearHead) else "")
         if isinstance(head, LinearHead):
             assert head.kept_bytes <= budget
@@ -197,8 +197,8 @@ def test_a_head_with_no_room_for_blocks_is_compared_too() -> None:
     module, matrix = case.module(), case.reference()
     rows = torch.randn(4, len(matrix), dtype=torch.float64)
     for budget in range(400, 3000, 200):  # too little for the inputs, for blocks, enough for all
-        plain = Hessian(module._evaluation, module._train, module.device, budget)
+        plain = Hessian(module._problem.evaluation, module._problem.train, module.device, budget)
         head = linear_head(plain)
         assert isinstance(head, str), f"budget {budget}"
-        with module._evaluation.session():
+        with module._problem.evaluation.session():
             assert_products(plain.product(rows), rows, matrix)

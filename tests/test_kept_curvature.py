@@ -118,7 +118,7 @@ def test_the_second_product_reads_and_evaluates_nothing(layers: int, loss: Any, 
     it, matrix = module(layers, objective, train, gnh), reference(layers, Supervised(loss, 0.05), gnh)
     rows = torch.randn(k, len(matrix), dtype=torch.float64)
     first = it.hvp(rows)
-    assert type(it._operator) is (LinearHead if layers == 1 else GaussNewton if gnh else Hessian)
+    assert type(it._problem._curvature[1]) is (LinearHead if layers == 1 else GaussNewton if gnh else Hessian)
     train.dataset.reads = objective.calls[0] = 0
     assert torch.equal(it.hvp(rows), first)
     assert objective.calls == [0]
@@ -134,7 +134,7 @@ def test_a_budget_keeps_the_first_batches(gnh: bool, k: int) -> None:
     rows = torch.randn(k, len(matrix), dtype=torch.float64)
 
     def with_budget(budget: float) -> Curvature:
-        operator = (GaussNewton if gnh else Hessian)(it._evaluation, it._train, it.device, budget)
+        operator = (GaussNewton if gnh else Hessian)(it._problem.evaluation, it._problem.train, it.device, budget)
         for _ in range(2):
             assert_products(operator.product(rows), rows, matrix)
         before = objective.calls[0]
@@ -168,9 +168,9 @@ def test_what_the_budget_leaves_out_is_read_from_the_batches_that_are_kept() -> 
     rows = torch.randn(3, len(matrix), dtype=torch.float64)
     for _ in range(2):  # data, then graphs
         it.hvp(rows)
-    assert it._train.kept_bytes > 0
-    assert it._train.stacked() is None
-    some = Hessian(it._evaluation, it._train, it.device, it._operator.kept_bytes // 2)
+    assert it._problem.train.kept_bytes > 0
+    assert it._problem.train.stacked() is None
+    some = Hessian(it._problem.evaluation, it._problem.train, it.device, it._problem._curvature[1].kept_bytes // 2)
     assert_products(some.product(rows), rows, matrix)
     assert 0 < some.kept_examples < N
     train.dataset.reads = 0
@@ -199,11 +199,11 @@ def test_an_interrupted_product_leaves_nothing_wrong(layers: int, loss: Any) -> 
             it.hvp(rows)
         assert_products(it.hvp(rows), rows, matrix)
         assert_products(it.hvp(rows), rows, matrix)
-        assert type(it._operator) is type(whole._operator)
-        assert it._operator.kept_bytes == whole._operator.kept_bytes
+        assert type(it._problem._curvature[1]) is type(whole._problem._curvature[1])
+        assert it._problem._curvature[1].kept_bytes == whole._problem._curvature[1].kept_bytes
         if layers == 2:
-            assert it._operator.batch_size == whole._operator.batch_size
-            assert it._operator.kept_examples == N
+            assert it._problem._curvature[1].batch_size == whole._problem._curvature[1].batch_size
+            assert it._problem._curvature[1].kept_examples == N
 
 
 @both
@@ -221,7 +221,7 @@ def test_seeded_lissa_does_not_depend_on_the_cache(layers: int, loss: Any, gnh: 
             on_failure="ignore",  # so few steps
         )
         torch.manual_seed(4)
-        v = torch.linspace(-1, 1, it._space.size, dtype=torch.float64)
+        v = torch.linspace(-1, 1, it._problem.space.size, dtype=torch.float64)
         results.append(torch.stack([it.hvp(v), it.hvp(v), it.inverse_hvp(v), it.stest([0, 3])]))
         states.append((torch.get_rng_state(), generator.get_state() if generator else torch.zeros(1)))
     for result, state in zip(results[1:], states[1:], strict=True):
@@ -286,7 +286,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 def results(it: Any) -> Tensor:
     torch.manual_seed(7)
-    v = torch.linspace(-1, 1, it._space.size, dtype=torch.float64)
+    v = torch.linspace(-1, 1, it._problem.space.size, dtype=torch.float64)
     return torch.cat([it.hvp(v), it.hvp(torch.stack([v, 2 * v]))[1], it.stest([0, 3]), it.influences(range(N), [2])])
 
 
@@ -302,7 +302,7 @@ def test_nothing_is_stale(layers: int, change: str, solver: Any, loss: Any) -> N
     it = solver(network(layers), Supervised(loss, 0.05), train, tensors(7), "cpu", damp=1.0, **options)
     before = results(it)
     assert torch.equal(results(it), before)
-    assert it._operator.kept_bytes > 0
+    assert it._problem._curvature[1].kept_bytes > 0
     CHANGES[change](it)
     after = results(it)
     fresh = solver(it.model, it.objective, train, it.test_loader, "cpu", damp=it.damp, gnh=it.gnh, **options)
@@ -337,8 +337,8 @@ def test_what_is_kept_does_not_grow_beyond_the_budget(layers: int, loss: Any, gn
     kept = []
     for n in (20, 100, 300, 600):  # data take 40 bytes each, and the graphs more
         it = module(layers, Supervised(loss, 0.05), tensors(n), gnh, cache=cache)
-        it.hvp(torch.ones(it._space.size, dtype=torch.float64))
-        kept.append(it._operator.kept_bytes + it._train.kept_bytes)
+        it.hvp(torch.ones(it._problem.space.size, dtype=torch.float64))
+        kept.append(it._problem._curvature[1].kept_bytes + it._problem.train.kept_bytes)
     assert max(kept) <= 2 * cache
     assert kept[0] > 20 * 40  # data, and more
     assert kept[-1] == 0  # not even the data fit

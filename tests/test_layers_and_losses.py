@@ -509,7 +509,7 @@ def test_mean_gradients_are_size_weighted_over_the_batches_of_the_loader(name: s
     train, queries = (case.loader(n, torch.float64) for n in (N, MANY))
     some, few = [6, 0, 5, 2], [8, 1, 3, 2]
     gradients = gradient_references(name)
-    operations = SWEEPS * N * module._space.size
+    operations = SWEEPS * N * module._problem.space.size
 
     expected = mean_gradient(model, case.objective.train_loss, train, some)
     size = float(gradients[0].norm(dim=1).max())
@@ -529,10 +529,12 @@ def test_mean_gradients_are_size_weighted_over_the_batches_of_the_loader(name: s
 def test_how_examples_are_taken(name: str, directions: int) -> None:
     case = CASES[name]
     module = case.module(IdentityModule, torch.float64)
-    examples = ExampleGradients(module._evaluation.train_loss, module._evaluation, module._train, "scores")
-    with module._evaluation.session():
+    examples = ExampleGradients(
+        module._problem.evaluation.train_loss, module._problem.evaluation, module._problem.train, "scores"
+    )
+    with module._problem.evaluation.session():
         if directions:
-            list(examples.dots(range(N), torch.randn(directions, module._space.size, dtype=torch.float64)))
+            list(examples.dots(range(N), torch.randn(directions, module._problem.space.size, dtype=torch.float64)))
         else:
             list(examples.rows(range(N)))
     assert bool(examples.why_plain) == bool(case.why_plain)
@@ -622,4 +624,6 @@ def test_a_loss_that_differs_under_vmap_is_found_out_and_taken_one_example_at_a_
     case, plain = (loss(function, classes) for function in (larger_under_vmap, F.cross_entropy))
     module, reference = (c.module(IdentityModule, torch.float64) for c in (case, plain))
     expected = reference.influence_matrix(None, range(queries))
-    assert_close(module.influence_matrix(None, range(queries)), expected, operations=SWEEPS * N * module._space.size)
+    assert_close(
+        module.influence_matrix(None, range(queries)), expected, operations=SWEEPS * N * module._problem.space.size
+    )

@@ -44,7 +44,7 @@ def test_auto_is_the_default_and_equals_the_number_that_it_finds() -> None:
     found = it.inverse_hvp(v)
     report = it.last_report
     assert report is not None
-    scale = it._auto_scale.scale(1.0)
+    scale = it._lissa._auto_scale._made.scale(1.0)
     assert scale is not None
     assert report.method == f"LiSSA, scale {scale:.3g} (auto)"
     assert f"scale {scale:.3g} (auto)" in it.explain()["solver"].path
@@ -53,7 +53,7 @@ def test_auto_is_the_default_and_equals_the_number_that_it_finds() -> None:
     assert torch.equal(given.inverse_hvp(v), found)
     assert f"scale {scale}" in given.explain()["solver"].path
     assert given.last_report is not None
-    assert report.products == given.last_report.products + it._auto_scale.products
+    assert report.products == given.last_report.products + it._lissa._auto_scale._made.products
 
 
 def test_the_scale_bounds_the_minibatches_it_was_found_from() -> None:
@@ -63,7 +63,7 @@ def test_the_scale_bounds_the_minibatches_it_was_found_from() -> None:
     largest = max(
         float(torch.linalg.eigvalsh(dense_hessian(it.model, it.objective, [batch]))[-1]) + 0.25 for batch in batches
     )
-    scale = it._auto_scale.scale(0.25)
+    scale = it._lissa._auto_scale._made.scale(0.25)
     assert scale is not None
     assert largest / 1.1 <= scale <= 1.1 * largest  # to within a tenth, as asked of Lanczos
 
@@ -87,7 +87,7 @@ def test_the_scale_is_kept_until_the_curvature_changes(change: str) -> None:
     it = lissa_module(on_failure="ignore")
     v = torch.ones(D, dtype=torch.float64)
     it.inverse_hvp(v)
-    kept, found = it._auto_scale, it._auto_scale.scale(1.0)
+    kept, found = it._lissa._auto_scale._made, it._lissa._auto_scale._made.scale(1.0)
     spent = kept.products
     assert it.last_report is not None
     assert it.last_report.products == 3 * 60 + spent
@@ -95,17 +95,17 @@ def test_the_scale_is_kept_until_the_curvature_changes(change: str) -> None:
     assert it.last_report.products == 3 * 60
     it.damp = 2.5  # is added to the eigenvalues
     it.inverse_hvp(v)
-    assert it._auto_scale is kept
+    assert it._lissa._auto_scale._made is kept
     assert kept.products == spent
     assert found is not None
-    assert abs(it._auto_scale.scale(2.5) - (found + 1.5)) <= 1e-12  # type: ignore[operator]  # two additions of a few
+    assert abs(it._lissa._auto_scale._made.scale(2.5) - (found + 1.5)) <= 1e-12  # type: ignore[operator]  # two additions of a few
     CHANGES[change](it)
     it.inverse_hvp(v)
-    assert it._auto_scale is not kept
+    assert it._lissa._auto_scale._made is not kept
     fresh = lissa_module(model=it.model, train_loader=it.train_loader, gnh=it.gnh, damp=2.5, on_failure="ignore")
     fresh.inverse_hvp(v)
-    assert it._auto_scale.scale(2.5) == fresh._auto_scale.scale(2.5)
-    assert (it._auto_scale.scale(2.5) == found + 1.5) == (change == "clear_cache()")
+    assert it._lissa._auto_scale._made.scale(2.5) == fresh._lissa._auto_scale._made.scale(2.5)
+    assert (it._lissa._auto_scale._made.scale(2.5) == found + 1.5) == (change == "clear_cache()")
 
 
 def test_auto_on_heavy_tailed_data_where_the_largest_eigenvalue_of_all_diverges() -> None:
@@ -125,7 +125,7 @@ def test_auto_on_heavy_tailed_data_where_the_largest_eigenvalue_of_all_diverges(
     assert it.last_report.converged.all()
     expected = exact.influence_matrix(range(50), queries)
     # (1 - damp/scale)^depth of the slowest mode is left at most.
-    scale = it._auto_scale.scale(damp)
+    scale = it._lissa._auto_scale._made.scale(damp)
     assert scale is not None
     assert scale > 5 * largest
     bias = (1 - damp / scale) ** 3000 * float(exact.stests(queries).norm(dim=1).max())
@@ -240,7 +240,7 @@ def test_standard_errors_of_a_set_of_queries() -> None:
 
 def test_queries_in_tiles_and_repeats_that_rtol_spares(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = 8 * D * 8  # bytes of a right-hand side's solve
-    monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 4 * 3 * vectors)  # three at once
+    monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 4 * 3 * vectors)  # three at once
     results = []
     for standard_error in (False, True):
         it = lissa_module(repeat=30, rtol=0.2, on_failure="ignore")

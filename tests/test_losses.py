@@ -72,7 +72,10 @@ def test_one_example_of_a_rare_class_is_noticed_wherever_it_stands(kind: str, la
     x, y = data()
     y[place] = 2
     loader = DataLoader(TensorDataset(x, y), BATCH)
-    assert place not in in_one_batch(InfluenceModule(net(1), Trained(weighted), loader, None, "cpu", 1.0)._train)[0]
+    assert (
+        place
+        not in in_one_batch(InfluenceModule(net(1), Trained(weighted), loader, None, "cpu", 1.0)._problem.train)[0]
+    )
     found = said(lambda: built(kind, net(layers), Trained(weighted), loader).influences([0, 1], [0]))
     assert len(found) == 1
     assert found[0].startswith(f"train_loss: {NO_MEAN}")
@@ -113,7 +116,9 @@ def test_labels_that_are_ignored_are_noticed_though_alone_they_make_nan() -> Non
 def test_a_nan_among_the_first_eight_does_not_end_the_look() -> None:
     x, y = data()
     some = in_one_batch(
-        InfluenceModule(net(1), Trained(weighted), DataLoader(TensorDataset(x, y), BATCH), None, "cpu", 1.0)._train
+        InfluenceModule(
+            net(1), Trained(weighted), DataLoader(TensorDataset(x, y), BATCH), None, "cpu", 1.0
+        )._problem.train
     )[0]
     x[some[0]] = torch.nan
     y[some[3]] = 2
@@ -216,7 +221,7 @@ def test_random_data_are_compared_as_they_were_read() -> None:
         module = built("gauss-newton", net(2), Trained(weighted), DataLoader(Noisy(), BATCH), None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            row = torch.ones(1, module._space.size, dtype=torch.float64)
+            row = torch.ones(1, module._problem.space.size, dtype=torch.float64)
         assert len(said(lambda m=module, r=row: m.hvp(r))) == rare
 
 
@@ -228,12 +233,12 @@ def test_larger_batches_are_given_up_where_one_of_the_loaders_is_no_mean(layers:
     y[4 * BATCH + 3 : 4 * BATCH + 6] = 2  # in a batch that is none of the 32 which are compared
     loader, model, objective = DataLoader(TensorDataset(x, y), BATCH), net(layers), Trained(weighted, 0.1)
     module = CGInfluenceModule(model, objective, loader, loader, "cpu", 1.0)
-    assert not set(range(4 * BATCH, 5 * BATCH)) & set(in_one_batch(module._train)[0])
-    rows = torch.randn(3, module._space.size, dtype=torch.float64)
+    assert not set(range(4 * BATCH, 5 * BATCH)) & set(in_one_batch(module._problem.train)[0])
+    rows = torch.randn(3, module._problem.space.size, dtype=torch.float64)
     with pytest.warns(UserWarning, match=NO_MEAN):
         products = module.hvp(rows)
     expected = rows @ dense_hessian(model, objective, loader_batches(loader))
-    assert_close(products, expected, operations=n * module._space.size)
+    assert_close(products, expected, operations=n * module._problem.space.size)
 
 
 def test_verify_looks_at_the_batch_that_departs_most() -> None:
@@ -261,7 +266,7 @@ def test_the_least_precise_dtype_on_the_way_is_seen(inside: torch.dtype) -> None
     loader = DataLoader(TensorDataset(x.detach(), y), BATCH)
     module = InfluenceModule(net(2), Supervised(loss, 0.1), loader, loader, "cpu", 1.0, solver="direct")
     assert not said(module.influence_matrix)
-    assert module._space.pass_dtype is inside
+    assert module._problem.space.pass_dtype is inside
     assert module.verify(print=False)["mean"].passed
 
 
@@ -275,7 +280,7 @@ def test_a_look_is_one_forward_pass_and_no_pass_is_looked_at_twice() -> None:
     evaluation = Evaluation(model, objective, ParameterSpace(model))
     with FlopCounterMode(display=False) as forward:
         model(x)
-    means = Means("data_loss", evaluation, module._train)
+    means = Means("data_loss", evaluation, module._problem.train)
     for again in (False, True):
         with FlopCounterMode(display=False) as looks:
             for start in range(0, N, BATCH):

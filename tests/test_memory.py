@@ -40,7 +40,7 @@ def test_memory_of_lissa_does_not_grow_with_depth(layers: int, cache: bool) -> N
     objective = Supervised(F.cross_entropy, 0.05)
     it = LiSSAInfluenceModule(network(layers), objective, tensors(), tensors(7), "cpu", 0.5, 1, 1, 40.0, cache=cache)
     it.on_failure = "ignore"  # so few steps as these
-    rows = torch.randn(64, it._space.size, dtype=torch.float64)
+    rows = torch.randn(64, it._problem.space.size, dtype=torch.float64)
     it.inverse_hvp(rows)  # what is kept is kept now
     peaks = []
     for it.depth in (4, 40):
@@ -76,14 +76,14 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         it = CGInfluenceModule(
             network(layers), Supervised(F.cross_entropy, 0.05), *data, "cpu", 1.0, rtol=0.3, cache=cache
         )
-        vectors = 8 * it._space.size * it.flat_parameters().element_size()  # of a right-hand side
-        monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 4 * TILE * vectors)
+        vectors = 8 * it._problem.space.size * it.flat_parameters().element_size()  # of a right-hand side
+        monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 4 * TILE * vectors)
         matrix: list[torch.Tensor] = []
         most = peak(lambda: matrix.append(it.influence_matrix(train_idxs)))
         solved = [len(report.converged) for report in it._reports]
         assert solved == ([TILE] * (queries // TILE) if train_idxs is None else [len(train_idxs)])
         assert matrix[0].shape == (n if train_idxs is None else len(train_idxs), queries)
-        return most - matrix[0].nbytes - it._train.kept_bytes - it._test.kept_bytes
+        return most - matrix[0].nbytes - it._problem.train.kept_bytes - it._problem.test.kept_bytes
 
     for name in ("_EXAMPLES_AT_ONCE", "_MANY_EXAMPLES"):
         monkeypatch.setattr(f"torch_influence.examples.{name}", TILE)

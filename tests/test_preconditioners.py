@@ -454,7 +454,7 @@ def test_products_saved_on_a_network_of_badly_scaled_features() -> None:
 def test_stests_are_the_same_with_and_without(M: Any, gnh: bool) -> None:
     plain = module(gnh=gnh)
     other = module(gnh=gnh, M=M)
-    inverse = torch.linalg.cond(plain._curvature().dense() + torch.eye(43, dtype=torch.float64))
+    inverse = torch.linalg.cond(plain._problem.curvature().dense() + torch.eye(43, dtype=torch.float64))
     assert_close(other.stests(), plain.stests(), operations=1, inherent=2e-12 * float(inverse))
     assert f"preconditioned by {M}" in other.explain()["solver"].path
     assert "preconditioned by M" in module(M=lambda r: r).explain()["solver"].path

@@ -28,7 +28,7 @@ from torch.utils.data import (
 from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.batches import Batches
 from torch_influence.leaves import same
-from torch_influence.resident import free_memory
+from torch_influence.memory import free_memory
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")
@@ -340,7 +340,7 @@ def test_data_are_kept_for_use_outside_of_inference_mode() -> None:
         for _ in it.batches():
             pass
     assert torch.equal(it.hvp(it.flat_parameters()), expected)
-    assert it._train.kept_bytes > 0
+    assert it._problem.train.kept_bytes > 0
 
 
 # -- how often data are read ------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_data_that_grow_beyond_the_budget_are_let_go() -> None:
 
 def test_automatic_budget_is_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, kept in ((4 * NBYTES, True), (4 * NBYTES - 1, False)):
-        monkeypatch.setattr("torch_influence.resident.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("torch_influence.memory.free_memory", lambda device, free=free: free)
         source = batches(plain(), "auto")
         for _ in source.read():
             pass
@@ -661,7 +661,7 @@ def test_batches_that_are_edited_in_place_are_not_served_again() -> None:
     expected = module(objective=Plain(), damp=1.0).hvp(v)
     for _ in range(3):
         assert_close(editing.hvp(v), expected, operations=4 * 23 * D)
-    assert editing._train.kept_bytes > 0  # each evaluation gets a copy
+    assert editing._problem.train.kept_bytes > 0  # each evaluation gets a copy
 
     source = batches(plain(collate_fn=centred))  # who reads batches may edit them: those that would be kept as they are
     for _ in range(2):
@@ -828,7 +828,7 @@ def test_data_that_change_are_noticed(make: Callable[[], Any], change: Callable[
         return [it.hvp(v), it.train_loss_grad(range(len(data))), scores, it.influence_matrix(), reads]
 
     first = results(it)
-    assert it._train.kept_bytes > 0
+    assert it._problem.train.kept_bytes > 0
     assert same(results(it), first)  # nothing has changed
     change(data)
     fresh = results(IdentityModule(network(), Classification(), of, of, "cpu", cache=False))
@@ -836,7 +836,7 @@ def test_data_that_change_are_noticed(make: Callable[[], Any], change: Callable[
     for got, expected in zip(results(it), fresh, strict=True):
         assert_close(got, expected, operations=4 * N * D)
     it.batches()
-    assert it._train.kept_bytes > 0  # and kept again
+    assert it._problem.train.kept_bytes > 0  # and kept again
 
 
 @pytest.mark.parametrize("call", ["hvp", "train_loss_grad", "influences", "influence_matrix", "self_influences"])
@@ -847,7 +847,7 @@ def test_every_call_looks(call: str) -> None:
     arguments = {"hvp": (v,), "train_loss_grad": ([NOT_PROBED],), "influences": ([NOT_PROBED], None, v)}.get(call, ())
     first = getattr(it, call)(*arguments)
     list(it.batches())
-    assert it._train.kept_bytes > 0
+    assert it._problem.train.kept_bytes > 0
     relabel(of.dataset)
     second = getattr(it, call)(*arguments)
     assert not torch.equal(first, second)
@@ -892,7 +892,7 @@ def test_many_examples_at_once_are_still_compared_with_one_at_a_time() -> None:
 
     stest = torch.ones(D, dtype=torch.float64)
     odd = module(objective=Differs(), cache=True)
-    assert odd._train.stacked() is not None
+    assert odd._problem.train.stacked() is not None
     assert_close(
         odd.influences(range(23), None, stest), module().influences(range(23), None, stest), operations=100 * D
     )
@@ -907,7 +907,7 @@ def test_progress_bars_count_what_they_announce(monkeypatch: pytest.MonkeyPatch)
         return iter(items)
 
     it = IdentityModule(network(), Classification(), loader(n=600), loader(), "cpu")
-    monkeypatch.setattr(it._train, "bar", bar)
+    monkeypatch.setattr(it._problem.train, "bar", bar)
     for _ in range(2):
         it.influences(range(600), None, torch.ones(D, dtype=torch.float64))
     assert [describe for describe, _, _ in bars] == ["scores"] * 2

@@ -447,9 +447,9 @@ def test_what_a_forward_leaves_behind_is_as_before(kind: str) -> None:
     scores = it.influence_matrix()
     assert portrait(model.kept) == before
     assert list(vars(model)) == names
-    settings = it._evaluation.settings()
+    settings = it._problem.evaluation.settings()
     torch.testing.assert_close(it.influence_matrix(), scores)
-    assert it._evaluation.settings() == settings  # what is kept of the curvature is not thrown away
+    assert it._problem.evaluation.settings() == settings  # what is kept of the curvature is not thrown away
     torch.testing.assert_close(scores, module().influence_matrix())
     del it
     gc.collect()
@@ -698,7 +698,7 @@ def test_a_buffer_of_any_kind(kind: str) -> None:
     scores = it.influence_matrix()
     assert model.strange is before
     torch.testing.assert_close(scores, module().influence_matrix())
-    assert it._evaluation.fingerprint() == it._evaluation.fingerprint()
+    assert it._problem.evaluation.fingerprint() == it._problem.evaluation.fingerprint()
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")

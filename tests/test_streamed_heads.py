@@ -91,20 +91,20 @@ def test_a_head_is_captured_in_one_pass(loss: Any, gnh: bool, collate: Any) -> N
     it = module(Images(), loss, gnh, collate)
     matrix = reference(it, gnh)
     rows = torch.randn(3, len(matrix), dtype=torch.float64)
-    looked_at = {N // 2, *in_one_batch(it._train)[0]}
+    looked_at = {N // 2, *in_one_batch(it._problem.train)[0]}
     log = it.train_loader.dataset.log
     log.clear()
     assert_products(it.hvp(rows), rows, matrix)
-    head = it._operator
+    head = it._problem._curvature[1]
     assert type(head) is LinearHead, it._why_no_head
-    assert it._train.kept_bytes == 0
+    assert it._problem.train.kept_bytes == 0
     assert head.x.untyped_storage().nbytes() == N * FEATURES * 8
     assert head.kept_bytes <= BUDGET
     # The first batch, the last and the probed examples are looked at more than once.
     assert all(log.count(i) == 1 for i in range(BATCH, N - N % BATCH) if i not in looked_at)
     log.clear()
     assert_products(it.hvp(rows), rows, matrix)
-    assert it._operator is head
+    assert it._problem._curvature[1] is head
     assert len(log) == PROBED
     assert "closed form" in it.explain()["curvature"].path
     assert "the budget is" in str(it.explain())
@@ -121,7 +121,7 @@ def test_the_same_scores_and_draws_as_without() -> None:
         # Solved to 1e-12 at damping 1 and eigenvalues below 10.
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
     direct = AutogradInfluenceModule(it.model, it.objective, it.train_loader, None, "cpu", 1.0, cache=BUDGET)
-    assert type(direct._operator) is LinearHead
+    assert type(direct._problem._curvature[1]) is LinearHead
     assert_close(direct.hess, reference(it), operations=SWEEPS * N * WIDTH)
 
 
@@ -129,10 +129,10 @@ def test_the_same_scores_and_draws_as_without() -> None:
 def test_what_does_not_fit_is_plain(cache: Any) -> None:
     """Nothing, not the inputs, and not the blocks: graphs would hold on to the batches."""
     it = module(Images(), quartic, cache=cache)
-    rows = torch.randn(3, it._space.size, dtype=torch.float64)
+    rows = torch.randn(3, it._problem.space.size, dtype=torch.float64)
     assert_products(it.hvp(rows), rows, reference(it))
-    assert isinstance(it._operator, Curvature)
-    assert it._operator.kept_bytes == it._train.kept_bytes == 0
+    assert isinstance(it._problem._curvature[1], Curvature)
+    assert it._problem._curvature[1].kept_bytes == it._problem.train.kept_bytes == 0
 
 
 def test_lissa_reads_its_sample_and_no_more() -> None:
@@ -141,8 +141,8 @@ def test_lissa_reads_its_sample_and_no_more() -> None:
     lissa = LiSSAInfluenceModule(it.model, it.objective, of, None, "cpu", 0.5, 1, 1, 40.0, cache=BUDGET)
     lissa.on_failure = "ignore"  # a single step
     of.dataset.log.clear()
-    lissa.inverse_hvp(torch.ones(it._space.size, dtype=torch.float64))
-    assert isinstance(lissa._operator, Curvature)
+    lissa.inverse_hvp(torch.ones(it._problem.space.size, dtype=torch.float64))
+    assert isinstance(lissa._problem._curvature[1], Curvature)
     assert not all(i in of.dataset.log for i in range(N))
 
 
@@ -160,9 +160,9 @@ def flipping(data: Images, index: int, x: Tensor) -> Tensor:
 
 def test_random_data_are_not_captured() -> None:
     it = module(Images(drawing))
-    rows = torch.randn(3, it._space.size, dtype=torch.float64)
+    rows = torch.randn(3, it._problem.space.size, dtype=torch.float64)
     assert_products(it.hvp(rows), rows, reference(it))
-    assert isinstance(it._operator, Curvature)
+    assert isinstance(it._problem._curvature[1], Curvature)
     it = module(Images(flipping))
     with pytest.warns(UserWarning, match="other data each time"):
         first = it.hvp(rows)
@@ -178,7 +178,7 @@ def test_a_random_example_that_is_not_probed_differs_from_the_plain_products() -
         return x * next(drawn) if index == 1 else x
 
     it = module(Images(hidden))
-    it.hvp(torch.ones(it._space.size, dtype=torch.float64))
+    it.hvp(torch.ones(it._problem.space.size, dtype=torch.float64))
     assert "differ" in it._why_no_head
 
 
@@ -211,15 +211,15 @@ def unnoticed(it: Any) -> None:
 @pytest.mark.parametrize("change", [relabel, replace, twist, shorten, unnoticed])
 def test_data_that_change_are_captured_again(change: Callable[[Any], None]) -> None:
     it = module(Images())
-    rows = torch.randn(3, it._space.size, dtype=torch.float64)
+    rows = torch.randn(3, it._problem.space.size, dtype=torch.float64)
     before = it.hvp(rows)
-    assert type(it._operator) is LinearHead
+    assert type(it._problem._curvature[1]) is LinearHead
     change(it)
     matrix = reference(it)
     assert float((before - rows @ matrix).abs().max()) > 1e-4 * float(before.abs().max())
     for _ in range(2):
         assert_products(it.hvp(rows), rows, matrix)
-    assert type(it._operator) is LinearHead
+    assert type(it._problem._curvature[1]) is LinearHead
 
 
 def test_data_that_change_while_they_are_captured_are_not_taken() -> None:
@@ -231,10 +231,10 @@ def test_data_that_change_while_they_are_captured_are_not_taken() -> None:
 
     it = module(Images(aging))
     it.train_loader.dataset.old = True
-    rows = torch.randn(3, it._space.size, dtype=torch.float64)
+    rows = torch.randn(3, it._problem.space.size, dtype=torch.float64)
     it.hvp(rows)
     assert "changed while" in it._why_no_head
-    assert isinstance(it._operator, Curvature)
+    assert isinstance(it._problem._curvature[1], Curvature)
     it.train_loader.dataset.old = False
     assert_products(it.hvp(rows), rows, reference(it))
-    assert type(it._operator) is LinearHead
+    assert type(it._problem._curvature[1]) is LinearHead

@@ -113,9 +113,9 @@ def test_an_example_that_is_not_finite_does_not_hold_up_the_others(k: int) -> No
     objective = Supervised(F.cross_entropy, 0.1)
     module = IdentityModule(net, objective, data, data, "cpu")
     data.dataset.tensors[0][100] = torch.nan
-    examples = module._examples()
-    vectors, rest = torch.randn(k, module._space.size, dtype=torch.float64), torch.arange(FIRST + LATER) != 100
-    with module._evaluation.session():
+    examples = module._problem.train_gradients()
+    vectors, rest = torch.randn(k, module._problem.space.size, dtype=torch.float64), torch.arange(FIRST + LATER) != 100
+    with module._problem.evaluation.session():
         dots = torch.cat([dots for _, dots in examples.dots(range(FIRST + LATER), vectors)])
     assert not examples.why_not
     assert dots[100].isnan().all()
@@ -125,9 +125,11 @@ def test_an_example_that_is_not_finite_does_not_hold_up_the_others(k: int) -> No
 def test_the_way_is_given_up_where_it_differs_and_no_sooner() -> None:
     data = sorted_by_kind()
     module = IdentityModule(Functional().double(), Supervised(F.cross_entropy), data, data, "cpu")
-    examples = ExampleGradients(module._evaluation.train_loss, module._evaluation, module._train, "scores")
-    vectors = torch.randn(2, module._space.size, dtype=torch.float64)
-    with module._evaluation.session():
+    examples = ExampleGradients(
+        module._problem.evaluation.train_loss, module._problem.evaluation, module._problem.train, "scores"
+    )
+    vectors = torch.randn(2, module._problem.space.size, dtype=torch.float64)
+    with module._problem.evaluation.session():
         list(examples.dots(range(256), vectors))
         assert not examples.why_not
         list(examples.dots(range(FIRST + LATER), vectors))
@@ -138,15 +140,15 @@ def test_the_way_is_given_up_where_it_differs_and_no_sooner() -> None:
 def test_a_tie_costs_a_forward_and_a_backward_pass() -> None:
     data, net = sorted_by_kind(), nn.Sequential(nn.Linear(INPUTS, 5), nn.Linear(5, CLASSES)).double()
     module = IdentityModule(net, Supervised(F.cross_entropy), data, data, "cpu")
-    evaluation, examples = module._evaluation, module._examples()
+    evaluation, examples = module._problem.evaluation, module._problem.train_gradients()
     with evaluation.session():
-        module._train.stacked()
+        module._problem.train.stacked()
         (group,) = examples._groups(range(256), 256)
         with FlopCounterMode(display=False) as plain:
             leaves = evaluation.leaves()
-            torch.autograd.grad(evaluation.train_loss(leaves, module._train.peek(range(256))), leaves)
+            torch.autograd.grad(evaluation.train_loss(leaves, module._problem.train.peek(range(256))), leaves)
         with FlopCounterMode(display=False) as tie:
-            examples._signed(group, torch.zeros(module._space.size, dtype=torch.float64))
+            examples._signed(group, torch.zeros(module._problem.space.size, dtype=torch.float64))
     assert tie.get_total_flops() == plain.get_total_flops() > 0
 
 
@@ -190,10 +192,10 @@ def test_products_of_many_rows_in_batches_of_a_later_kind(gnh: bool) -> None:
     net, data, objective = WrongLater().double(), sorted_by_kind(), Supervised(F.cross_entropy, 0.1)
     # Without a cache the batches are the loader's own, and the first of them are of the usual kind.
     module = CGInfluenceModule(net, objective, data, data, "cpu", 1.0, gnh=gnh, cache=False)
-    rows = torch.randn(3, module._space.size, dtype=torch.float64)
+    rows = torch.randn(3, module._problem.space.size, dtype=torch.float64)
     dense = (dense_gauss_newton if gnh else dense_hessian)(net, objective, loader_batches(data))
     assert_right(module.hvp(rows), rows @ dense)
-    assert {True, False} <= set(module._curvature()._pull_back._batched.values())  # either way was taken
+    assert {True, False} <= set(module._problem.curvature()._pull_back._batched.values())  # either way was taken
 
 
 class Joined(Supervised):
@@ -213,6 +215,6 @@ def test_a_linear_head_whose_loss_joins_the_examples_of_some_batch() -> None:
     data.dataset.tensors = (x, torch.randn(len(x), CLASSES, dtype=torch.float64))
     net, objective = nn.Linear(INPUTS, CLASSES).double(), Joined(F.mse_loss, 0.1)
     module = InfluenceModule(net, objective, data, data, "cpu", 1.0)
-    rows = torch.randn(2, module._space.size, dtype=torch.float64)
+    rows = torch.randn(2, module._problem.space.size, dtype=torch.float64)
     assert_right(module.hvp(rows), rows @ dense_hessian(net, objective, loader_batches(data)))
     assert "joins the outputs" in module._why_no_head

@@ -103,7 +103,7 @@ def test_against_dense_float64(kind: Any, train_idxs: Any, test_idxs: Any, monke
     it = module(kind, train_loader=train, test_loader=test)
     whole = it.influence_matrix(train_idxs, test_idxs, top_k=5)
     # Two right-hand sides at once, five examples in a tile.
-    monkeypatch.setattr("torch_influence.influences.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
+    monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
     monkeypatch.setattr("torch_influence.examples._EXAMPLES_AT_ONCE", 5)
     monkeypatch.setattr("torch_influence.examples._MANY_EXAMPLES", 5)
     tiled = it.influence_matrix(train_idxs, test_idxs, top_k=5)
@@ -134,7 +134,7 @@ def test_scores_that_are_not_finite_come_last_and_with_the_warning(train_idxs: A
     train = loader()
     train.dataset.tensors[0][4] = NAN
     it = module(AutogradInfluenceModule)
-    it._train = module(train_loader=train)._train  # the solve is that of good data
+    it._problem.train = module(train_loader=train)._problem.train  # the solve is that of good data
     named = train_idxs or range(23)
     message = f"^1 of {len(named)} training examples have scores that are not finite.*example 4:"
     # Solved for training examples, the right-hand side of example 4 is not finite: that is told of, too.

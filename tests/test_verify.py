@@ -200,7 +200,7 @@ class WrongEstimate(LiSSAInfluenceModule):
 
 class DampedTwice(CGInfluenceModule):
     def inverse_hvp(self, vec: Tensor) -> Tensor:
-        return cg(self._curvature().damped(2 * self.damp), vec)[0]
+        return cg(self._problem.curvature().damped(2 * self.damp), vec)[0]
 
 
 class OneByOne(CGInfluenceModule):
@@ -218,7 +218,7 @@ class OneByOneWrong(OneByOne):
 
 class ScaledCurvature(CGInfluenceModule):
     def _curvature(self) -> Any:
-        return Dense(1.01 * super()._curvature().dense())
+        return Dense(1.01 * super()._problem.curvature().dense())
 
 
 class SkewCurvature(CGInfluenceModule):
@@ -531,7 +531,7 @@ def test_fit_runs_in_the_users_own_surroundings() -> None:
     seen = []
 
     def looks(train_idxs: list[int]) -> nn.Module:
-        seen.append((it.model.training, torch.is_grad_enabled(), it._evaluation.is_open))
+        seen.append((it.model.training, torch.is_grad_enabled(), it._problem.evaluation.is_open))
         return fit(train_idxs).eval()
 
     with torch.no_grad():
@@ -549,7 +549,7 @@ def test_an_interrupt_during_the_checks_leaves_everything_intact(method: str, co
     with pytest.raises(KeyboardInterrupt):
         [it.verify(print=False) for _ in range(40)]  # a test loss is evaluated a few times in each
     before.check()
-    assert not it._evaluation.is_open
+    assert not it._problem.evaluation.is_open
     objective.countdown = 10**6
     assert failed(it.verify(print=False)) == []
 
@@ -568,7 +568,7 @@ def test_an_interrupt_leaves_everything_intact(at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         it.verify(fit=interrupted, print=False)
     before.check()
-    assert not it._evaluation.is_open
+    assert not it._problem.evaluation.is_open
     assert it.verify(fit=fit, print=False).passed
 
 

@@ -20,7 +20,9 @@ from torch.utils import data
 from torch_influence.draws import drawn_in_turn, quiet
 from torch_influence.kept import KeptBatches, Stacked, is_range
 from torch_influence.leaves import map_leaves
-from torch_influence.resident import Cache, Resident
+from torch_influence.memory import Cache
+from torch_influence.plan import Step
+from torch_influence.resident import Resident
 from torch_influence.source import Source, device_of
 from torch_influence.turns import RANDOM_STATES, alone_with
 
@@ -208,6 +210,12 @@ class Batches:
     def generation(self) -> int:
         """Another number whenever data that are ``watched`` changed: what was made of them is no longer valid then."""
         return self._resident.generation
+
+    def step(self) -> Step:
+        """The data's line of ``explain()``."""
+        why = self.why_not_kept
+        form = "read again for each pass" if why else "kept on the device"
+        return Step("data", form, self.kept_bytes, [("kept", why)] if why else ())
 
     def refresh(self) -> None:
         """Drops what is kept, and what is known, if the data set has changed since.

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_influence import memory
 from torch_influence.linop import LinearOperator
+from torch_influence.problem import Problem
 from torch_influence.solvers import Progress, lanczos, norms, rounding
 
 __all__ = ["Damping", "Spectrum", "spectrum", "suggest_damping"]
@@ -186,6 +188,14 @@ def spectrum(
         complete=complete,
         converged=converged,
     )
+
+
+def ends_of(problem: Problem, operator: LinearOperator, k: int, rtol: float, maxiter: int | None = None) -> Spectrum:
+    """The ends of the spectrum of a problem's curvature, by as many steps as memory allows. Inside a session."""
+    if maxiter is None:
+        maxiter = max(2 * k, min(_STEPS, memory.free_memory(problem.device) // 4 // problem.row_bytes))
+    dtype = problem.space.pass_dtype
+    return spectrum(operator, k, damp=problem.damp, rtol=rtol, maxiter=maxiter, dtype=dtype, progress=problem.bar)
 
 
 def _judged(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor]:

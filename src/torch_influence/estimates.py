@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_influence.influences import InfluenceMethods
-from torch_influence.ranking import TopInfluences
+from torch_influence.solving import SolvingModule
 
 
 class Estimate(NamedTuple):
@@ -26,32 +25,61 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-class EstimateMethods(InfluenceMethods):
-    """Mixed into a module whose solver averages ``repeat`` runs, and tells of each by ``_after_repeat``."""
+class EstimatingModule(SolvingModule):
+    """A module whose solver averages ``repeat`` runs, and tells of each by ``after_repeat``."""
 
     repeat: int
     _spreads: list[_Spread] | None = None  # one for each solve, while standard errors are wanted
     _spread_examples: list[int]
 
-    @overload
-    def influences(
-        self,
-        train_idxs: Sequence[int],
-        test_idxs: Sequence[int] | None,
-        stest: Tensor | None = None,
-        *,
-        standard_error: Literal[False] = False,
-    ) -> Tensor: ...
+    def estimated_influences(self, train_idxs: Sequence[int], test_idxs: Sequence[int] | None) -> Estimate:
+        """Scores as ``influences`` has them, and their standard errors.
 
-    @overload
-    def influences(
-        self,
-        train_idxs: Sequence[int],
-        test_idxs: Sequence[int] | None,
-        stest: None = None,
-        *,
-        standard_error: Literal[True],
-    ) -> Estimate: ...
+        standard_error[i] = √(Σ_r (score_r[i] - mean)² / (R - 1) / R) with score_r those of repeat r of R alone. It
+        tells of sampling, not of the bias that too small a depth leaves (``last_report.residual`` does).
+
+        Args:
+            train_idxs: distinct indices of training examples.
+            test_idxs: distinct indices of test examples.
+
+        Returns:
+            An ``Estimate`` of two vectors [len(train_idxs)] on the CPU; scores, seeded, are those of ``influences``.
+
+        Raises:
+            ValueError: a module with a single repeat; and as ``influences``.
+
+        Cost:
+            that of ``influences``, and a pass over the training examples named for each repeat.
+
+        Examples:
+            >>> scores, error = module.estimated_influences(range(10), [0])
+        """
+        return self._estimate(functools.partial(super().influences, train_idxs, test_idxs), train_idxs)
+
+    def estimated_influence_matrix(
+        self, train_idxs: Sequence[int] | None = None, test_idxs: Sequence[int] | None = None
+    ) -> Estimate:
+        """Scores as ``influence_matrix`` has them, and their standard errors, see ``estimated_influences``.
+
+        Args:
+            train_idxs: distinct indices of training examples (default: all).
+            test_idxs: distinct indices of test examples, each of them a query (default: all).
+
+        Returns:
+            An ``Estimate`` of two matrices [n_train, n_query] on the CPU; the scores, seeded, are those of
+            ``influence_matrix``.
+
+        Raises:
+            ValueError: a module with a single repeat; and as ``influence_matrix``.
+
+        Cost:
+            that of ``influence_matrix``, a pass over the training examples for each repeat of each solve, and the
+            memory of three more matrices.
+
+        Examples:
+            >>> scores, error = module.estimated_influence_matrix(test_idxs=[0, 1])
+        """
+        return self._estimate(functools.partial(super().influence_matrix, train_idxs, test_idxs), train_idxs)
 
     def influences(
         self,
@@ -60,11 +88,8 @@ class EstimateMethods(InfluenceMethods):
         stest: Tensor | None = None,
         *,
         standard_error: bool = False,
-    ) -> Tensor | Estimate:
-        """Scores as BaseInfluenceModule's ``influences`` has them, and their standard errors if they are asked for.
-
-        standard_error[i] = √(Σ_r (score_r[i] - mean)² / (R - 1) / R) with score_r those of repeat r of R alone. It
-        tells of sampling, not of the bias that too small a depth leaves (``last_report.residual`` does).
+    ) -> Any:
+        """Scores as BaseInfluenceModule's ``influences`` has them; with ``standard_error`` ``estimated_influences``.
 
         Args:
             train_idxs: distinct indices of training examples.
@@ -73,14 +98,13 @@ class EstimateMethods(InfluenceMethods):
             standard_error: whether standard errors are wanted.
 
         Returns:
-            [len(train_idxs)] on the CPU, in the order given; with ``standard_error`` an ``Estimate`` of two of these,
-            whose scores, seeded, are the same as without.
+            [len(train_idxs)] on the CPU, in the order given; with ``standard_error`` an ``Estimate``.
 
         Raises:
             ValueError: standard errors of an stest that is given, or of a single repeat; and as BaseInfluenceModule's.
 
         Cost:
-            with standard errors, a pass over the training examples named for each repeat besides.
+            that of BaseInfluenceModule's, or of ``estimated_influences``.
 
         Examples:
             >>> scores, error = module.influences(range(10), [0], standard_error=True)
@@ -91,37 +115,7 @@ class EstimateMethods(InfluenceMethods):
             raise ValueError(
                 "standard_error: the repeats of an stest that is given are not known; give test_idxs alone"
             )
-        return self._estimate(functools.partial(super().influences, train_idxs, test_idxs), train_idxs)
-
-    @overload
-    def influence_matrix(
-        self,
-        train_idxs: Sequence[int] | None = None,
-        test_idxs: Sequence[int] | None = None,
-        *,
-        top_k: None = None,
-        standard_error: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def influence_matrix(
-        self,
-        train_idxs: Sequence[int] | None = None,
-        test_idxs: Sequence[int] | None = None,
-        *,
-        top_k: int,
-        standard_error: Literal[False] = False,
-    ) -> TopInfluences: ...
-
-    @overload
-    def influence_matrix(
-        self,
-        train_idxs: Sequence[int] | None = None,
-        test_idxs: Sequence[int] | None = None,
-        *,
-        top_k: None = None,
-        standard_error: Literal[True],
-    ) -> Estimate: ...
+        return self.estimated_influences(train_idxs, test_idxs)
 
     def influence_matrix(
         self,
@@ -130,45 +124,43 @@ class EstimateMethods(InfluenceMethods):
         *,
         top_k: int | None = None,
         standard_error: bool = False,
-    ) -> Tensor | TopInfluences | Estimate:
-        """Scores as BaseInfluenceModule's ``influence_matrix`` has them, and their standard errors if asked for.
+    ) -> Any:
+        """Scores as BaseInfluenceModule's; with ``standard_error`` ``estimated_influence_matrix``.
 
         Args:
             train_idxs: distinct indices of training examples.
             test_idxs: distinct indices of test examples, each of them a query.
-            top_k: keep only so many of each query's most helpful and most harmful training examples.
-            standard_error: whether standard errors are wanted; see ``influences``. Not with ``top_k``.
+            top_k: keep only this many of each query's most helpful and most harmful training examples.
+            standard_error: whether standard errors are wanted. Not with ``top_k``.
 
         Returns:
-            [n_train, n_query] on the CPU; with ``standard_error`` an ``Estimate`` of two such matrices, whose scores,
-            seeded, are the same as without.
+            [n_train, n_query] on the CPU; two rankings with ``top_k``, an ``Estimate`` with ``standard_error``.
 
         Raises:
             ValueError: standard errors with ``top_k``, or of a single repeat; and as BaseInfluenceModule's.
 
         Cost:
-            with standard errors, a pass over the training examples for each repeat of each solve, and the memory of
-            three more matrices.
+            that of BaseInfluenceModule's, or of ``estimated_influence_matrix``.
 
         Examples:
             >>> scores, error = module.influence_matrix(test_idxs=[0, 1], standard_error=True)
         """
         if not standard_error:
-            if top_k is None:
-                return super().influence_matrix(train_idxs, test_idxs)
             return super().influence_matrix(train_idxs, test_idxs, top_k=top_k)
         if top_k is not None:
             raise ValueError("standard_error: expected no top_k with it; rank the matrix that comes with its errors")
-        return self._estimate(functools.partial(super().influence_matrix, train_idxs, test_idxs), train_idxs)
+        return self.estimated_influence_matrix(train_idxs, test_idxs)
 
-    # -- for the module -----------------------------------------------------------------------------------------------
+    def inverse_hvp(self, vec: Tensor) -> Tensor:
+        """An estimate of A⁻¹ v for [d] or rows [k, d]; rows share the minibatches."""
+        if self._spreads is not None:
+            queries = len(vec) if vec.dim() == 2 else 1
+            self._spreads.append(_Spread(len(self._spread_examples), queries, self._problem.space.dtype))
+        return super().inverse_hvp(vec)
 
-    def _after_repeat(self, queries: int) -> Callable[[int, Tensor], None] | None:
-        """What is to be called after each repeat of a solve of so many queries, with its estimate."""
-        if self._spreads is None:
-            return None
-        self._spreads.append(_Spread(len(self._spread_examples), queries, self._space.dtype))
-        return functools.partial(self._score_repeat, self._spreads[-1])
+    def _after_repeat(self) -> Callable[[int, Tensor], None] | None:
+        """What the solver is to call after each repeat, with its estimate."""
+        return None if self._spreads is None else self._score_repeat
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -176,8 +168,8 @@ class EstimateMethods(InfluenceMethods):
         """What ``compute`` gives, and the spread of what the repeats of its solves would have given."""
         if self.repeat < 2:
             raise ValueError(f"standard_error: expected a module with repeat of at least 2, got repeat={self.repeat}")
-        with self._evaluation.alone():
-            self._spread_examples = self._train.indices(train_idxs, "train_idxs")
+        with self._problem.evaluation.alone():
+            self._spread_examples = self._problem.train.indices(train_idxs, "train_idxs")
             self._spreads = []
             try:
                 scores = compute()
@@ -192,8 +184,10 @@ class EstimateMethods(InfluenceMethods):
             )
         return Estimate(scores, errors.reshape(scores.shape))
 
-    def _score_repeat(self, spread: _Spread, run: int, stests: Tensor) -> None:
-        with self._train.quietly():  # the next repeat draws what it would have drawn
+    def _score_repeat(self, run: int, stests: Tensor) -> None:
+        assert self._spreads is not None  # or nobody would ask
+        spread = self._spreads[-1]
+        with self._problem.train.quietly():  # the next repeat draws what it would have drawn
             scores = torch.empty_like(spread.mean)
             for tile in self._tiles_of(self._spread_examples, stests):
                 scores[tile.where()] = tile.scores.cpu()

@@ -56,7 +56,6 @@ class Evaluation:
     Attributes:
         edits: by loss, whether it edits its batches in place; None while that is looked at. Each evaluation of a loss
             that does, or is not known not to, gets a copy of its batch.
-        on_open: called when a session opens, not for those inside it: the place to look for what has changed.
     """
 
     def __init__(self, model: nn.Module, objective: BaseObjective, space: ParameterSpace) -> None:
@@ -70,7 +69,6 @@ class Evaluation:
         self._wide = False
         self.edits: dict[str, bool | None] = {}
         self._opened_by: int | None = None  # a thread
-        self.on_open: Callable[[], None] | None = None
 
     def widened(self) -> Evaluation:
         """Returns the same losses in float64, in the present session: parameters and buffers are cast when used.
@@ -262,19 +260,28 @@ class Evaluation:
         Modules that the objective holds (a frozen backbone, a teacher) are treated as the model is.
         cuDNN may use TF32 inside only where matrix products may, see ``switches.py``. Public calls open it once around
         all their work; nested ones cost nothing. Threads whose models share a module take turns.
-
-        What has changed is looked for before the mode is: a layer that merges weights in eval mode makes the same of
-        the same each time, but maybe in another place.
         """
         if self.is_open:
             yield
             return
+        with self.opened(), self.in_eval_mode():
+            yield
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The first half of a session: this thread alone, autograd as it should be, the model's mode as it is."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(explained())
             stack.enter_context(self.alone())
             stack.enter_context(switches.without_autocast([p.device.type for p in self.space.current()]))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            yield
+
+    @contextlib.contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """The second half of a session: losses can be evaluated."""
+        with contextlib.ExitStack() as stack:
             networks = self._networks()
             remembered = Remembered(networks, self.objective)
             stack.callback(remembered.put_back)
@@ -282,8 +289,6 @@ class Evaluation:
                 stack.enter_context(switch)
             self._opened_by = threading.get_ident()
             stack.callback(setattr, self, "_opened_by", None)
-            if self.on_open is not None:
-                self.on_open()
             remembered.to_eval_mode()
             _check_names(self.model, self.space)
             remembered.without_inference_tensors()

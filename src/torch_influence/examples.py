@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_influence.agreement import agree
 from torch_influence.batches import Batches
 from torch_influence.contraction import Contraction
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import LossOfBatch, differentiate, loss_gradient
 from torch_influence.leaves import alike, put_together, stands_alone, take_apart, versions
-from torch_influence.plan import agree
 from torch_influence.switches import quiet_vmap
 
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass

@@ -17,10 +17,7 @@ from torch_influence.curvature import GaussNewton, Hessian
 if TYPE_CHECKING:
     import torch
 
-    from torch_influence.batches import Batches
-    from torch_influence.evaluation import Evaluation
-    from torch_influence.objective import BaseObjective
-    from torch_influence.parameters import ParameterSpace
+    from torch_influence.problem import Problem
 
 
 class LegacyHelpers:
@@ -32,25 +29,8 @@ class LegacyHelpers:
     """
 
     device: torch.device
-    _space: ParameterSpace
-    _evaluation: Evaluation
-    _train: Batches
+    _problem: Problem
     _stand_in: nn.Module | None = None
-
-    if TYPE_CHECKING:  # what BaseInfluenceModule has
-
-        @property
-        def objective(self) -> BaseObjective: ...  # noqa: D102
-        def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None: ...
-
-    @property
-    def model(self) -> nn.Module:
-        """The user's model."""
-        return self._evaluation.model if self._stand_in is None else self._stand_in
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        self._evaluate(model, self.objective)
 
     @property
     def is_model_functional(self) -> bool:
@@ -58,33 +38,33 @@ class LegacyHelpers:
         return self._stand_in is not None
 
     def _model_params(self, with_names: bool = True) -> tuple[Any, ...]:
-        with self._evaluation.alone():
-            named = tuple(zip(self._space.names, self._space.current(), strict=True))
+        with self._problem.evaluation.alone():
+            named = tuple(zip(self._problem.space.names, self._problem.space.current(), strict=True))
         return named if with_names else tuple(p for _, p in named)
 
     def _model_make_functional(self) -> tuple[Tensor, ...]:
-        with self._evaluation.alone():
-            self._stand_in = _sharing_copy(self._evaluation.model).eval()
-            return self._evaluation.leaves()
+        with self._problem.evaluation.alone():
+            self._stand_in = _sharing_copy(self._problem.evaluation.model).eval()
+            return self._problem.evaluation.leaves()
 
     def _model_reinsert_params(self, params: Sequence[Tensor], register: bool = False) -> None:
         if register:
             self._stand_in = None
             return
         if self._stand_in is None:
-            self._stand_in = _sharing_copy(self._evaluation.model).eval()
-        places = _places(self._evaluation.model)
-        for p, value in zip(self._space.current(), params, strict=True):
+            self._stand_in = _sharing_copy(self._problem.evaluation.model).eval()
+        places = _places(self._problem.evaluation.model)
+        for p, value in zip(self._problem.space.current(), params, strict=True):
             for name in places[id(p)]:  # all names of a tied weight
                 path, _, attribute = name.rpartition(".")
                 owner = self._stand_in.get_submodule(path)
                 owner._parameters[attribute] = value  # type: ignore[assignment]
 
     def _flatten_params_like(self, params_like: Sequence[Tensor]) -> Tensor:
-        return self._space.flatten(params_like)
+        return self._problem.space.flatten(params_like)
 
     def _reshape_like_params(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self._space.split(vec)
+        return self._problem.space.split(vec)
 
     def _transfer_to_device(self, batch: Any) -> Any:
         """Every batch passes through here; a subclass may override it for batches of its own kind."""
@@ -101,9 +81,9 @@ class LegacyHelpers:
         return self.batches(train=train, batch_size=batch_size, idxs=subset, sample=sample)  # type: ignore[attr-defined]
 
     def _hvp_at_batch(self, batch: Any, flat_params: Tensor, vec: Tensor, gnh: bool) -> Tensor:
-        curvature = (GaussNewton if gnh else Hessian)(self._evaluation, self._train, self.device)
-        with self._evaluation.session():
-            return curvature.batch_product(batch, vec.detach()[None], self._evaluation.leaves(flat_params))[0]
+        curvature = (GaussNewton if gnh else Hessian)(self._problem.evaluation, self._problem.train, self.device)
+        with self._problem.evaluation.session():
+            return curvature.batch_product(batch, vec.detach()[None], self._problem.evaluation.leaves(flat_params))[0]
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ Solvers and curvatures meet at this file: a curvature is an operator, a solver t
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+
+from torch_influence.plan import NotPossible
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -55,6 +58,44 @@ class LinearOperator(abc.ABC):
         matrix = self.product(torch.eye(self.size, dtype=self.dtype, device=self.device))
         return matrix.add_(matrix.mT.clone()).mul_(0.5)
 
+    # -- what solvers ask of it before they choose a way ----------------------------------------------------------
+
+    @property
+    def operations(self) -> float:
+        """Additions and multiplications of a product with one row; a dense matrix's where nothing else is known."""
+        return 2.0 * self.size**2
+
+    @property
+    def operations_of_dense(self) -> float:
+        """Additions and multiplications of ``dense``."""
+        return self.operations * self.size
+
+    @property
+    def operations_of_minibatch(self) -> float:
+        """Additions and multiplications of a minibatch's product with one row; the whole's where there is none."""
+        return self.operations
+
+    def inverse(self, shift: float) -> LinearOperator:
+        """(A + shift·I)⁻¹, where the operator knows it in closed form; raises ``NotPossible`` where it does not."""
+        raise NotPossible("its inverse is not known in closed form")
+
+    def dual(self, shift: float, room: float) -> Dual:
+        """A as GᵀG + multiple·I, for solves of A + shift·I; raises ``NotPossible`` where that is not known.
+
+        Args:
+            shift: the damping that it is for first.
+            room: bytes that it may take, with what is made of it.
+
+        Raises:
+            NotPossible: with the reason.
+        """
+        self.dual_cost(shift)  # says why not
+        raise NotPossible("it is not known as GᵀG plus a multiple of the identity")
+
+    def dual_cost(self, shift: float) -> DualCost:
+        """What solves by ``dual`` take, before anything is computed; raises ``NotPossible`` as far as that is seen."""
+        raise NotPossible("it is not known as GᵀG plus a multiple of the identity")
+
 
 class Damped(LinearOperator):
     """base + shift·I; both parts are readable, for solvers that fuse the shift into their update."""
@@ -70,6 +111,32 @@ class Damped(LinearOperator):
     def diagonal(self) -> Tensor | None:  # noqa: D102
         known = self.base.diagonal()
         return None if known is None else known + self.shift
+
+    def dense(self) -> Tensor:  # noqa: D102
+        matrix = self.base.dense()
+        matrix = matrix.clone() if isinstance(self.base, Dense) else matrix  # that is the user's own
+        matrix.diagonal().add_(self.shift)
+        return matrix
+
+    @property
+    def operations(self) -> float:  # noqa: D102
+        return self.base.operations
+
+    @property
+    def operations_of_dense(self) -> float:  # noqa: D102
+        return self.base.operations_of_dense
+
+    @property
+    def operations_of_minibatch(self) -> float:  # noqa: D102
+        return self.base.operations_of_minibatch
+
+
+def base_and_shift(operator: LinearOperator) -> tuple[LinearOperator, float]:
+    """Takes an operator apart: the one that nothing was added to, and the sum of what was."""
+    shift = 0.0
+    while isinstance(operator, Damped):
+        shift, operator = shift + operator.shift, operator.base
+    return operator, shift
 
 
 class Dense(LinearOperator):
@@ -173,6 +240,23 @@ def _declared_dtype(A: Any) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+@dataclasses.dataclass(frozen=True)
+class DualCost:
+    """What solves by a ``Dual`` take, known before anything is computed.
+
+    Attributes:
+        rank: m, the outputs of all examples; fewer where the curvature at the outputs is singular.
+        nbytes: memory at the most: three [m, m] matrices, G where it is kept, and what they are made of.
+        operations: additions and multiplications for the kernel and its factor, once.
+        operations_per_row: those for a right-hand side, with one round of refinement.
+    """
+
+    rank: int
+    nbytes: int
+    operations: float
+    operations_per_row: float
+
+
 class Dual(LinearOperator):
     """GᵀG + multiple·I with G [m, d]: where m < d, the small matrix G Gᵀ is the shorter way to its inverse.
 
@@ -202,6 +286,20 @@ class Dual(LinearOperator):
     @abc.abstractmethod
     def assemble(self) -> Tensor:
         """G Gᵀ, anew."""
+
+    def dual(self, shift: float, room: float) -> Dual:
+        """Itself."""
+        return self
+
+    def dual_cost(self, shift: float) -> DualCost:
+        """The cost of a G that is in memory."""
+        m, d = self.rank, self.size
+        if not self.multiple + shift > 0:
+            raise NotPossible(f"its multiple of the identity, {self.multiple + shift:g}, is not positive")
+        element = torch.finfo(self.dtype).bits // 8
+        return DualCost(
+            m, 3 * m * m * element, m**3 / 3 + float(m) * m * d, 2 * (4.0 * m * d + 2.0 * m * m + self.operations)
+        )
 
 
 @runtime_checkable

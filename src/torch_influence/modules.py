@@ -5,26 +5,28 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import data
 
-from torch_influence.arguments import check_flag
-from torch_influence.base import BaseInfluenceModule
 from torch_influence.caller import level_of_the_user
-from torch_influence.estimates import EstimateMethods
+from torch_influence.curvature import Kind
+from torch_influence.estimates import EstimatingModule
+from torch_influence.failures import OnFailure
+from torch_influence.linop import Dense
+from torch_influence.memory import Cache
 from torch_influence.objective import BaseObjective
-from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.parameters import Selection
 from torch_influence.plan import Step
-from torch_influence.resident import Cache, free_memory
-from torch_influence.solvers import AutoScale, Factor, Kept, OnFailure, cg, is_recipe, lissa, rounding
+from torch_influence.solvers import CG, Direct, LiSSA, Solver, cg, refuse_if_too_large, rounding
+from torch_influence.solving import SolvingModule, chosen_curvature
 
 __all__ = ["AutogradInfluenceModule", "CGInfluenceModule", "LiSSAInfluenceModule"]
 
 
-class AutogradInfluenceModule(BaseInfluenceModule):
+class AutogradInfluenceModule(SolvingModule):
     """Solves with the exact Hessian as a dense matrix: A = ∇²L(θ) + damp·I, formed and factored in the constructor.
 
     The matrix stays that of the construction: a warning says so if the parameters have changed since.
@@ -51,9 +53,6 @@ class AutogradInfluenceModule(BaseInfluenceModule):
         >>> module = AutogradInfluenceModule(model, objective, train_loader, test_loader, "cpu", damp=1e-3)
         >>> scores = module.influences(train_idxs=range(5), test_idxs=[0])
     """
-
-    batched: ClassVar[bool] = True
-    either_side: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -82,12 +81,16 @@ class AutogradInfluenceModule(BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        refuse_if_too_large(self._space, self.device, type(self).__name__)
-        with self._evaluation.session():
-            self.hess = self._curvature().dense()
-            self._built_at = self._made_of()
-        damped = self._damped()
+        problem = self._problem
+        refuse_if_too_large(problem.space.size, problem.space.dtype, self.device, type(self).__name__)
+        with self._session():
+            self.hess = problem.curvature().dense()
+            self._built_at = problem.version
+        self._hessian = Dense(self.hess)
+        self._direct = Direct()
+        self._inverse: tuple[float, Tensor] | None = None
         if check_eigvals:
+            damped = self._hessian.damped(damp).dense()
             eigenvalues = torch.linalg.eigvalsh(damped)
             smallest = float(eigenvalues[0])
             if smallest < 0:
@@ -100,70 +103,42 @@ class AutogradInfluenceModule(BaseInfluenceModule):
                     f"the damped Hessian has a negative eigenvalue, {smallest:.6g}: damp={damp:g} is too small by at "
                     "least that much, or the model is not at a minimum of its training objective"
                 )
-        self._factor = Factor(damped, on_failure=on_failure)
-        self._factored_with = damp
-        self._inverse: Tensor | None = None
+        self._direct.factor(self._hessian.damped(damp), on_failure)
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
         """A⁻¹ v for [d] or rows [k, d]."""
-        rows = self._as_rows(vec, "vec")
-        with self._evaluation.session():
-            if self._made_of() != self._built_at:
+        problem = self._problem
+        rows = problem.as_rows(vec, "vec")
+        with self._session():
+            if problem.version != self._built_at:
                 warnings.warn(
                     "parameters or buffers of the model, or what this module is made of, have changed since it was "
                     "built: its Hessian is that of the construction; build a new module for what is new",
                     UserWarning,
                     stacklevel=level_of_the_user(),
                 )
-            return self._solved(self._current_factor().solve, rows).reshape(vec.shape)
-
-    def _solver(self, queries: int) -> Step:
-        kind = "Cholesky" if self._current_factor().definite else "LU"
-        return Step("solver", f"dense matrix, factored once by {kind}", 3 * self._space.size * self._row_bytes)
-
-    def _made_of(self) -> tuple[Any, ...]:
-        """With the parameters as they were when the session opened: in eval mode a layer may have merged others."""
-        with self._evaluation.session():
-            return self._valid_for[0], self._makes
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As for other modules; whether the Hessian was up to date, in place of when it was built."""
-        return {**super().__getstate__(), "_built_at": self._made_of() == self._built_at}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._built_at = self._made_of() if state["_built_at"] else ()
+            operator = self._hessian.damped(problem.damp)
+            return self._solved(self._direct.solve, operator, rows, on_failure=problem.on_failure).reshape(vec.shape)
 
     @property
     def inverse_hess(self) -> Tensor:
         """A⁻¹, [d, d]."""
-        with self._evaluation.alone():
-            factor = self._current_factor()
-            if self._inverse is None:
-                self._inverse = factor.inverse()
-            return self._inverse
+        with self._problem.evaluation.alone():
+            damp = self.damp
+            if self._inverse is None or self._inverse[0] != damp:
+                operator = self._hessian.damped(damp)
+                self._inverse = damp, self._direct.factor(operator, self.on_failure).inverse()
+            return self._inverse[1]
 
-    def _current_factor(self) -> Factor:
-        if self.damp != self._factored_with:
-            self._factor = Factor(self._damped(), on_failure=self.on_failure)
-            self._factored_with, self._inverse = self.damp, None
-        return self._factor
+    @property
+    def _solver(self) -> Solver:
+        return self._direct
 
-    def _damped(self) -> Tensor:
-        damped = self.hess.clone()
-        damped.diagonal().add_(self.damp)
-        return damped
+    def _solve_step(self, queries: int) -> Step:
+        return self._direct.describe(self._hessian.damped(self.damp), queries)
 
-
-def refuse_if_too_large(space: ParameterSpace, device: torch.device, who: str) -> None:
-    """Before anything is allocated: the matrix, its damped copy and the factor."""
-    d, element = space.size, torch.finfo(space.dtype).bits // 8
-    needed, free = 3 * d * d * element, free_memory(device)
-    if needed > free:
-        raise MemoryError(
-            f"{who} needs three {d:,} x {d:,} matrices, {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on "
-            f"{device}: choose fewer parameters with params=, or CGInfluenceModule, whose memory grows with d alone"
-        )
+    def _forget(self) -> None:
+        """Keeps the factor: it is of the Hessian of the construction."""
 
 
 def _option_of_cg(name: str) -> property:
@@ -179,14 +154,16 @@ def _option_of_cg(name: str) -> property:
     return property(read, write, doc=f"``cg_kwargs[{name!r}]``.")
 
 
-class CGInfluenceModule(BaseInfluenceModule):
+class CGInfluenceModule(SolvingModule):
     """Solves by conjugate gradients, all right-hand sides at once, on the device.
 
     Args:
         model, objective, train_loader, test_loader, device: see BaseInfluenceModule.
         params, progress, cache, on_failure: see BaseInfluenceModule.
         damp: λ >= 0, added once to the curvature: A = ∇²L(θ) + λI.
-        gnh: the Gauss-Newton matrix, positive semi-definite for convex losses, in place of the Hessian.
+        curvature: "hessian", or "gauss-newton", which is positive semi-definite for convex losses; or a subclass of
+            ``torch_influence.curvature.Curvature``.
+        gnh: an older spelling of ``curvature="gauss-newton"``.
         **kwargs: those of ``scipy.sparse.linalg.cg``: rtol (or its older name tol), atol, maxiter, x0, M, callback,
             with its meanings and defaults. See ``torch_influence.solvers.cg``. What M=Nystrom(rank) or M=Jacobi()
             makes is kept for later solves, until the curvature or damp changes.
@@ -208,9 +185,6 @@ class CGInfluenceModule(BaseInfluenceModule):
         >>> matrix = module.influence_matrix(test_idxs=[0, 1, 2])
     """
 
-    batched: ClassVar[bool] = True
-    either_side: ClassVar[bool] = True
-
     rtol = _option_of_cg("rtol")
     atol = _option_of_cg("atol")
     maxiter = _option_of_cg("maxiter")
@@ -226,6 +200,7 @@ class CGInfluenceModule(BaseInfluenceModule):
         damp: float,
         gnh: bool = False,
         *,
+        curvature: Kind | None = None,
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
@@ -252,41 +227,23 @@ class CGInfluenceModule(BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        self.gnh = check_flag("gnh", gnh)
+        self.curvature = chosen_curvature(curvature, gnh)
         self.cg_kwargs = kwargs
-        self._kept = Kept()
-        self._warn_if_train_loss_is_overridden()
+        self._cg = CG()
+        self._problem.warn_if_train_loss_is_overridden()
 
-    def inverse_hvp(self, vec: Tensor) -> Tensor:
-        """A⁻¹ v for [d] or rows [k, d]."""
-        rows = self._as_rows(vec, "vec")
-        options = self._options()
-        with self._evaluation.session():
-            operator = self._curvature().damped(self.damp)
-            options["M"] = self._kept.instead_of(options.get("M"), self.damp)
-            x = self._solved(cg, operator, rows, **options, on_failure=self.on_failure, progress=self._bar)
-        return x.reshape(vec.shape)
-
-    def _solver(self, queries: int) -> Step:
-        path = "conjugate gradients, all rows at once" + preconditioned(self.M)
-        return Step("solver", path, (5 * queries + getattr(self.M, "rank", 0)) * self._row_bytes)
+    @property
+    def _solver(self) -> Solver:
+        return self._cg.with_options(**{**_CG_DEFAULTS, **self._options()})
 
     def _options(self) -> dict[str, Any]:
         return {"rtol" if name == "tol" else name: value for name, value in self.cg_kwargs.items()}
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._kept.clear()
+
+_CG_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(CG).parameters.items()}
 
 
-def preconditioned(M: Any) -> str:
-    """What M adds to the solver's name."""
-    if M is None:
-        return ""
-    return f", preconditioned by {M if is_recipe(M) else 'M'}"
-
-
-class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
+class LiSSAInfluenceModule(EstimatingModule):
     """Estimates by LiSSA: a Neumann series with one minibatch, of the train loader's batch size, per term.
 
         h₀ = v,   h_t = v + h_{t-1} - (H_t + damp·I) h_{t-1} / scale,   A⁻¹v ≈ mean over repeats of h_depth / scale
@@ -301,7 +258,8 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
         scale: larger than half the largest eigenvalue of any minibatch's curvature, or it diverges. "auto" takes that
             of sampled minibatches, and more where that turns out to be too little; ``torch_influence.solvers.lissa``
             says what this guarantees. It is kept until the curvature changes; ``last_report.method`` tells it.
-        gnh: the Gauss-Newton matrix in place of the Hessian.
+        curvature: "hessian" or "gauss-newton", or a subclass of ``torch_influence.curvature.Curvature``.
+        gnh: an older spelling of ``curvature="gauss-newton"``.
         debug_callback: called as debug_callback(run, step, h), h of shape [d] ([k, d] when k rows are solved at once).
         generator: where minibatches are drawn from. By default torch's default generator, in the way DataLoader draws.
         rtol: stop after the repeat, the second or a later one, when all stests' standard errors, relative to their
@@ -325,9 +283,6 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
         >>> print(module.last_report)
     """
 
-    batched: ClassVar[bool] = True
-    samples: ClassVar[bool] = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -342,6 +297,7 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
         gnh: bool = False,
         debug_callback: Callable[[int, int, Tensor], None] | None = None,
         *,
+        curvature: Kind | None = None,
         params: Selection = None,
         progress: bool = False,
         cache: Cache = "auto",
@@ -361,44 +317,24 @@ class LiSSAInfluenceModule(EstimateMethods, BaseInfluenceModule):
             on_failure=on_failure,
         )
         self.damp = damp
-        self.gnh = check_flag("gnh", gnh)
+        self.curvature = chosen_curvature(curvature, gnh)
         self.repeat = repeat
         self.depth = depth
         self.scale = scale
         self.debug_callback = debug_callback
         self.generator = generator
         self.rtol = rtol
-        self._auto_scale = AutoScale()
-        self._warn_if_train_loss_is_overridden()
+        self._lissa = LiSSA(depth=depth)
+        self._problem.warn_if_train_loss_is_overridden()
 
-    def inverse_hvp(self, vec: Tensor) -> Tensor:
-        """An estimate of A⁻¹ v for [d] or rows [k, d]; rows share the minibatches."""
-        rows = self._as_rows(vec, "vec")
-        with self._evaluation.session():
-            x = self._solved(
-                lissa,
-                self._curvature().damped(self.damp),
-                rows,
-                repeat=self.repeat,
-                depth=self.depth,
-                scale=self._auto_scale if self.scale == "auto" else self.scale,
-                rtol=self.rtol,
-                generator=self.generator,
-                callback=self.debug_callback,
-                after_repeat=self._after_repeat(len(rows)),
-                on_failure=self.on_failure,
-                progress=self._bar,
-            )
-        return x.reshape(vec.shape)
-
-    def _solver(self, queries: int) -> Step:
-        scale = f"scale {self.scale}"
-        if self.scale == "auto":
-            found = self._auto_scale.scale(self.damp)
-            scale = "scale still to be found" if found is None else f"scale {found:.3g} (auto)"
-        path = f"LiSSA, {self.repeat} x {self.depth} minibatches, {scale}"
-        return Step("solver", path, 6 * queries * self._row_bytes)
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._auto_scale = AutoScale()
+    @property
+    def _solver(self) -> Solver:
+        return self._lissa.with_options(
+            repeat=self.repeat,
+            depth=self.depth,
+            scale=self.scale,
+            rtol=self.rtol,
+            generator=self.generator,
+            callback=self.debug_callback,
+            after_repeat=self._after_repeat(),
+        )

@@ -1,12 +1,13 @@
-"""Which path a computation takes: fast paths are compared with the plain one before they are used."""
+"""Plan: which way each part of a computation takes, why not a faster one, and what memory that needs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+
+class NotPossible(Exception):  # noqa: N818 -- no error: another way is taken
+    """A way of computing that is not open here; the text says why, in words for ``explain()``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +53,3 @@ def _size(nbytes: int) -> str:
         if nbytes >= scale / 10:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes / 1e3:.1f} kB"
-
-
-def agree(fast: Tensor, plain: Tensor, dtype: torch.dtype, operations: int | None = None) -> bool:
-    """Whether two computations of the same rows [k, d] differ by rounding only.
-
-    Row by row in the 2-norm, relative to the largest row, within sqrt(eps) of the dtype that the passes run in:
-    rounding in another order stays well below it, another meaning (padding, a cross-example loss, class weights)
-    does not. With ``operations``, so many roundings of the dtype instead, where that is less. A wrong "no" costs time,
-    never an answer.
-    """
-    if fast.shape != plain.shape:
-        return False
-    if not plain.numel():
-        return True
-    largest = torch.maximum(fast.abs().max(), plain.abs().max())
-    unit = torch.where(largest > 0, largest, 1.0)  # or squares may under- or overflow
-    fast, plain = fast / unit, plain / unit
-    scale, eps = plain.norm(dim=-1).max(), torch.finfo(dtype).eps
-    allowed = eps**0.5 if operations is None else min(operations * eps, eps**0.5)
-    return bool(((fast - plain).norm(dim=-1) <= allowed * scale).all())

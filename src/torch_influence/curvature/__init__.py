@@ -1,24 +1,24 @@
-"""Second derivatives of the training objective as linear operators."""
+"""Curvatures of the training objective as linear operators."""
 
-from torch_influence.curvature._base import Curvature
-from torch_influence.curvature._doubts import CurvatureWarning, doubts, second_derivative
-from torch_influence.curvature._dual import DualCost, dual, dual_cost
+from torch_influence.curvature._curvature import Curvature
+from torch_influence.curvature._double_backward import DoubleBackward
+from torch_influence.curvature._doubts import CurvatureWarning
 from torch_influence.curvature._gauss_newton import GaussNewton
+from torch_influence.curvature._head_capture import linear_head
 from torch_influence.curvature._hessian import Hessian
-from torch_influence.curvature._linear_head import LinearHead, linear_head
-from torch_influence.curvature._plain import plain_product
+from torch_influence.curvature._kinds import Kind, check_kind, fastest, made
+from torch_influence.curvature._linear_head import LinearHead
 
 __all__ = [
     "Curvature",
     "CurvatureWarning",
-    "DualCost",
+    "DoubleBackward",
     "GaussNewton",
     "Hessian",
+    "Kind",
     "LinearHead",
-    "doubts",
-    "dual",
-    "dual_cost",
+    "check_kind",
+    "fastest",
     "linear_head",
-    "plain_product",
-    "second_derivative",
+    "made",
 ]

@@ -6,20 +6,21 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
-from torch_influence.curvature._base import Curvature, Tangents
-from torch_influence.curvature._gauss_newton import GaussNewton
-from torch_influence.curvature._plain import gauss_newton_product, hessian_product
+from torch_influence.curvature._plain import Tangents, gauss_newton_product, hessian_product
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import nodes_behind, undisturbed
 from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import in_double, in_one_batch
+
+if TYPE_CHECKING:
+    from torch_influence.curvature._double_backward import DoubleBackward
 
 _EXAMPLES = 32
 _SCALARS = 2**20  # by which it is differentiated, of all parameters the smallest: biases and norms of every layer first
@@ -32,7 +33,7 @@ class CurvatureWarning(RuntimeWarning):
     """The curvature is not what scores need: a second derivative is wrong, or there is none."""
 
 
-def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warning]:
+def doubts(plain: DoubleBackward, operator: LinearOperator, room: float) -> list[Warning]:
     """Warnings of what is doubtful in this curvature; ``operator`` is the same in the form in which it is used.
 
     - Parameters that get no gradient from any example: a note of them is given here.
@@ -44,7 +45,7 @@ def doubts(plain: Curvature, operator: LinearOperator, room: float) -> list[Warn
     derivatives are looked at by up to a million parameters, if twelve vectors of them in float64 fit ``room``.
     """
     evaluation, batches = plain.evaluation, plain.batches
-    names, gnh = evaluation.space.names, isinstance(plain, GaussNewton)
+    names, gnh = evaluation.space.names, plain.gauss_newton
     unreached: list[int] = []
     beside: list[int] = []
     second: SecondDerivative | None = None
@@ -266,7 +267,7 @@ def _beside_the_outputs(evaluation: Evaluation, batch: Any) -> list[int]:
     return [i for i, g in enumerate(grads) if g is not None and bool(g.any())]
 
 
-def _is_flat(plain: Curvature, operator: LinearOperator) -> bool:
+def _is_flat(plain: DoubleBackward, operator: LinearOperator) -> bool:
     """Whether a product with all of the data's curvature is that of the regulariser."""
     if plain.regularized_loss:
         return False

@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.curvature._base import Curvature, Linearized, Tangents
+from torch_influence.curvature._double_backward import DoubleBackward, Linearized
+from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
+from torch_influence.curvature._plain import Tangents
 from torch_influence.gradients import Graph, differentiate
+from torch_influence.linop import Dual, DualCost
+from torch_influence.plan import NotPossible
 
 
-class GaussNewton(Curvature):
+class GaussNewton(DoubleBackward):
     """Jᵀ H_out J + ∇² reg: J the Jacobian of ``train_outputs``, H_out the Hessian of the loss at the outputs.
 
     J v comes from differentiating u ↦ Jᵀu twice (reverse mode only: forward mode lacks operators, and is wrong for
     some). Equal to the Hessian where the outputs are linear in the parameters.
     """
+
+    title, gauss_newton = "Gauss-Newton", True
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         given, batch = batch, self.evaluation.batch_for("train_loss", batch)
@@ -71,6 +77,28 @@ class GaussNewton(Curvature):
         """Jᵀu for rows u [k, *shape of the outputs]: [k, d]."""
         return self.evaluation.space.flatten(self._pull_back(Graph("transposed jacobian", [outputs], leaves), [rows]))
 
+    def dual(self, shift: float, room: float) -> Dual:
+        """GᵀG + rI, G in memory: the curvature at the outputs, a pass with c rows; G, a row at a time; a product."""
+        refuse_beyond(self.dual_cost(shift), room)
+        with self.evaluation.session(), self.batches.quietly():
+            blocks = torch.cat(_blocks_of_batches(self))
+            found = _DualOfRows(self, _rows(self, root(blocks, self.evaluation.space.pass_dtype)))
+            check_products(found, self)
+        return found
+
+    def dual_cost(self, shift: float) -> DualCost:
+        """Takes the outputs of one batch, and once a product with it."""
+        with self.evaluation.session(), self.batches.quietly():
+            self.prepare()
+            examples = range(min(self.batches.batch_size or 1, self.batches.n))
+            batch = self.evaluation.batch_for("train_loss", self.batches.peek(examples))
+            b, c = rows_and_columns(self.outputs(self.leaves, batch))
+            m = -(-b * self.batches.n // len(examples)) * c
+            # Each row of G is a sweep back through a batch; a product with one row is about three through all of them.
+            sweep = self.operations / 3 * (len(examples) if self.why_not_grouped else 1) / self.batches.n
+        ridge_and(shift, self.ridge)
+        return cost_of(self, m, c, m * self.size, m * sweep + float(m) * m * self.size, 4.0 * m * self.size)
+
     def _slope(self, leaves: Tangents, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """A copy of the outputs, the loss of it, and the gradient of that with respect to the copy, with its graph."""
         at_outputs = outputs.detach().requires_grad_()
@@ -95,3 +123,66 @@ class GaussNewton(Curvature):
 def rows_and_columns(outputs: Tensor) -> tuple[int, int]:
     """Of a batch's outputs taken for a matrix: (examples, outputs of one) mostly."""
     return outputs.reshape(len(outputs) if outputs.dim() else 1, -1).shape  # type: ignore[return-value]
+
+
+class _DualOfRows(Dual):
+    """With G in memory."""
+
+    def __init__(self, plain: GaussNewton, matrix: Tensor) -> None:
+        self.plain, self.matrix = plain, matrix
+        self.multiple = plain.ridge or 0.0
+        self.rank = len(matrix)
+        self.size, self.dtype, self.device = plain.size, plain.dtype, plain.device
+
+    def product(self, rows: Tensor) -> Tensor:
+        return self.plain.product(rows)
+
+    def push(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix.mT
+
+    def pull(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix
+
+    def assemble(self) -> Tensor:
+        columns = self.matrix.mT
+        kernel = self.matrix.new_empty(self.rank, self.rank)
+        gram_matrix(columns, columns, kernel)
+        return kernel
+
+
+def _rows(plain: GaussNewton, root: Tensor) -> Tensor:
+    """G = BᵀJ [N r, d].
+
+    A row is pulled back through all of a batch, though it is of one example: so batches of one, where it was seen that
+    they mean the same.
+
+    Raises:
+        NotPossible: outputs of one example differ from those of many.
+    """
+    count, c, r = root.shape
+    matrix = torch.empty(count * r, plain.size, dtype=plain.dtype, device=plain.device)
+    first = 0
+    for batch, _ in plain.batches.read(None, plain.batch_size if plain.why_not_grouped else 1):
+        outputs = plain.outputs(plain.leaves, plain.evaluation.batch_for("train_loss", batch))
+        b, columns = rows_and_columns(outputs)
+        if columns != c or first + b > count:
+            raise NotPossible("the outputs of one example differ in shape from those of many")
+        cotangents = root.new_zeros(b, r, b, c)
+        each = torch.arange(b, device=root.device)
+        cotangents[each, :, each] = root[first : first + b].mT
+        pulled = plain.pulled(plain.leaves, outputs, cotangents.reshape(b * r, *outputs.shape))
+        matrix[first * r : (first + b) * r] = pulled
+        first += b
+    if first != count:
+        raise NotPossible("the outputs of one example differ in number from those of many")
+    return matrix
+
+
+def _blocks_of_batches(plain: GaussNewton) -> list[Tensor]:
+    """Of every batch [rows, c, c], with its share in the mean."""
+    blocks: list[Tensor] = []
+    for batch, size in plain.batches.read(None, plain.batch_size):
+        blocks.append(plain.output_blocks(plain.leaves, batch).mul_(size / plain.batches.n))
+        if blocks[-1].shape[1:] != blocks[0].shape[1:]:
+            raise NotPossible("the outputs of different batches differ in shape")
+    return blocks

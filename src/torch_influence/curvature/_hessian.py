@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.curvature._base import Curvature, Linearized, Tangents
+from torch_influence.curvature._double_backward import DoubleBackward, Linearized
+from torch_influence.curvature._plain import Tangents
 from torch_influence.gradients import Graph, differentiate
+from torch_influence.linop import DualCost
+from torch_influence.plan import NotPossible
 
 
-class Hessian(Curvature):
+class Hessian(DoubleBackward):
     """∇² of the training loss: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
+
+    title = "Hessian"
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         with self.convolutions(fixed=False):
@@ -39,6 +44,9 @@ class Hessian(Curvature):
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
         loss = self.evaluation.train_loss if self.regularized_loss else self.evaluation.data_loss
         return loss(leaves, batch)
+
+    def dual_cost(self, shift: float) -> DualCost:
+        raise NotPossible("a Hessian that is not that of a linear head has no dual; that of gnh=True has")
 
     @property
     def regularized_loss(self) -> bool:  # type: ignore[override]

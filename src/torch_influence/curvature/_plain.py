@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_influence.batches import Batches
-from torch_influence.curvature._base import Tangents
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import differentiate
+
+Tangents: TypeAlias = Sequence[Tensor]
 
 
 def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bool) -> tuple[Tensor, float]:

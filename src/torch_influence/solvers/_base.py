@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_influence.failures import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, fail
 from torch_influence.linop import LinearOperator, as_tensor, aslinearoperator
-from torch_influence.solvers._report import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, SolveReport, fail
+from torch_influence.solvers._report import SolveReport
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 

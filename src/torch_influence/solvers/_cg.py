@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_influence.failures import OnFailure, check_on_failure
 from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.ops import CGScalars, cg_step
 from torch_influence.solvers._base import (
@@ -25,9 +26,10 @@ from torch_influence.solvers._base import (
     tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
-from torch_influence.solvers._preconditioners import as_preconditioner
-from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
+from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, rows_of
+from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rows import RowIteration, StepLog
+from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
 
 DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
 
@@ -281,3 +283,73 @@ class _Log(StepLog[CGScalars]):
         diagonal = torch.where(sound, pivots, first)
         squares = torch.where(sound[1:], (carried / alpha[:-1]).clamp(min=0), 0.0)
         return Tridiagonals(diagonal, squares).extremes_of_each()
+
+
+class CG(Solver):
+    """Solves by conjugate gradients, each row on its own, one product an iteration for all of them; see ``cg``.
+
+    Args:
+        rtol, atol, maxiter, M, x0, callback, truncate, history: those of ``cg``. What a recipe M makes is kept for
+            later solves with the same operator.
+
+    Cost:
+        one product an iteration, however many rows; memory 5 k d, and that of M.
+
+    Examples:
+        >>> from torch_influence.linop import Dense
+        >>> from torch_influence.solvers import Jacobi
+        >>> x, report = CG(M=Jacobi()).solve(Dense(torch.diag(torch.tensor([1.0, 2.0, 4.0]))), torch.ones(1, 3))
+        >>> [round(entry, 4) for entry in x[0].tolist()], report.iterations.tolist()
+        ([1.0, 0.5, 0.25], [1])
+    """
+
+    def __init__(
+        self,
+        *,
+        rtol: float = 1e-5,
+        atol: float = 0.0,
+        maxiter: int | None = None,
+        M: Any = None,
+        x0: Any = None,
+        callback: Callable[[np.ndarray], object] | None = None,
+        truncate: bool = False,
+        history: bool = False,
+    ) -> None:
+        self.rtol, self.atol, self.maxiter, self.M = rtol, atol, maxiter, M
+        self.x0, self.callback, self.truncate, self.history = x0, callback, truncate, history
+        self._made: Memo[LinearOperator] = Memo()
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rows: Tensor,
+        *,
+        on_failure: OnFailure = "warn",
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, SolveReport]:
+        """A⁻¹ b for each row b of [k, d], and the report."""
+        return cg(
+            operator,
+            rows,
+            x0=self.x0,
+            rtol=self.rtol,
+            atol=self.atol,
+            maxiter=self.maxiter,
+            M=made_once(self.M, operator, self._made),
+            callback=self.callback,
+            truncate=self.truncate,
+            history=self.history,
+            on_failure=on_failure,
+            progress=progress,
+        )
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """The way, in words."""
+        return "conjugate gradients, all rows at once" + preconditioned(self.M)
+
+    def cost(self, operator: LinearOperator, k: int) -> Cost:
+        """A guess: the spectrum is not known."""
+        steps = iterations(self.rtol, operator.size)
+        nbytes = (5 * k + rows_of(self.M)) * row_bytes(operator)
+        return Cost(steps * k * (operator.operations + 12 * operator.size), nbytes, f"{steps:.0f} products, a guess")

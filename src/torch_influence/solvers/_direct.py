@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.linop import as_tensor
-from torch_influence.solvers._base import conclude, norms, reachable, rounding, system
-from torch_influence.solvers._report import (
-    ConvergenceWarning,
-    NegativeCurvatureWarning,
-    OnFailure,
-    SolveReport,
-    check_on_failure,
-    fail,
-)
+from torch_influence import memory
+from torch_influence.failures import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, check_on_failure, fail
+from torch_influence.linop import LinearOperator, as_tensor
+from torch_influence.solvers._base import Progress, conclude, norms, reachable, rounding, system
+from torch_influence.solvers._report import SolveReport
+from torch_influence.solvers._solver import SLOWNESS_OF_DENSE, Cost, Memo, Solver, row_bytes
 
 
 def direct(A: Any, B: Any, *, on_failure: OnFailure = "warn") -> tuple[Tensor, SolveReport]:
@@ -177,3 +173,65 @@ class Factor:
         if self.definite:
             return torch.cholesky_solve(rows.mT, self._factor[0]).mT.contiguous()
         return torch.linalg.lu_solve(*self._factor, rows.mT).mT.contiguous()
+
+
+class Direct(Solver):
+    """Solves by a dense matrix, factored once for all solves with one operator; see ``direct`` and ``Factor``.
+
+    Raises:
+        MemoryError: the matrix, its damped copy and the factor don't fit; nothing has been computed yet.
+        torch.linalg.LinAlgError: the matrix is singular.
+
+    Cost:
+        d rows of products and d³/3 once, d² for each right-hand side; memory 3 d².
+
+    Examples:
+        >>> from torch_influence.linop import Dense
+        >>> x, report = Direct().solve(Dense(torch.diag(torch.tensor([1.0, 2.0, 4.0]))), torch.ones(1, 3))
+        >>> x.tolist()
+        [[1.0, 0.5, 0.25]]
+    """
+
+    title, exact = "dense matrix, factored once", True
+
+    def __init__(self) -> None:
+        self._factor: Memo[Factor] = Memo()
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rows: Tensor,
+        *,
+        on_failure: OnFailure = "warn",
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, SolveReport]:
+        """A⁻¹ b for each row b of [k, d], and the report."""
+        return self.factor(operator, on_failure).solve(rows)
+
+    def factor(self, operator: LinearOperator, on_failure: OnFailure = "warn") -> Factor:
+        """The factor of the operator's matrix, made once."""
+
+        def factored() -> Factor:
+            refuse_if_too_large(operator.size, operator.dtype, operator.device, "a direct solve")
+            return Factor(operator.dense(), on_failure=on_failure)
+
+        factor = self._factor.of(operator, factored)
+        factor.on_failure = on_failure
+        return factor
+
+    def cost(self, operator: LinearOperator, k: int) -> Cost:
+        """Forming the matrix and a Cholesky factor, unless there is one."""
+        d, factored = operator.size, self._factor.has(operator)
+        once = 0.0 if factored else SLOWNESS_OF_DENSE * (operator.operations_of_dense + d**3 / 3)
+        note = "factored before" if factored else "matrix and Cholesky factor"
+        return Cost(once + 4.0 * d**2 * k, 3 * d * row_bytes(operator), note)
+
+
+def refuse_if_too_large(d: int, dtype: torch.dtype, device: torch.device, who: str) -> None:
+    """Refuses, before anything is allocated, where the matrix, its damped copy and the factor don't fit."""
+    needed, free = 3 * d * d * torch.finfo(dtype).bits // 8, memory.free_memory(device)
+    if needed > free:
+        raise MemoryError(
+            f"{who} needs three {d:,} x {d:,} matrices, {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on "
+            f"{device}: choose fewer parameters with params=, or CGInfluenceModule, whose memory grows with d alone"
+        )

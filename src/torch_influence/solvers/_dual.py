@@ -7,9 +7,13 @@ import time
 import torch
 from torch import Tensor
 
-from torch_influence.linop import Damped, Dual
-from torch_influence.solvers._base import conclude, norms, reachable
-from torch_influence.solvers._report import OnFailure, SolveReport
+from torch_influence import memory
+from torch_influence.failures import OnFailure
+from torch_influence.linop import Damped, Dual, LinearOperator, base_and_shift
+from torch_influence.plan import NotPossible
+from torch_influence.solvers._base import Progress, conclude, norms, reachable
+from torch_influence.solvers._report import SolveReport
+from torch_influence.solvers._solver import SLOWNESS_OF_DENSE, Cost, Memo, Solver
 
 
 class DualFactor:
@@ -138,3 +142,84 @@ class DualFactor:
         """One round."""
         inner = torch.cholesky_solve(self.dual.push(rows).mT, self._lower).mT
         return (rows - self.dual.pull(inner)).div_(self.sigma)
+
+
+class DualDirect(Solver):
+    """Solves by the small matrix that the examples' outputs span, factored once; see ``DualFactor``.
+
+    For operators that say how they are GᵀG plus a multiple of the identity: Gauss-Newton curvatures, and Hessians of
+    linear heads. The kernel G Gᵀ is made once for an operator, a factor once for each damping.
+
+    Args:
+        rtol, atol: a row is solved when |b - Ax| <= max(rtol |b|, atol), by rounds of refinement.
+
+    Raises:
+        ValueError: the operator has no such form, or too little damping for it; the message says why.
+
+    Cost:
+        that of ``DualFactor``, and of G.
+
+    Examples:
+        >>> module = InfluenceModule(
+        ...     model,
+        ...     objective,
+        ...     train_loader,
+        ...     test_loader,
+        ...     "cpu",
+        ...     damp=0.1,
+        ...     solver=torch_influence.solvers.DualDirect(),
+        ... )
+    """
+
+    title = "dual system of the outputs of all examples, factored once"
+
+    def __init__(self, *, rtol: float = 1e-5, atol: float = 0.0) -> None:
+        self.rtol, self.atol = rtol, atol
+        self._dual: Memo[Dual] = Memo()  # good for any damping
+        self._factor: Memo[DualFactor] = Memo()
+        self._refused: Memo[str] = Memo()
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rows: Tensor,
+        *,
+        on_failure: OnFailure = "warn",
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, SolveReport]:
+        """A⁻¹ b for each row b of [k, d], and the report."""
+        try:
+            factor = self.factor(operator)
+        except NotPossible as why:
+            raise ValueError(f'solver="dual": {why}') from None
+        return factor.solve(rows, rtol=self.rtol, atol=self.atol, on_failure=on_failure)
+
+    def cost(self, operator: LinearOperator, k: int) -> Cost:
+        """What the operator says of its dual; raises ``NotPossible`` where there is none, as far as is known."""
+        if (refused := self._refused.get(operator)) is not None:
+            raise NotPossible(refused)
+        base, shift = base_and_shift(operator)
+        small = base.dual_cost(shift)
+        once = 0.0 if self._factor.made else SLOWNESS_OF_DENSE * small.operations
+        return Cost(once + small.operations_per_row * k, small.nbytes, "kernel and Cholesky factor")
+
+    def dual(self, operator: LinearOperator) -> Dual:
+        """The operator as a Dual, made once; raises ``NotPossible``, and remembers why, where it is none."""
+        if (refused := self._refused.get(operator)) is not None:
+            raise NotPossible(refused)
+        base, shift = base_and_shift(operator)
+        try:
+            return self._dual.of(base, lambda: base.dual(shift, memory.free_memory(operator.device) / 2))
+        except NotPossible as why:
+            text = str(why)
+            self._refused.of(operator, lambda: text)
+            raise
+
+    def factor(self, operator: LinearOperator) -> DualFactor:
+        """The factor of the dual system; raises ``NotPossible`` as ``dual`` does."""
+        dual, shift = self.dual(operator), base_and_shift(operator)[1]
+        return self._factor.of(operator, lambda: DualFactor(dual.damped(shift)))
+
+    def refuse(self, operator: LinearOperator, why: str) -> None:
+        """Remembers that the factor could not be made, for this damping."""
+        self._refused.of(operator, lambda: why)

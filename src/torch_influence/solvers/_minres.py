@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_influence.failures import OnFailure, check_on_failure
 from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.solvers._base import (
     Progress,
@@ -23,10 +24,11 @@ from torch_influence.solvers._base import (
     tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
-from torch_influence.solvers._preconditioners import as_preconditioner
-from torch_influence.solvers._report import OnFailure, SolveReport, check_on_failure
+from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, rows_of
+from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rotations import Rotations, rotate
 from torch_influence.solvers._rows import RowIteration, StepLog
+from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
 
 _M_EXPECTED = "M: expected a symmetric positive definite preconditioner, got one with r'Mr <= 0 for a residual r"
 # Times eps^½: at how small an |Ar| / |A||r| it is asked whether a system is inconsistent. Where one is, that gets down
@@ -358,3 +360,67 @@ def _dot(a: Tensor, b: Tensor, spare: Tensor) -> Tensor:
     if a.dtype.itemsize < 4:
         return (a.double() * b.double()).sum(dim=1)
     return torch.mul(a, b, out=spare).sum(dim=1).double()
+
+
+class Minres(Solver):
+    """Solves by minimal residuals, for matrices that are indefinite or singular; see ``minres``.
+
+    Args:
+        rtol, atol, maxiter, M, x0, history: those of ``minres``. What a recipe M makes is kept for later solves with
+            the same operator.
+
+    Cost:
+        one product an iteration, however many rows; memory 6 k d, and that of M.
+
+    Examples:
+        >>> from torch_influence.linop import Dense
+        >>> x, report = Minres(rtol=1e-8).solve(Dense(torch.diag(torch.tensor([1.0, -2.0, 4.0]))), torch.ones(1, 3))
+        >>> [round(entry, 4) for entry in x[0].tolist()]
+        [1.0, -0.5, 0.25]
+    """
+
+    def __init__(
+        self,
+        *,
+        rtol: float = 1e-5,
+        atol: float = 0.0,
+        maxiter: int | None = None,
+        M: Any = None,
+        x0: Any = None,
+        history: bool = False,
+    ) -> None:
+        self.rtol, self.atol, self.maxiter, self.M, self.x0, self.history = rtol, atol, maxiter, M, x0, history
+        self._made: Memo[LinearOperator] = Memo()
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rows: Tensor,
+        *,
+        on_failure: OnFailure = "warn",
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, SolveReport]:
+        """A⁻¹ b for each row b of [k, d], and the report."""
+        return minres(
+            operator,
+            rows,
+            x0=self.x0,
+            rtol=self.rtol,
+            atol=self.atol,
+            maxiter=self.maxiter,
+            M=made_once(self.M, operator, self._made),
+            history=self.history,
+            on_failure=on_failure,
+            progress=progress,
+        )
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """The way, in words."""
+        return "MINRES, all rows at once" + preconditioned(self.M)
+
+    def cost(self, operator: LinearOperator, k: int) -> Cost:
+        """A guess: the spectrum is not known."""
+        steps = iterations(self.rtol, operator.size)
+        nbytes = (6 * k + rows_of(self.M)) * row_bytes(operator)
+        return Cost(steps * k * (operator.operations + 18 * operator.size), nbytes, f"{steps:.0f} products, a guess")

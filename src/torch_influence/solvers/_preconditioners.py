@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_influence.linop import Damped, LinearOperator, as_tensor
+from torch_influence.linop import Damped, LinearOperator, as_tensor, base_and_shift
 from torch_influence.solvers._base import rounding
+from torch_influence.solvers._solver import Memo
 
 _ENTRIES = 1 << 24  # of the rows that are multiplied at once, and of float64 copies
 
@@ -75,7 +76,7 @@ class Jacobi:
             ValueError: the diagonal has no positive entry, or is not finite.
         """
         values = operator.diagonal()
-        base, shift = _parts(operator)
+        base, shift = base_and_shift(operator)
         if values is None and operator.size <= self.probes:
             values = exact_diagonal(base) + shift
         elif values is None:
@@ -141,7 +142,7 @@ class Nystrom:
         Raises:
             ValueError: a product is not finite.
         """
-        base, shift = _parts(operator)
+        base, shift = base_and_shift(operator)
         values, vectors = low_rank(base, min(self.rank, base.size), self.generator)
         mu = max(shift, 0.0)
         level = torch.maximum(values[-1] + mu, rounding(operator.dtype) * (values[0] + mu))
@@ -149,32 +150,38 @@ class Nystrom:
         return _Deflated(vectors, (factors - 1).to(vectors))
 
 
-class Kept:
-    """A recipe that remembers what it has made, for later solves with the same operator."""
+@dataclasses.dataclass(frozen=True)
+class MadeOnce:
+    """A recipe that makes M of an operator once, for all later solves with it.
 
-    def __init__(self) -> None:
-        self.clear()
+    Attributes:
+        recipe: makes M.
+        operator: what it is made of.
+        made: keeps it.
+    """
 
-    def clear(self) -> None:
-        """The curvature is another one."""
-        self._recipe: Preconditioner | None = None
-        self._damp = float("nan")
-        self._made: LinearOperator | None = None
-
-    def instead_of(self, M: Any, damp: float) -> Any:
-        """M, or if it is a recipe this one in its place, for the damped curvature."""
-        if not is_recipe(M):
-            return M
-        if M is not self._recipe or damp != self._damp:
-            self._recipe, self._damp, self._made = M, damp, None
-        return self
+    recipe: Preconditioner
+    operator: LinearOperator
+    made: Memo[LinearOperator]
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """What the recipe makes, or has made."""
-        if self._made is None:
-            assert self._recipe is not None  # instead_of came first
-            self._made = self._recipe.of(operator)
-        return self._made
+        """Returns what the recipe makes, or has made; ``operator`` is the same one behind a wrapper that counts."""
+        return self.made.of(self.operator, lambda: self.recipe.of(operator), self.recipe)
+
+
+def made_once(M: Any, operator: LinearOperator, made: Memo[LinearOperator]) -> Any:
+    """M as it is; in place of a recipe one that remembers what it has made."""
+    return MadeOnce(M, operator, made) if is_recipe(M) else M
+
+
+def preconditioned(M: Any) -> str:
+    """What M adds to a solver's title."""
+    return "" if M is None else f", preconditioned by {M if is_recipe(M) else 'M'}"
+
+
+def rows_of(M: Any) -> int:
+    """How many rows [d] a preconditioner keeps, as far as it says so."""
+    return getattr(M, "rank", 0)
 
 
 def is_recipe(M: Any) -> bool:
@@ -186,7 +193,7 @@ def as_preconditioner(M: Any, operator: LinearOperator, rows: Tensor) -> tuple[C
     """Rows [k, d] to M times each, whatever M is given as; and how many products with A a recipe has made."""
     d = rows.shape[1]
     if is_recipe(M):
-        base, shift = _parts(operator)
+        base, shift = base_and_shift(operator)
         counted = _Counted(base)
         made = M.of(counted.damped(shift) if isinstance(operator, Damped) else counted)
         return made.product, counted.products
@@ -340,8 +347,3 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
     for some, others in zip(a.split(step, dim=1), b.split(step, dim=1), strict=True):
         total.addmm_(some.double(), others.double().mT)
     return total.cpu()
-
-
-def _parts(operator: LinearOperator) -> tuple[LinearOperator, float]:
-    """Base and shift."""
-    return (operator.base, operator.shift) if isinstance(operator, Damped) else (operator, 0.0)

@@ -1,50 +1,16 @@
-"""What every solver tells of its work, and how it fails aloud: the report, the warnings, the error."""
+"""SolveReport: what every solver tells of its work."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from torch_influence.caller import level_of_the_user
-
-OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
-
 _ROWS_SHOWN = 8
-
-
-class ConvergenceWarning(UserWarning):
-    """A solver did not reach the tolerance it was asked for, or an estimate is too rough; the text says what helps."""
-
-
-class DivergenceWarning(ConvergenceWarning):
-    """An iteration grew without bound: what is lost is NaN. The text names the scale or the damping that cures it."""
-
-
-class NegativeCurvatureWarning(UserWarning):
-    """The matrix is not positive definite: scores are not those of a minimum. The text names the damping it takes."""
-
-
-class SolveError(RuntimeError):
-    """A solve failed, and ``on_failure="raise"`` was asked for. Nothing is lost: it carries what was computed.
-
-    Attributes:
-        solution: [k, d], as it would have been returned; None where there is none.
-        report: the SolveReport.
-        warnings: the warnings that would have been given.
-    """
-
-    def __init__(self, found: Sequence[Warning], solution: Tensor | None, report: SolveReport | None) -> None:
-        super().__init__("; ".join(str(warning) for warning in found))
-        self.warnings, self.solution, self.report = list(found), solution, report
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.warnings, self.solution, self.report)
 
 
 class Extremes(Protocol):
@@ -231,21 +197,3 @@ class Seen:
         seen = [self.besides, *(part.extremes() for part in self.parts)]
         known = [pair for pair in seen if pair[0] == pair[0]] or [self.besides]
         return min(pair[0] for pair in known), max(pair[1] for pair in known)
-
-
-def check_on_failure(on_failure: str) -> None:
-    """Refuses what is none of the three."""
-    if on_failure not in ("warn", "raise", "ignore"):
-        raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
-
-
-def fail(
-    found: Sequence[Warning], on_failure: OnFailure, solution: Tensor | None = None, report: SolveReport | None = None
-) -> None:
-    """Warns of what was found, pointing at the line outside this package that asked for it; or raises it."""
-    if not found or on_failure == "ignore":
-        return
-    if on_failure == "raise":
-        raise SolveError(found, solution, report)
-    for warning in found:
-        warnings.warn(warning, stacklevel=level_of_the_user())

@@ -1,4 +1,4 @@
-"""The data loop that every curvature shares: differentiated once, multiplied many times."""
+"""DoubleBackward: the loop over the data of Hessian and Gauss-Newton; differentiated once, multiplied many times."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from torch_influence.agreement import agree
 from torch_influence.batches import Batches, weighted_mean
 from torch_influence.convolutions import Convolutions, channels_last, convolves
+from torch_influence.curvature._curvature import Curvature
+from torch_influence.curvature._doubts import SecondDerivative, doubts, second_derivative
+from torch_influence.curvature._plain import Tangents, plain_product
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate, grouping, saved_bytes
 from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import Means
-from torch_influence.plan import agree
+from torch_influence.plan import Step
 from torch_influence.turns import Once
-
-Tangents: TypeAlias = Sequence[Tensor]
 
 # Of a compute batch's graph, and of as many copies of it as there are rows at once: enough to keep two cores busy, and
 # about what their last cache holds. Larger batches of a convolutional net take up to twice as long per example.
@@ -73,8 +75,8 @@ class Regularizer:
         return self.add(sums, rows)
 
 
-class Curvature(LinearOperator):
-    """Mean over the training data of a per-batch curvature, without damping: product(V)[j] = (1/n) Σ_b |b| C_b V[j].
+class DoubleBackward(Curvature):
+    """Mean over the training data of a batch's curvature, without damping: product(V)[j] = (1/n) Σ_b |b| C_b V[j].
 
     A subclass says how a batch is differentiated. Batches may be larger than the loader's, where that was seen to
     change nothing. Their graphs are kept from product to product while they fit ``budget``; the rest is differentiated
@@ -96,8 +98,10 @@ class Curvature(LinearOperator):
         kept_bytes: of the graphs that are kept.
         kept_examples: whose graphs they are.
         why_plain_convolutions: why convolutions are torch's own, in a model that has any.
+        why_no_head: why it is not that of a linear head in closed form; empty where that was not looked at.
     """
 
+    gauss_newton: bool = False
     regularized_loss: bool = False  # whether ``loss`` has the regulariser in it
 
     def __init__(
@@ -108,21 +112,30 @@ class Curvature(LinearOperator):
         budget: float = 0,
         told: bool = False,
     ) -> None:
-        self.evaluation = evaluation
-        self.batches = batches
-        self.budget = budget
-        self.size, self.dtype, self.device = evaluation.space.size, evaluation.space.dtype, device
+        super().__init__(evaluation, batches, device, budget, told)
         self.kept_bytes = 0
         self.kept_examples = 0
         self.batch_size: int | None = None
         self.why_not_grouped = "not looked at yet"
         self.graph_bytes = 0
         self.why_plain_convolutions = ""
+        self.why_no_head = ""
         self._lean = False
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation)
         self.means = Means("train_loss" if self.regularized_loss else "data_loss", evaluation, batches, told)
+
+    # -- for modules and verify() -------------------------------------------------------------------------------------
+
+    def doubts(self, room: float) -> list[Warning]:
+        return doubts(self, self, room)
+
+    def from_definition(self, row: Tensor, batches: Batches) -> tuple[Tensor, float]:
+        return plain_product(self.evaluation, batches, row, self.gauss_newton)
+
+    def second_derivative(self, batch: Any) -> SecondDerivative:
+        return second_derivative(self.evaluation, batch, self.gauss_newton)
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
@@ -212,9 +225,9 @@ class Curvature(LinearOperator):
         return counter.get_total_flops() * self.batches.n / size
 
     @property
-    def operations_of_dense(self) -> float:
-        """Counts the additions and multiplications of ``dense``."""
-        return self.operations * self.size
+    def operations_of_minibatch(self) -> float:
+        """Counts the additions and multiplications of a minibatch's product with one row."""
+        return self.operations * min(self.batches.batch_size or 1, self.batches.n) / self.batches.n
 
     @property
     def ridge(self) -> float | None:
@@ -226,7 +239,18 @@ class Curvature(LinearOperator):
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
         lean = ", convolutions by what is asked for alone" if self._lean else ""
-        return f"{type(self).__name__} by double backward, {size} examples at a time, {kept}{lean}"
+        return f"{self.title} by double backward, {size} examples at a time, {kept}{lean}"
+
+    def step(self) -> Step:
+        """The curvature's line of ``explain()``, after it has been seen how examples are batched."""
+        self.prepare()
+        why_not = [
+            ("a linear head in closed form", self.why_no_head),
+            ("convolutions by what is asked for alone", self.why_plain_convolutions),
+            ("in larger batches", self.why_not_grouped),
+        ]
+        nbytes = int(min(self.graph_bytes, self.budget))
+        return Step("curvature", self.describe(), nbytes, [pair for pair in why_not if pair[1]])
 
     def product(self, rows: Tensor) -> Tensor:
         with self.evaluation.session():
@@ -346,7 +370,7 @@ class _NoModules(ModuleTracker):
 class _OfBatch(LinearOperator):
     """The curvature of one batch."""
 
-    def __init__(self, whole: Curvature, batch: Any, examples: int) -> None:
+    def __init__(self, whole: DoubleBackward, batch: Any, examples: int) -> None:
         self._whole, self._batch, self._examples = whole, batch, examples
         self.size, self.dtype, self.device = whole.size, whole.dtype, whole.device
 

@@ -1,0 +1,350 @@
+"""Problem: a model with an objective, data, selected parameters and a damping, and whether it is still what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_influence import memory
+from torch_influence.arguments import check_damp, check_flag, check_model, check_objective
+from torch_influence.batches import Batches
+from torch_influence.caller import level_of_the_user
+from torch_influence.curvature import Curvature, Kind, check_kind, fastest, made
+from torch_influence.evaluation import Evaluation
+from torch_influence.examples import ExampleGradients
+from torch_influence.failures import OnFailure, fail
+from torch_influence.gradients import NondeterminismWarning, mean_gradient, randomness, regularizer_gradient
+from torch_influence.losses import Means, not_a_mean, tell
+from torch_influence.memory import Cache, budget
+from torch_influence.objective import BaseObjective
+from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.turns import Once, alone_with
+
+
+class Problem:
+    """What influence is asked of. It knows no solver and no score.
+
+    Everything may be set at any time. ``version`` moves whenever the model, the objective, the data or the parameters
+    are not what they were, and not with the damping: curvatures are kept by it, undamped.
+
+    Args:
+        model, objective, train_loader, test_loader, device, params, cache, progress, on_failure: see
+            BaseInfluenceModule.
+        to_device: moves a batch to the device.
+
+    Attributes:
+        version: a number; what was made under another one is out of date.
+        space: the selected parameters.
+        evaluation: the objective as a function of them.
+        train: the training data.
+        kind: which curvature, by name or as a class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: BaseObjective,
+        train_loader: Any,
+        test_loader: Any,
+        device: torch.device,
+        *,
+        params: Selection = None,
+        cache: Cache = "auto",
+        progress: bool = False,
+        on_failure: OnFailure = "warn",
+        to_device: Callable[[Any], Any],
+    ) -> None:
+        self.device, self.progress, self.on_failure = device, progress, on_failure
+        self._params, self._cache, self._to_device = params, cache, to_device
+        self._damp = 0.0
+        self._kind: Kind = "hessian"
+        self.version = 0
+        self._seen: tuple[Any, ...] | None = None  # what ``version`` is the version of
+        self._curvature: tuple[Any, Curvature] | None = None
+        self.findings: dict[str, str] = {}  # of ``check_loss``, by loss; "" for none
+        self._looked_for_randomness: set[str] = set()
+        self._evaluate(model, objective)
+        self.train_loader = train_loader
+        self.test_loader = test_loader
+
+    # -- what it is made of -------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.evaluation.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._evaluate(model, self.objective)
+
+    @property
+    def objective(self) -> BaseObjective:
+        """The losses."""
+        return self.evaluation.objective
+
+    @objective.setter
+    def objective(self, objective: BaseObjective) -> None:
+        self._evaluate(self.model, objective)
+
+    @property
+    def train_loader(self) -> Any:
+        """The loader of the training data."""
+        return self._train_loader
+
+    @train_loader.setter
+    def train_loader(self, loader: Any) -> None:
+        self.train = self._batches(loader, "train_loader")
+        self._train_loader = loader
+        self._start_anew()
+
+    @property
+    def test_loader(self) -> Any:
+        """The loader of the test data, or None."""
+        return self._test_loader
+
+    @test_loader.setter
+    def test_loader(self, loader: Any) -> None:
+        vars(self).pop("test", None)
+        self._test_loader = loader
+        self.findings.pop("test_loss", None)
+        self._looked_for_randomness.discard("test_loss")
+
+    @Once
+    def test(self) -> Batches:
+        """The test data."""
+        return self._batches(self.test_loader, "test_loader")
+
+    @property
+    def damp(self) -> float:
+        """λ, which is added once to the curvature."""
+        return self._damp
+
+    @damp.setter
+    def damp(self, damp: float) -> None:
+        self._damp = check_damp(damp)
+
+    @property
+    def kind(self) -> Kind:
+        """Which curvature: "hessian", "gauss-newton" or a subclass of Curvature."""
+        return self._kind
+
+    @kind.setter
+    def kind(self, kind: Kind) -> None:
+        self._kind = check_kind(kind)
+
+    @property
+    def gnh(self) -> bool:
+        """Whether the curvature is Gauss-Newton's: an older spelling of ``kind``."""
+        return self.kind == "gauss-newton"
+
+    @gnh.setter
+    def gnh(self, gnh: bool) -> None:
+        self.kind = "gauss-newton" if check_flag("gnh", gnh) else "hessian"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row [d]."""
+        return self.space.size * torch.finfo(self.space.dtype).bits // 8
+
+    # -- sessions, and whether anything has changed -------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread has a session open."""
+        return self.evaluation.is_open
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[bool]:
+        """A block in which losses can be evaluated; yields whether the version has moved since the last one.
+
+        That is looked for before the mode is changed: a layer that merges weights in eval mode makes the same of the
+        same each time, but maybe in another place. Inside of another session the block does nothing.
+        """
+        if self.is_open:
+            yield False
+            return
+        with self.evaluation.opened():
+            moved = self.refresh()
+            with self.evaluation.in_eval_mode():
+                yield moved
+
+    def refresh(self) -> bool:
+        """Drops data that have changed; tells whether the version has moved, with what was kept by it."""
+        for batches in self._opened():
+            batches.refresh()
+        now = self.evaluation.fingerprint(), self.evaluation.settings(), self.train.generation
+        version, *before = (self.version, *now) if self._seen is None else self._seen
+        if tuple(before) != now:
+            self._move()
+        self._seen = self.version, *now
+        return self.version != version
+
+    def clear(self) -> None:
+        """Drops the data that are kept, and the curvature."""
+        for batches in self._opened():
+            batches.clear()
+        self._curvature = None
+        self._looked_for_randomness.clear()
+        if self._seen is not None:
+            self._seen = *self._seen[:-1], self.train.generation
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drops what is kept; a copy is of the same version, wherever its tensors are."""
+        with self.evaluation.opened():
+            if self._seen is not None:
+                self.refresh()
+            self.clear()
+        return {**vars(self), "_seen": None}
+
+    # -- the curvature and gradients ----------------------------------------------------------------------------------
+
+    def curvature(self, streamed: bool = True) -> Curvature:
+        """The undamped curvature of this version, made once. Inside a session.
+
+        ``streamed``: data that are too large to be kept may be read once more for a faster form.
+        """
+        self.check_loss("train_loss")
+        key = self.version, self.kind
+        if self._curvature is None or self._curvature[0] != key:
+            self._curvature = None  # before another one is made
+            allowed = budget(self._cache, self.device) - self.train.kept_bytes
+            told = bool(self.findings["train_loss"])
+            plain = made(self.kind, self.evaluation, self.train, self.device, allowed, told)
+            self._curvature = key, fastest(plain, streamed)
+            if found := self._curvature[1].doubts(memory.free_memory(self.device) / 4):
+                fail(found, self.on_failure)
+        return self._curvature[1]
+
+    def mean_gradient(self, loss: str, indices: list[int]) -> Tensor:
+        """Gradient [d] of the mean of ``"train_loss"`` or ``"test_loss"`` over these examples."""
+        if not indices:
+            raise ValueError(
+                f"{loss}_grad: expected at least one index, got none; the mean over no examples is undefined"
+            )
+        batches = self.data(loss)
+        with self.session():
+            self.check_loss(loss)
+            means = Means(loss, self.evaluation, batches)
+            look = None if self.findings[loss] else means.add
+            gradient = mean_gradient(getattr(self.evaluation, loss), self.evaluation, batches, indices, look)
+            means.conclude()
+            return gradient
+
+    def train_gradients(self) -> ExampleGradients:
+        """Gradients of single training examples, regulariser included. Inside a session."""
+        self.check_loss("train_loss")
+        evaluation = self.evaluation
+        if evaluation.overrides_train_loss:  # its parts are not known
+            return ExampleGradients(evaluation.train_loss, evaluation, self.train, "scores")
+        constant = regularizer_gradient(evaluation)
+        return ExampleGradients(evaluation.train_loss, evaluation, self.train, "scores", evaluation.data_loss, constant)
+
+    def test_gradients(self) -> ExampleGradients:
+        """Gradients of single test examples. Inside a session."""
+        self.check_loss("test_loss")
+        return ExampleGradients(self.evaluation.test_loss, self.evaluation, self.test, "test gradients")
+
+    def mean_test_loss(self, queries: list[int], evaluation: Evaluation | None = None) -> float:
+        """The mean test loss over these examples, of this model or another one's evaluation."""
+        evaluation = evaluation or self.evaluation
+        with evaluation.session(), self.test.quietly():
+            leaves = evaluation.leaves()
+            return float(self.test.mean(lambda batch: evaluation.test_loss(leaves, batch).detach().double(), queries))
+
+    def data(self, loss: str) -> Batches:
+        """The data that a loss is of."""
+        return self.train if loss == "train_loss" else self.test
+
+    def read_anew(self, loss: str) -> Batches:
+        """The same data, of which nothing is kept."""
+        name = loss.replace("_loss", "_loader")
+        return Batches(getattr(self, name), name, self._to_device, self.bar, cache=False)
+
+    def as_rows(self, vecs: Any, argument: str, vectors_only: bool = False) -> Tensor:
+        """Vectors of the user's as rows [k, d] on the device."""
+        d = self.space.size
+        if not isinstance(vecs, Tensor):
+            raise TypeError(f"{argument}: expected a tensor, got {type(vecs).__name__}")
+        if vecs.dim() not in ((1,) if vectors_only else (1, 2)) or vecs.shape[-1] != d:
+            shapes = f"[{d}]" if vectors_only else f"[{d}] or [k, {d}]"
+            raise ValueError(f"{argument}: expected shape {shapes}, got {list(vecs.shape)}")
+        return vecs.detach().to(self.device, self.space.dtype).reshape(-1, d)
+
+    def no_rows(self, k: int = 0) -> Tensor:
+        """Rows [k, d] to be written to."""
+        return torch.empty(k, self.space.size, dtype=self.space.dtype, device=self.device)
+
+    def bar(self, iterable: Iterable[Any], describe: str, total: int | None) -> Iterable[Any]:
+        """The same, in a progress bar if these are wanted."""
+        if not self.progress:
+            return iterable
+        from tqdm.auto import tqdm  # imported when wanted: it probes for a notebook
+
+        return tqdm(iterable, desc=describe, total=total, leave=False, disable=None)  # None: only on a terminal
+
+    # -- checks of the user's losses ----------------------------------------------------------------------------------
+
+    def check_loss(self, loss: str) -> None:
+        """Warns once of a loss that is no mean over the batch, or random: nothing else would show it."""
+        if loss not in self.findings:
+            own = self.space.pass_dtype
+            finding = not_a_mean(loss, self.evaluation, self.data(loss))
+            self.findings[loss] = finding  # now, and not when an exception has ended it
+            tell(finding)
+            if (seen := self.space.pass_dtype) != own and seen in (torch.bfloat16, torch.float16):
+                warnings.warn(
+                    f"{loss}: it is computed in {seen} in part, and the parameters are {own}; torch.autocast is on "
+                    "inside of the model or the objective, or something is cast: gradients and products are rounded to "
+                    "it. Leave it out for influence",
+                    UserWarning,
+                    stacklevel=level_of_the_user(),
+                )
+        if loss not in self._looked_for_randomness:
+            why = randomness(loss, self.evaluation, self.data(loss))
+            self._looked_for_randomness.add(loss)
+            if why:
+                fail([NondeterminismWarning(why)], self.on_failure)
+
+    def warn_if_train_loss_is_overridden(self) -> None:
+        """Warns where Gauss-Newton is of other losses than scores are."""
+        if self.gnh and self.evaluation.overrides_train_loss:
+            warnings.warn(
+                "objective.train_loss is overridden, but with gnh=True the curvature is built from train_outputs, "
+                "train_loss_on_outputs and train_regularization; scores still use train_loss",
+                UserWarning,
+                stacklevel=level_of_the_user(),
+            )
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, model: nn.Module, objective: BaseObjective) -> None:
+        """Looks at this model with this objective from now on."""
+        check_model(model)
+        check_objective(objective)
+        with alone_with(*model.modules()):  # no other thread has other tensors in it
+            self.space = ParameterSpace(model.to(self.device), self._params)
+        self.evaluation = Evaluation(model, objective, self.space)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Moves the version, and forgets what users have been told."""
+        self.findings.clear()
+        self._move()
+
+    def _move(self) -> None:
+        self.version += 1
+        self._curvature = None
+        self._looked_for_randomness.clear()
+
+    def _batches(self, loader: Any, name: str) -> Batches:
+        return Batches(loader, name, self._to_device, self.bar, self._cache)
+
+    def _opened(self) -> list[Batches]:
+        """Those of the two data sets that are in use so far."""
+        return [batches for name in ("train", "test") if (batches := vars(self).get(name)) is not None]
