@@ -1,4 +1,4 @@
-"""Checks of products, solutions and scores against numbers that were made in another way; what they come to."""
+"""Checks of products, solutions and scores against numbers that were computed in another way, and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Check", "Refits", "Verification"]
 
 WORST = 0.1  # relative error of a solution beyond which it is wrong, however loose the tolerance was
 SAMPLED = 0.5  # of an estimate from minibatches; zero, which knows nothing, has an error of 1
-UNKNOWN = 0.01  # relative residual that a solver which reports none is believed to reach
+UNKNOWN = 0.01  # relative residual that a solver is assumed to reach if it reports none
 CORRELATION = 0.9  # of predicted and actual changes, at least
 FACTOR = 2.0  # between them, at most
 NOISE = 0.2  # of refits, in units of the changes
@@ -67,17 +67,17 @@ class Refits:
 
     @property
     def correlation(self) -> float:
-        """Pearson's, of predicted and actual changes."""
+        """Pearson's correlation of predicted and actual changes."""
         return _correlation(self.predicted, self.actual)
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's."""
+        """Spearman's rank correlation of predicted and actual changes."""
         return _correlation(_ranks(self.predicted), _ranks(self.actual))
 
     @property
     def slope(self) -> float:
-        """Of actual on predicted changes, through the origin: 1 where the size is right."""
+        """The slope of actual on predicted changes, through the origin: 1 where the size is right."""
         return float((self.predicted * self.actual).sum() / self.predicted.square().sum())
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every check has."""
+        """Whether every check has passed."""
         return all(check.passed for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
@@ -118,31 +118,31 @@ class Verification:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """In one line."""
+        """Says in one line how many checks passed, and which failed."""
         failed = [check.name for check in self.checks if not check.passed]
         verdict = f"FAILED: {', '.join(failed)}" if failed else "passed"
         return f"{verdict} ({len(self.checks) - len(failed)} of {len(self.checks)} checks)"
 
 
 def check(name: str, value: float, allowed: float, text: str, otherwise: str = "") -> Check:
-    """Of a value; NaN fails. ``otherwise`` is added to the text where it does."""
+    """Makes the check value <= allowed; NaN fails. ``otherwise`` is added to the text of a check that fails."""
     passed = value <= allowed
     return Check(name, passed, value, allowed, text if passed or not otherwise else f"{text}: {otherwise}")
 
 
 def half_of_the_digits(dtype: torch.dtype) -> float:
-    """√ε: rounding in another order stays well below it, another meaning does not."""
+    """Returns √ε: rounding in another order stays well below it, a product that means something else does not."""
     return torch.finfo(dtype).eps ** 0.5
 
 
 def deviation(actual: Tensor, expected: Tensor, scale: Tensor | float) -> float:
-    """The largest |actual - expected| of rows, in units of ``scale``; 0 where both are the same."""
+    """Computes the largest |actual - expected| of rows, in units of ``scale``; 0 where both are the same."""
     apart = (actual.double() - expected.double()).norm(dim=-1)
     return float(torch.where(apart == 0, 0.0, apart / scale).max())
 
 
 def symmetric(u: Tensor, Hu: Tensor, v: Tensor, Hv: Tensor, dtype: torch.dtype) -> Check:
-    """u·Hv = v·Hu, for random rows u and v with entries of size 1, whose product with an unrelated w is about |w|."""
+    """Checks u·Hv = v·Hu for random rows u, v of entries of size 1, whose product with an unrelated w is about |w|."""
     apart = float(((u.double() * Hv.double()).sum() - (v.double() * Hu.double()).sum()).abs())
     size = float(Hu.double().norm() + Hv.double().norm())
     # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
@@ -167,10 +167,10 @@ def solutions(
     dense: Tensor | None = None,
     ends: Spectrum | None = None,
 ) -> Check:
-    """Solutions X of A x = b for rows b [k, d], judged by a dense solve in float64, else by their residuals.
+    """Checks solutions X of A x = b for rows b [k, d] against a dense solve in float64, else by their residuals.
 
-    A residual r means an error of |x - x*| <= |r| / min|λ|. Allowed is what the solver says its residual is, and what
-    rounding makes of A x, u (|A||x| + |b|); up to ``WORST`` of |x*|.
+    A residual r means an error of |x - x*| <= |r| / min|λ|. It allows the residual that the solver reports, and the
+    rounding of A x, u (|A||x| + |b|); up to ``WORST`` of |x*|.
 
     Args:
         A: the damped curvature.
@@ -178,9 +178,9 @@ def solutions(
         X: [k, d].
         report: the solver's, of these rows; None if it made none.
         dtype: in which products are computed.
-        sampled: whether it is an estimate from minibatches.
-        dense: of the undamped curvature, [d, d], if that is not too large.
-        ends: of its spectrum, otherwise.
+        sampled: whether the solutions are estimates from minibatches.
+        dense: the undamped curvature, [d, d], if that is not too large.
+        ends: the ends of its spectrum, otherwise.
     """
     method = "inverse_hvp" if report is None else report.method
     size = _norms(B)
@@ -208,7 +208,7 @@ def solutions(
 def _against_dense(
     A: Damped, dense: Tensor, B: Tensor, X: Tensor, residuals: Tensor, noise: float
 ) -> tuple[Tensor, Tensor, str]:
-    """|x - x*| / |x*|, what is allowed of it, and the condition in words."""
+    """Computes |x - x*| / |x*| by a dense solve, the errors that are allowed, and a text on the condition."""
     matrix = dense.double()
     matrix = matrix + A.shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     values = torch.linalg.eigvalsh(matrix).abs()
@@ -224,7 +224,7 @@ def _against_dense(
 def _by_residuals(
     A: Damped, ends: Spectrum, B: Tensor, X: Tensor, claimed: Tensor, noise: float
 ) -> tuple[Tensor, Tensor, str]:
-    """|b - Ax| / |b|, what is allowed of it, and what it means for x, in words."""
+    """Computes |b - Ax| / |b|, the residuals that are allowed, and a text on what they mean for x."""
     size, length, residual = _norms(B), _norms(X), _norms(B - A.product(X))
     most = max(abs(float(ends.smallest[0]) + A.shift), abs(float(ends.largest[-1]) + A.shift))
     allowed = claimed + noise * (most * length / size + 1)
@@ -248,7 +248,7 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
 
 
 def to_leave_out(scores: Tensor, count: int) -> list[int]:
-    """Positions of the most helpful, of the most harmful, and of some others at random: a third each."""
+    """Picks the positions of the most helpful, the most harmful, and some other examples at random: a third each."""
     order = scores.argsort(descending=True, stable=True).tolist()
     if len(order) <= count:
         return sorted(order)
@@ -260,11 +260,11 @@ def to_leave_out(scores: Tensor, count: int) -> list[int]:
 
 
 def refitted(refits: Refits, dtype: torch.dtype) -> list[Check]:
-    """Whether refits can be compared with the model, and whether they show what was predicted.
+    """Checks whether refits can be compared with the model, and whether they show what was predicted.
 
     Args:
         refits: with at least three examples.
-        dtype: in which the losses were computed.
+        dtype: the dtype in which the losses were computed.
     """
     base, changes = refits.base, refits.actual
     typical, largest = float(changes.square().mean().sqrt()), float(changes.abs().max())
@@ -312,6 +312,6 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Equal values share the mean of their ranks."""
+    """Ranks values; equal values share the mean of their ranks."""
     below = values[:, None] > values
     return below.sum(dim=1) + 0.5 * (values[:, None] == values).sum(dim=1).double()

@@ -13,7 +13,7 @@ from torch_influence.gradients import Graph, differentiate
 
 
 class Hessian(Curvature):
-    """∇² of the training loss: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
+    """The Hessian ∇² of the training loss: H_b v = ∂/∂θ (∇ℓ_b(θ)·v), reverse over reverse."""
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         with self.convolutions(fixed=False):
@@ -42,5 +42,5 @@ class Hessian(Curvature):
 
     @property
     def regularized_loss(self) -> bool:  # type: ignore[override]
-        """An overridden train_loss may not tell the regulariser apart."""
+        """True for an overridden train_loss: its regulariser is then not known separately."""
         return self.evaluation.overrides_train_loss
