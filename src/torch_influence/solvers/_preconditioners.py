@@ -1,4 +1,4 @@
-"""Preconditioners: what conjugate gradients take as M, and recipes for it (Jacobi, randomized Nyström)."""
+"""Preconditioners: the forms of M that conjugate gradients take, and recipes for M (Jacobi, randomized Nyström)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Preconditioner(Protocol):
     """A recipe: makes M of the operator that it is to precondition."""
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """An approximate inverse of the operator, up to a factor; symmetric positive definite.
+        """Makes an approximate inverse of the operator, up to a factor; symmetric positive definite.
 
         The solver hands over its operator, ``Damped`` as it is, behind a wrapper that counts the products made.
         """
@@ -69,7 +69,7 @@ class Jacobi:
             raise ValueError(f"probes: expected an integer >= 2, got {self.probes!r}")
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """M.
+        """Makes M.
 
         Raises:
             ValueError: the diagonal has no positive entry, or is not finite.
@@ -136,7 +136,7 @@ class Nystrom:
             raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """M.
+        """Makes M.
 
         Raises:
             ValueError: a product is not finite.
@@ -156,13 +156,13 @@ class Kept:
         self.clear()
 
     def clear(self) -> None:
-        """The curvature is another one."""
+        """Drops what the recipe has made, since the curvature has changed."""
         self._recipe: Preconditioner | None = None
         self._damp = float("nan")
         self._made: LinearOperator | None = None
 
     def instead_of(self, M: Any, damp: float) -> Any:
-        """M, or if it is a recipe this one in its place, for the damped curvature."""
+        """Returns M, or, if M is a recipe, this one in its place, for the curvature with this damping."""
         if not is_recipe(M):
             return M
         if M is not self._recipe or damp != self._damp:
@@ -170,7 +170,7 @@ class Kept:
         return self
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """What the recipe makes, or has made."""
+        """Returns what the recipe has made, or makes it now."""
         if self._made is None:
             assert self._recipe is not None  # instead_of came first
             self._made = self._recipe.of(operator)
@@ -178,12 +178,12 @@ class Kept:
 
 
 def is_recipe(M: Any) -> bool:
-    """Whether M is a Preconditioner; an operator may happen to have a method of the same name."""
+    """Tells whether M is a Preconditioner, and not an operator that happens to have a method of the same name."""
     return isinstance(M, Preconditioner) and not isinstance(M, LinearOperator | type)
 
 
 def as_preconditioner(M: Any, operator: LinearOperator, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Rows [k, d] to M times each, whatever M is given as; and how many products with A a recipe has made."""
+    """Returns a function that multiplies rows [k, d] by M, in whatever form M is, and a recipe's number of products."""
     d = rows.shape[1]
     if is_recipe(M):
         base, shift = _parts(operator)
@@ -239,7 +239,7 @@ class _Scaled(LinearOperator):
 
 
 class _Deflated(LinearOperator):
-    """I + Uᵀ diag(changes) U with orthonormal rows U [m, d] and changes [m] > -1."""
+    """The matrix I + Uᵀ diag(changes) U with orthonormal rows U [m, d] and changes [m] > -1."""
 
     def __init__(self, vectors: Tensor, changes: Tensor) -> None:
         self.vectors, self.changes = vectors, changes
@@ -250,7 +250,7 @@ class _Deflated(LinearOperator):
 
 
 class _Counted(LinearOperator):
-    """An operator whose products are counted."""
+    """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator, self.products = operator, 0
@@ -268,7 +268,7 @@ class _Counted(LinearOperator):
 
 
 def exact_diagonal(operator: LinearOperator) -> Tensor:
-    """The diagonal [d], by products with all unit rows."""
+    """Computes the diagonal [d] by products with all unit rows."""
     d = operator.size
     diagonal = torch.empty(d, dtype=operator.dtype, device=operator.device)
     for part in torch.arange(d, device=operator.device).split(max(1, _ENTRIES // d)):
@@ -281,9 +281,9 @@ def exact_diagonal(operator: LinearOperator) -> Tensor:
 def estimated_diagonal(
     operator: LinearOperator, probes: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Hutchinson's estimate of the diagonal, [d], unbiased, and its standard error, [d], from the probes' spread.
+    """Makes Hutchinson's unbiased estimate of the diagonal, [d], and its standard error, [d], from the probes' spread.
 
-    Signs are orthonormal up to a factor, so z ⊙ A z estimates without division by z ⊙ z.
+    The probes z are random signs, so z ⊙ z is 1 and z ⊙ A z needs no division by it.
     """
     generator = generator or torch.Generator().manual_seed(0)
     d, step = operator.size, max(1, _ENTRIES // operator.size)
@@ -302,7 +302,7 @@ def estimated_diagonal(
 
 
 def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Λ [rank], float64, descending, >= 0, and orthonormal rows U [rank, d] with H ≈ Uᵀ Λ U: algorithm 2.1."""
+    """Computes Λ [rank], float64, descending, >= 0, and orthonormal rows U [rank, d], H ≈ Uᵀ Λ U: algorithm 2.1."""
     generator = generator or torch.Generator().manual_seed(0)
     d, dtype, device = operator.size, operator.dtype, operator.device
     wide = torch.promote_types(dtype, torch.float32)
@@ -320,10 +320,10 @@ def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | N
         return torch.zeros(rank, dtype=torch.float64, device=device), basis.to(dtype)
     core = _gram(basis, sketch)
     s, v = torch.linalg.eigh(0.5 * (core + core.mT))
-    # Twice what makes it definite. Shifted by just that, a direction is left with no curvature at all in the core, but
-    # not in H: it would stand out of the approximation with an eigenvalue beyond all bounds.
+    # Twice the shift that makes the core definite. With just that shift, a direction would have no curvature in the
+    # core but some in H: its eigenvalue in the approximation would have no bound.
     nu = max(rounding(wide) * size, -2 * float(s[0]))
-    # Any root of the core will do in place of Cholesky's; this one is there even where the core is all but singular.
+    # Any root of the core can replace Cholesky's; this one exists even where the core is nearly singular.
     root = v / (s + nu).sqrt()
     half = root.mT.to(sketch) @ sketch.add_(basis, alpha=nu)
     del basis, sketch
@@ -334,7 +334,7 @@ def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | N
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """A Bᵀ in float64, on the host."""
+    """Computes a bᵀ in float64, and returns it on the host."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     step = max(1, _ENTRIES // len(a))
     for some, others in zip(a.split(step, dim=1), b.split(step, dim=1), strict=True):
@@ -343,5 +343,5 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(operator: LinearOperator) -> tuple[LinearOperator, float]:
-    """Base and shift."""
+    """Splits an operator into base and shift."""
     return (operator.base, operator.shift) if isinstance(operator, Damped) else (operator, 0.0)
