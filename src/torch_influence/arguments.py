@@ -52,7 +52,7 @@ def check_places(**given: Any) -> None:
 
 
 def check_device(device: Any) -> torch.device:
-    """A device that is there."""
+    """Checks that this device can be used here, and returns it."""
     try:
         if device is None or isinstance(device, bool):
             raise TypeError
@@ -72,7 +72,7 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_model(model: Any) -> None:
-    """A model whose tensors are there; warns of NaN, and of layers that depend on the rest of the batch."""
+    """Checks that the model's tensors have values; warns of NaN, and of layers that depend on the rest of the batch."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {_no_model(model)}")
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
 
 
 def normalised_by_the_batch(model: nn.Module) -> str:
-    """The first layer that has no statistics but the batch's, by name and class; "" if there is none."""
+    """Names the first layer that has no running statistics, with its class; "" if there is none."""
     for name, m in model.named_modules():
         if isinstance(m, _BatchNorm) and m.running_mean is None and m.running_var is None:
             return f"{type(m).__name__} {name!r}"
@@ -108,7 +108,7 @@ def normalised_by_the_batch(model: nn.Module) -> str:
 
 
 def check_objective(objective: Any) -> None:
-    """A BaseObjective, or another object with its methods, which take what they are given."""
+    """Checks that this is a BaseObjective, or has its methods, and that these take the arguments they will be given."""
     if isinstance(objective, type) and not _missing(objective):
         raise TypeError(
             f"objective: expected an instance, got the class {objective.__name__}; write {objective.__name__}()"
@@ -124,7 +124,7 @@ def check_objective(objective: Any) -> None:
 
 
 def check_damp(damp: Any) -> float:
-    """A finite number >= 0: of Python's, NumPy's, torch's, or a ``Damping``."""
+    """Checks that this is a finite number >= 0, of Python, NumPy, torch or a ``Damping``; returns it as a float."""
     try:
         value = None if isinstance(damp, str | bytes | bool | np.bool_) else float(damp)
     except (TypeError, ValueError, RuntimeError):
@@ -141,14 +141,14 @@ def check_damp(damp: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False, and not a text, which would count as True."""
+    """Checks that this is True or False, and not a text, which would count as True."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected True or False, got {value!r} of {type(value).__name__}")
     return bool(value)
 
 
 def _count_of_nan(t: torch.Tensor) -> int:
-    """How many entries are NaN. Most have none, which their sum tells without a mask as large as they are."""
+    """Counts the entries that are NaN. Most tensors have none: their sum shows that, without a mask of their size."""
     return int(t.isnan().sum()) if t.dtype.itemsize > 1 and t.sum().isnan() else 0
 
 
@@ -157,10 +157,10 @@ def _missing(objective: Any) -> list[str]:
 
 
 def _takes_other_arguments(method: Callable[..., Any], arguments: tuple[str, ...], by_name: bool) -> str:
-    """The arguments that a method takes in place of these; "" where these will do."""
+    """Returns the arguments that a method takes, if it does not take these; "" if it does."""
     try:
         signature = inspect.signature(method, follow_wrapped=False)
-    except (TypeError, ValueError):  # some that are not written in Python
+    except (TypeError, ValueError):  # it may not be written in Python
         return ""
     if by_name and {*arguments} <= signature.parameters.keys():
         return ""

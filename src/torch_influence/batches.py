@@ -34,24 +34,24 @@ Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 class Batches:
     """The data of one loader.
 
-    Once as many examples have been asked for as there are, the data are kept on the device, if they fit the budget.
-    Where batches are nothing but their examples put together they are kept as one tensor per tensor of a batch, which
-    serves any examples. Each example is compared with what it is alone, unless torch's own collate_fn made the batch of
-    tensors and numbers, and some in another order. Otherwise the loader's own batches are kept, and serve whole passes
-    in its own batch size. What is served equals what the loader gives, and so does the random state afterwards: every
-    pass takes one int64 from torch's default generator, as a pass of a DataLoader does, from memory or not, so that
-    seeded results don't depend on ``cache``. Loading and probing take nothing.
+    Once as many examples have been read as the data set has, the data are kept on the device, if they fit the budget.
+    Where a batch is just its examples put together, they are kept as one tensor per tensor of a batch, which serves any
+    examples. To verify this, each example is compared with itself read alone (not where torch's own collate_fn made the
+    batch of tensors and numbers), and some are read in another order. Otherwise the loader's own batches are kept, and
+    serve whole passes in its own batch size. What is served equals what the loader gives, and so does the random state
+    afterwards: every pass, from memory or not, takes one int64 from torch's default generator, as one of a DataLoader
+    does, so that seeded results don't depend on ``cache``. Loading and probing draw no number.
 
-    Nothing is kept of a data set that draws random numbers when it is read (unless ``cache=True``), of batches with
-    things in them whose size is unknown, nor of batches that are edited in place.
+    Nothing is kept where reading the data set draws random numbers (unless ``cache=True``), where batches hold objects
+    of unknown size, or where batches are edited in place.
 
     Args:
         loader: a DataLoader over a map-style data set.
         name: what to call it in errors, ``"train_loader"`` or ``"test_loader"``.
         transfer: moves a batch to the device.
         progress: wraps an iterable of known length in a progress bar; kept as ``bar``.
-        cache: keep data? True: whatever it takes. False: never. A number: up to so many bytes. ``"auto"``: up to a
-            quarter of the memory that is free on the device when data are first kept.
+        cache: keep data? True: however large they are. False: never. A number: up to this many bytes. ``"auto"``: up to
+            a quarter of the memory that is free on the device when data are first kept.
 
     Attributes:
         batch_size: examples per batch; None where the loader doesn't batch (``batch_size=None``): then each item of
@@ -73,17 +73,17 @@ class Batches:
 
     @property
     def n(self) -> int:
-        """Number of examples."""
+        """The number of examples."""
         return self._source.n
 
     def indices(self, wanted: Any, argument: str) -> list[int]:
-        """Example indices as a list of ints, checked; None means all."""
+        """Checks example indices and returns them as a list of ints; None means all."""
         return list(range(self.n)) if wanted is None else check_indices(wanted, self.n, argument)
 
     def read(self, indices: Sequence[int] | None = None, batch_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yields (batch on the device, its number of examples) over these examples, in this order.
 
-        What it yields may be a view of data that are kept: to be read, not written to.
+        A batch may be a view of data that are kept: read it, but do not write to it.
         """
         order = range(self.n) if indices is None else indices
         return self._read(order, len(order), batch_size)
@@ -108,7 +108,7 @@ class Batches:
         return self._read(order, count, batch_size, generator)
 
     def draw(self, steps: int, *, generator: torch.Generator | None = None) -> Iterator[list[int]]:
-        """The examples of the batches that ``sample`` would give, by the same draws."""
+        """Yields the indices of the examples in each batch that ``sample`` would give, by the same draws."""
         step = self.batch_size or 1
         drawn = data.RandomSampler(range(self.n), replacement=True, num_samples=steps * step, generator=generator)
         return _chunks(_drawn(drawn), steps * step, step, generator)
@@ -118,7 +118,7 @@ class Batches:
     ) -> Iterator[tuple[Any, int]]:
         size = self.batch_size if batch_size is None or self.batch_size is None else batch_size
         step = size or 1
-        # Number of the first, if these are batches of the loader's own, up to the last: kept batches serve them.
+        # The number of the first batch, if these are the loader's own batches up to the last: kept batches serve them.
         first = None
         if isinstance(order, Sequence) and is_range(order) and size == self.batch_size:
             first = order[0] // step if order[0] % step == 0 and order[-1] == self.n - 1 else None
@@ -140,7 +140,7 @@ class Batches:
             yield self._source.transfer(batch), min(step, count - start)
 
     def peek(self, indices: Sequence[int]) -> Any:
-        """One batch of these examples, here and now, without touching the default random states."""
+        """Reads one batch of these examples in this process, and leaves the default random states as they were."""
         kept = self._resident.now()
         if isinstance(kept, Stacked):
             return kept.batch(indices)
@@ -148,7 +148,7 @@ class Batches:
             return self._source.read(indices)
 
     def draws(self, indices: Sequence[int]) -> bool:
-        """Whether random numbers are drawn when these examples are read, so that they are others each time."""
+        """Tells whether reading these examples draws random numbers, so that they differ from read to read."""
         if isinstance(self._resident.now(), Stacked):
             return False
         with quiet() as drawn:
@@ -158,7 +158,7 @@ class Batches:
     def mean(
         self, term: Callable[[Any], Tensor], indices: Sequence[int] | None = None, describe: str | None = None
     ) -> Tensor:
-        """Σ size·term(batch) / Σ size over the batches of these examples: right for a ragged last batch too."""
+        """Computes Σ size·term(batch) / Σ size over the batches of these examples; the last one may be smaller."""
         count = self.n if indices is None else len(indices)
         batches: Iterable[tuple[Any, int]] = self.read(indices)
         if describe is not None:
@@ -166,20 +166,20 @@ class Batches:
         return weighted_mean((term(batch), size) for batch, size in batches)
 
     def pass_by(self) -> None:
-        """Takes the one int64 that a pass takes, instead of a pass over data of which all that is wanted is known."""
+        """Draws the one int64 that a pass draws, in place of a pass that is not needed since its results are kept."""
         _take_seed(None)
 
     def quietly(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-        """A block that leaves the default random states as they were; tells, if asked, whether any number was drawn."""
+        """Returns a context that puts the default random states back; inside, it tells whether any number was drawn."""
         return quiet()
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def stacked(self, reading: int | None = None) -> Stacked | None:
-        """All examples as one tensor [n, ...] per tensor of a batch, if they can be had so; loads them if need be.
+        """Returns all examples as one tensor [n, ...] per tensor of a batch, or None if that is not possible.
 
-        The same object while the data are the same. With ``reading``, the number of examples about to be read, they
-        are loaded only where that makes it worth while. No random number is drawn.
+        They are loaded if they are not kept yet; with ``reading``, the number of examples about to be read, only if
+        that makes it worth while. Returns the same object until the data change. Draws no random number.
         """
         kept = self._resident.now()
         if kept is None and (reading is None or self._resident.worth(reading)):
@@ -187,10 +187,10 @@ class Batches:
         return kept if isinstance(kept, Stacked) else None
 
     def watched(self) -> bool:
-        """Whether what is made of the data is good until ``generation`` changes; loads them, if they fit, to see.
+        """Tells whether results made of the data are valid until ``generation`` changes; loads the data, if they fit.
 
-        It is where they are kept, and where they are too large for that but the same on each reading. No random number
-        is drawn.
+        They do where the data are kept, and where these are too large for that but the same on each reading. Draws no
+        random number.
         """
         if self._resident.now() is None and not self._resident.watched:
             self._resident.load(stack_only=False)
@@ -198,7 +198,7 @@ class Batches:
 
     @property
     def why_not_kept(self) -> str:
-        """Why nothing is kept at the moment; empty when something is."""
+        """The reason why nothing is kept at the moment; empty when something is."""
         return self._resident.why_not
 
     @property
@@ -208,7 +208,7 @@ class Batches:
 
     @property
     def generation(self) -> int:
-        """Another number whenever data that are ``watched`` changed: what was made of them is no longer valid then."""
+        """A number that changes whenever ``watched`` data change: what was made of them is then no longer valid."""
         return self._resident.generation
 
     def step(self) -> Step:
@@ -220,10 +220,10 @@ class Batches:
     def refresh(self) -> None:
         """Drops what is kept, and what is known, if the data set has changed since.
 
-        Noticed are: another length; an attribute of the data set, or of the data set that it is a subset of, that is
+        It notices: another length; an attribute of the data set, or of the data set that it is a subset of, that is
         another object now; a list or dict among them with other items; a tensor among them edited in place; any
-        change of the first, the middle and the last example. Edits of other examples in NumPy arrays, in files or in
-        objects deeper inside are not: ``clear`` is for these.
+        change of the first, the middle and the last example. It does not notice edits of other examples in NumPy
+        arrays, in files or in objects deeper inside: ``clear`` is for these.
 
         Cost: one batch of three examples; nothing while the data are not ``watched``.
         """
@@ -235,7 +235,7 @@ class Batches:
 
 
 def weighted_mean(terms: Iterable[tuple[Tensor, int]]) -> Tensor:
-    """Σ size·term / Σ size over (term, size) pairs, at least one."""
+    """Computes Σ size·term / Σ size over (term, size) pairs, at least one."""
     total: Tensor | None = None
     count = 0
     for value, size in terms:
@@ -256,7 +256,7 @@ def _serve(
     """Yields from memory what a loader would give, with the same draws in the same order."""
     for number, some in enumerate(_chunks(order, count, step, generator), start=first or 0):
         if isinstance(kept, Stacked):
-            # Of what is drawn again and again a copy, so that who edits a batch does not edit the next one.
+            # Drawn examples may come again, so a copy is served: an edit of one batch must not show in the next.
             batch = kept.batch(some if isinstance(order, Sequence) else torch.tensor(some, device="cpu"))
         else:
             batch = kept.batch(some[0], copy=True) if first is None else kept.batch(number)
@@ -264,12 +264,12 @@ def _serve(
 
 
 def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Generator | None) -> Iterator[Any]:
-    """The examples of each batch that a loader would give, with the same draws in the same order."""
+    """Yields the examples of each batch that a loader would give, with the same draws in the same order."""
     _take_seed(generator)
     if isinstance(order, range):
         yield from (order[start : start + step] for start in range(0, count, step))
         return
-    with alone_with(RANDOM_STATES):  # the first draw may be of a seed, by the default generator
+    with alone_with(RANDOM_STATES):  # the first draw may be that of a seed, from the default generator
         left = iter(order)
         some = list(itertools.islice(left, step))
     for _ in range(0, count, step):
@@ -278,7 +278,7 @@ def _chunks(order: Iterable[int], count: int, step: int, generator: torch.Genera
 
 
 def _take_seed(generator: torch.Generator | None) -> None:
-    """The one that a DataLoader draws for its workers."""
+    """Draws the seed that a DataLoader draws for its workers."""
     with alone_with(RANDOM_STATES):
         torch.empty((), dtype=torch.int64, device=device_of(generator)).random_(generator=generator)
 
@@ -301,7 +301,7 @@ def _drawn_elsewhere(sampler: data.RandomSampler) -> Iterator[int]:
 
 
 class _Through:
-    """A sampler over positions, as indices of a subset."""
+    """A sampler that turns positions into the indices of a subset."""
 
     def __init__(self, positions: Iterable[int], indices: Sequence[int]) -> None:
         self._positions, self._indices = positions, indices
@@ -311,7 +311,7 @@ class _Through:
 
 
 def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
-    """A list, range, array or tensor of distinct integers in [0, n), as a list of ints."""
+    """Checks a list, range, array or tensor of distinct integers in [0, n), and returns it as a list of ints."""
     if isinstance(wanted, Tensor) or hasattr(wanted, "tolist"):
         wanted = wanted.tolist()
     if not isinstance(wanted, Iterable) or isinstance(wanted, str | bytes | Mapping | data.DataLoader):
@@ -338,9 +338,9 @@ def check_indices(wanted: Any, n: int, argument: str) -> list[int]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Moves every tensor inside a batch of any make; what holds no tensor passes unchanged.
+    """Moves every tensor inside a batch, whatever its containers; what holds no tensor passes unchanged.
 
-    Things with a ``to(device)`` of their own (BatchEncoding, PackedSequence) move themselves; inside mappings, lists,
+    Objects with a ``to(device)`` of their own (BatchEncoding, PackedSequence) move themselves; inside mappings, lists,
     tuples, named tuples, dataclasses and SimpleNamespace every item is moved.
     """
     return map_leaves(lambda leaf: leaf.to(device) if _moves(leaf) else leaf, batch, is_leaf=_moves)

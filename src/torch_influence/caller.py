@@ -10,7 +10,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def level_of_the_user() -> int:
-    """Stack level, seen from the function that asks, of the first frame that is not this package's."""
+    """Returns the ``stacklevel`` for a warning of the calling function, so that it points at the user's line."""
     level, frame = 1, sys._getframe(1)
     while frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back

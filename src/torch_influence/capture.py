@@ -1,4 +1,4 @@
-"""Hooks on layers while the objective runs: what goes into layers, and what follows from what comes out."""
+"""Hooks on layers while the objective runs: they record the inputs and outputs of layers, and may replace outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Calls:
 
     Attributes:
         inputs: their first arguments; detached by ``cut``.
-        outputs: what came out; with ``cut`` the leaves that took its place, and require grad.
+        outputs: their results; with ``cut`` the leaves that replaced them, which require grad.
     """
 
     inputs: list[Tensor] = dataclasses.field(default_factory=list)
@@ -27,9 +27,9 @@ class Calls:
 
 @contextlib.contextmanager
 def cut(layer: nn.Module) -> Iterator[Calls]:
-    """Cuts the graph behind a layer: everything that follows is a function of leaves, with the values that there were.
+    """Cuts the graph at a layer's outputs: leaves with the same values replace them, and what follows depends on these.
 
-    A model that uses the layer's parameters without calling it, as a scripted one, makes no calls.
+    A model that uses the layer's parameters without calling it, as a scripted one does, makes no calls.
     """
     calls = Calls()
 
@@ -51,7 +51,7 @@ def cut(layer: nn.Module) -> Iterator[Calls]:
 
 @contextlib.contextmanager
 def shifted(layers: Sequence[nn.Module], shifts: Sequence[Sequence[Tensor] | None]) -> Iterator[list[Calls]]:
-    """Adds a shift to what comes out of each call of each layer, by which the loss can be differentiated.
+    """Adds a shift to the output of each call of each layer, so that the loss can be differentiated by the shifts.
 
     None in place of a layer's shifts adds nothing. More calls than shifts are an error.
     """
@@ -77,9 +77,9 @@ def shifted(layers: Sequence[nn.Module], shifts: Sequence[Sequence[Tensor] | Non
 
 
 def linear_layer(evaluation: Evaluation) -> nn.Linear | None:
-    """The linear layer whose parameters, or whose weight alone, are just those that are differentiated.
+    """Finds the linear layer whose parameters, or whose weight alone, are exactly the selected ones; else None.
 
-    One that computes x Wᵀ + b of them, and nothing else.
+    Subclasses with a ``forward`` of their own do not count: the layer computes x Wᵀ + b and nothing else.
     """
     chosen = [id(p) for p in evaluation.space.current()]
     for layer in evaluation.model.modules():

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Composed(TorchFunctionMode):
-    """While it is active, these operators are computed from others with the same values and first derivatives."""
+    """A mode that computes these operators from others with the same values and first derivatives."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -27,7 +27,7 @@ class Composed(TorchFunctionMode):
 
 
 def wanted(modules: Iterable[nn.Module]) -> bool:
-    """Whether a module uses one of these operators; the mode costs time at every call of torch."""
+    """Tells whether a module uses one of these operators: the mode costs time at every call of torch."""
     return any(
         isinstance(m, nn.EmbeddingBag)
         or (isinstance(m, nn.Embedding) and (m.max_norm is not None or m.sparse))
@@ -92,7 +92,7 @@ def _embedding_bag(
 
 
 def _first_largest(rows: Tensor, keep: Tensor, bag: Tensor, at: Tensor, count: int) -> Tensor:
-    """1 where an entry is the first of the largest ones in its bag and column, else 0."""
+    """Marks with 1 each entry that is the first of the largest ones in its bag and column; the others are 0."""
     target = bag.unsqueeze(-1).expand_as(rows)
     scores = rows.masked_fill(keep.unsqueeze(-1) == 0, -torch.inf)
     largest = torch.full_like(rows[:1], -torch.inf).expand(count, -1).scatter_reduce(0, target, scores, "amax")

@@ -34,7 +34,7 @@ class Layer:
     Attributes:
         module: the layer.
         add_dots: adds the products of a call's gradients with vectors.
-        weight, bias: columns of a row; None: not differentiated, or formed besides.
+        weight, bias: columns of a row; None: not differentiated, or its gradient is formed.
     """
 
     module: Any
@@ -44,11 +44,11 @@ class Layer:
 
 
 class Contraction:
-    """Gradients of losses of batches of one, times vectors.
+    """The products of per-example gradients with vectors, for batches of one.
 
     A parameter is accounted for if all layers that own it are of a known kind and called: its gradient is the sum over
-    all their calls. The gradients of the others are formed. That no parameter is used without a call of its layer is
-    for the user of this class to verify.
+    all their calls. The gradients of the others are formed. The caller must verify that no parameter is used without a
+    call of its layer.
 
     Args:
         loss: of leaves and a batch.
@@ -56,7 +56,7 @@ class Contraction:
 
     Attributes:
         layers: those of known kinds that account for parameters.
-        example_bytes: what an example's inputs and output gradients, and gradients that are formed, take.
+        example_bytes: size of an example's inputs, output gradients and formed gradients.
     """
 
     def __init__(self, loss: Callable[[Sequence[Tensor], Any], Tensor], evaluation: Evaluation) -> None:
@@ -73,11 +73,11 @@ class Contraction:
 
     @property
     def rest(self) -> int:
-        """Scalars of a row whose gradients are formed, since no layer accounts for them."""
+        """The number of entries of a row whose gradients are formed, since no layer accounts for them."""
         return sum(self._space.sizes[i] for i in self._rest)
 
     def look(self, batch: Any) -> None:
-        """Takes note of the layers that a batch passes; parameters of those that it does not are left out."""
+        """Notes which layers a batch passes through; the gradients of the other layers' parameters will be formed."""
         modules = list(self._known)
         with torch.no_grad(), shifted(modules, [None] * len(modules)) as calls:
             self._loss(self._leaves, batch)
@@ -88,9 +88,9 @@ class Contraction:
         self.example_bytes = sum(t.nbytes for its in used for t in [*its.inputs, *its.outputs]) + 4 * self.rest
 
     def dots(self, batch_of: BatchOf, tensors: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """gᵢ·vⱼ as [m, k], for batches of one made by ``batch_of`` of m tensors each, stacked, and vectors [k, d].
+        """Computes gᵢ·vⱼ [m, k] of m batches of one, made by ``batch_of`` from stacked tensors, with vectors [k, d].
 
-        ``look`` comes first.
+        ``look`` must have been called before.
         """
         modules = [layer.module for layer in self.layers]
 
@@ -116,7 +116,7 @@ class Contraction:
         return dots
 
     def _account_for(self, modules: Any) -> None:
-        """Finds ``layers``, among these modules, and ``_rest``, the places of parameters that they leave."""
+        """Finds ``layers``, among these modules, and ``_rest``, the places of all other parameters."""
         mine = {m: kind for m, kind in self._known.items() if m in modules}
         owners: dict[int, list[nn.Module]] = {}
         for module in self._evaluation.model.modules():
@@ -137,8 +137,8 @@ class Contraction:
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """On the CPU the outputs follow this layout, in which convolutions, and above all pooling, are faster."""
-    # Not contiguous(): that leaves the strides of a weight with one input channel, by which the outputs go.
+    """Copies a weight into channels_last on the CPU: outputs take it over, and convolutions and pooling are faster."""
+    # Not contiguous(): that leaves the strides of a weight with one input channel, and outputs follow the strides.
     return weight.clone(memory_format=torch.channels_last) if weight.device.type == "cpu" else weight
 
 
@@ -163,7 +163,7 @@ def _linear(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -
 
 
 def _conv(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -> None:
-    """Few vectors: ⟨g, conv(a, Sⱼ)⟩. Many: gradients from patches, of so many output channels as fit a tile.
+    """Adds ⟨g, conv(a, Sⱼ)⟩ for few vectors; for many, forms gradients from patches, some output channels at a time.
 
     Per example, with o output channels of a group, f weights for each and L positions, k·o·f·L multiplications against
     (L + k)·o·f and f·L elements copied.
@@ -203,9 +203,9 @@ def _padded(module: Any, x: Tensor) -> Tensor:
 
 
 def _patches(module: Any, a: Tensor) -> Tensor:
-    """What the weights of each group are multiplied by: [m, p, channels, ...] -> [m, groups, f, p·L].
+    """Gathers the inputs that each group's weights are multiplied by: [m, p, channels, ...] -> [m, groups, f, p·L].
 
-    A copy of a view: several times faster on the CPU than ``F.unfold``, and of any number of dimensions.
+    It is a copy of a view: several times faster on the CPU than ``F.unfold``, and for any number of dimensions.
     """
     axes = len(module.kernel_size)
     x = _padded(module, a.flatten(0, 1))
@@ -217,7 +217,7 @@ def _patches(module: Any, a: Tensor) -> Tensor:
 
 
 def _embedding(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -> None:
-    """Σₜ gₜ·Sⱼ[tokenₜ]: rows of the vectors, of so many tokens as fit a tile."""
+    """Adds Σₜ gₜ·Sⱼ[tokenₜ], products with rows of the vectors, a tile of tokens at a time."""
     if layer.weight is None:
         return
     module, m, k = layer.module, len(a), len(vectors)
@@ -234,7 +234,7 @@ def _embedding(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor
 
 
 def _features(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -> None:
-    """Weights and biases for the last axes of what is normalised over them."""
+    """Adds the products for weights and biases of the last axes, for inputs that are normalised over these axes."""
     module, m, size = layer.module, len(a), layer.module.weight.numel()
     if isinstance(module, nn.LayerNorm):
         normal = F.layer_norm(a, module.normalized_shape, None, None, module.eps)
@@ -246,7 +246,7 @@ def _features(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor)
 
 
 def _channels(layer: Layer, a: Tensor, g: Tensor, vectors: Tensor, dots: Tensor) -> None:
-    """Weights and biases for the channels of what is normalised over groups of them, or by running statistics."""
+    """Adds the products for weights and biases of channels, normalised over groups of them or by running statistics."""
     module, m, size = layer.module, len(a), layer.module.weight.numel()
     x = a.flatten(0, 1)
     if isinstance(module, nn.GroupNorm):
@@ -272,7 +272,7 @@ _KINDS: dict[type[nn.Module], Callable[[Layer, Tensor, Tensor, Tensor, Tensor], 
 
 
 def _kind(module: nn.Module) -> Callable[[Layer, Tensor, Tensor, Tensor, Tensor], None] | None:
-    """What adds the products for a layer of a known kind that computes what its class says, and nothing else."""
+    """Returns the function that adds a layer's products; None unless its class, and its ``forward``, are known ones."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return None
     if isinstance(module, _BatchNorm) and module.running_mean is None:

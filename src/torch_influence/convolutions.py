@@ -1,7 +1,7 @@
-"""Convolutions for curvature: a double backward of what is asked for alone, and outputs in the faster memory format.
+"""Convolutions for curvature: a double backward that computes only what is used, and a faster memory format.
 
-torch's double backward of a convolution computes its derivatives by the input, the weight and the incoming gradient,
-whichever of them are asked for: a Gauss-Newton product needs one of the three, the Hessian of a first layer two.
+torch's double backward of a convolution always computes the derivatives by the input, the weight and the incoming
+gradient: a Gauss-Newton product needs one of the three, the Hessian of a first layer two.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Convolutions(TorchFunctionMode):
-    """While it is active, convolutions have the same values and derivatives, and their graphs do less.
+    """A mode in which convolutions have the same values and derivatives, and their graphs do less.
 
     Args:
-        fixed: the backward pass will be differentiated by incoming gradients alone, for which it is linear.
+        fixed: the backward pass will be differentiated by incoming gradients alone; it is linear in them.
     """
 
     def __init__(self, fixed: bool) -> None:
@@ -38,14 +38,14 @@ class Convolutions(TorchFunctionMode):
 
 
 def convolves(model: nn.Module) -> bool:
-    """Whether the model has layers that convolve; the mode costs time at every call of torch."""
+    """Tells whether the model has convolutional layers: the mode costs time at every call of torch."""
     return any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in model.modules())
 
 
 def channels_last(leaves: Sequence[Tensor], model: nn.Module, current: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The leaves, those that stand for weights of convolutions in an order that outputs and what follows take over.
+    """Returns the leaves, with weights of convolutions in a memory format that outputs and later layers take over.
 
-    On the CPU, pooling and gradients of weights are several times faster for it.
+    On the CPU, this makes pooling and gradients of weights several times faster.
     """
     # Cloned: contiguous() and to() leave the strides of weights with one input channel, which fit either order.
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
@@ -83,7 +83,7 @@ def _per_dimension(option: Any, dimensions: int) -> list[int]:
 
 
 class _Convolution(torch.autograd.Function):
-    """x * w + b; options are those of ``torch.convolution`` after the tensors."""
+    """The convolution x * w + b; the options are those of ``torch.convolution`` after the tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, options: Any, fixed: bool) -> Tensor:
@@ -127,7 +127,7 @@ class _PullBack(torch.autograd.Function):
             more = torch.convolution(x, vw, vb, *ctx.options)
             to_g = more if to_g is None else to_g.add_(more)
             to_x = _pull_back(g, x, vw, None, ctx.options, (True, False, False))[0] if by_x else None
-        elif vb is not None:  # the bias alone is differentiated by
+        elif vb is not None:  # only the bias is differentiated by
             more = torch.convolution(x, torch.zeros_like(w), vb, *ctx.options)
             to_g = more if to_g is None else to_g.add_(more)
         return to_g, to_x, to_w, None, None, None
@@ -141,7 +141,7 @@ def _pull_back(g: Tensor, x: Tensor, w: Tensor, bias: Any, options: Any, wanted:
 
 
 def _ordered(weight: Tensor, like: Tensor) -> Tensor:
-    """In the order of another weight; by what vmap has."""
+    """Copies a weight into the memory format of another, by operators that vmap has."""
     if like.dim() not in _FORMATS or like.stride(1) != 1:
         return weight
     return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)

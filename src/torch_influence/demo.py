@@ -40,7 +40,7 @@ class DigitsObjective(BaseObjective):
 
 
 def load_digits_with_flips(flip: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels for training and testing, and which training labels have been replaced by wrong ones."""
+    """Loads images and labels for training and testing, and makes some training labels wrong; tells which."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -56,7 +56,7 @@ def load_digits_with_flips(flip: float, seed: int) -> tuple[Tensor, Tensor, Tens
 
 
 def train(x: Tensor, y: Tensor, seed: int) -> nn.Module:
-    """A small network, trained to a minimum of its regularised loss with L-BFGS."""
+    """Trains a small network to a minimum of its regularised loss with L-BFGS."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 16, device="cpu"), nn.Tanh(), nn.Linear(16, 10, device="cpu"))
     params = list(model.parameters())
@@ -73,7 +73,7 @@ def train(x: Tensor, y: Tensor, seed: int) -> nn.Module:
 
 
 def report_ranking(name: str, scores: Tensor, flipped: Tensor) -> None:
-    """One line: how well the largest scores find the flipped labels."""
+    """Prints one line: how well the largest scores find the flipped labels."""
     from sklearn.metrics import roc_auc_score
 
     found = flipped[scores.argsort(descending=True)].float()
@@ -83,7 +83,7 @@ def report_ranking(name: str, scores: Tensor, flipped: Tensor) -> None:
 
 
 def draw(path: Path, data: dict[str, Any], top: TopInfluences) -> None:
-    """Misclassified test digits, each with its most helpful and most harmful training digits."""
+    """Draws misclassified test digits, each with its most helpful and most harmful training digits."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a curvature's ends say: whether it is positive definite, how well-conditioned, what damping it needs."""
+"""The ends of a curvature's spectrum: is it positive definite, how is it conditioned, what damping does it need?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_influence.solvers import Progress, lanczos, norms, rounding
 
 __all__ = ["Damping", "Spectrum", "spectrum", "suggest_damping"]
 
-_STEPS = 300  # of the Lanczos process; so many rows at the most are multiplied to see all eigenvalues instead
+_STEPS = 300  # of the Lanczos process; with d up to this number, the dense matrix is made instead, for all eigenvalues
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -199,7 +199,7 @@ def ends_of(problem: Problem, operator: LinearOperator, k: int, rtol: float, max
 
 
 def _judged(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients θ of rows y, ascending, and |Hy - θy|: float64, whatever the rows' dtype."""
+    """Computes Rayleigh quotients θ of rows y, ascending, and |Hy - θy|, in float64 whatever the rows' dtype."""
     products, rows = operator.product(rows).detach().double(), rows.double()
     squares = rows.square().sum(dim=1)
     values = (rows * products).sum(dim=1) / squares
@@ -209,7 +209,7 @@ def _judged(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _iterations(condition: float, rtol: float = 1e-5) -> int:
-    """Of conjugate gradients: |r_i| <= 2 √κ ((√κ - 1)/(√κ + 1))^i |r_0|, in exact arithmetic."""
+    """Bounds the steps of conjugate gradients, by |r_i| <= 2 √κ ((√κ - 1)/(√κ + 1))^i |r_0| in exact arithmetic."""
     return max(1, math.ceil(0.5 * condition**0.5 * math.log(2 * condition**0.5 / rtol)))
 
 
@@ -314,7 +314,7 @@ def suggest_damping(found: Spectrum) -> Damping:
 
 
 def _rounded_up(x: float) -> float:
-    """To two digits."""
+    """Rounds up to two digits."""
     if x <= 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(x)) - 1)

@@ -28,8 +28,8 @@ States: TypeAlias = tuple[Any, ...]
 def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
     """Puts the default random states of torch (CPU), NumPy and Python back; starts them at a seed if one is given.
 
-    They are the process's, so threads take turns. Yields a function that says whether any random number has been drawn
-    from them so far.
+    The whole process shares them, so threads take turns. Yields a function that tells whether any random number has
+    been drawn from them so far.
     """
     with alone_with(RANDOM_STATES):
         before = start = _default()
@@ -47,9 +47,9 @@ def quiet(seed: int | None = None) -> Iterator[Callable[[], bool]]:
 
 
 def drawn_in_turn(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items; what a loader or a sampler draws when it starts, it draws while no other thread is ``quiet``.
+    """Yields the same items; what a loader or sampler draws at its start, it draws while no other thread is ``quiet``.
 
-    Or that one would take the draw for its own, and undo it.
+    Otherwise that thread would take the draw for its own, and undo it.
     """
     with alone_with(RANDOM_STATES):
         rest = iter(items)
@@ -59,7 +59,7 @@ def drawn_in_turn(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def states(own: list[Any] | None = None) -> States:
-    """Where the default generators, and those of the data set's ``own``, stand: equal as long as none has drawn."""
+    """Returns the states of the default generators and of the data set's ``own``: equal as long as none has drawn."""
     return tuple(_plain(state) for state in (*_default(), *map(_state, own or ())))
 
 
@@ -68,9 +68,9 @@ def _default() -> tuple[Tensor, Any, Any]:
 
 
 def generators(*roots: Any) -> list[Any]:
-    """The random generators that objects hold, or that their code names: attributes, containers, closures, globals.
+    """Finds the random generators that objects hold or their code names: in attributes, containers, closures, globals.
 
-    Looks into up to some thousand objects. Those of other libraries, or inside compiled code, are not seen.
+    Looks into at most a few thousand objects; generators of other libraries, or inside compiled code, are not found.
     """
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
@@ -122,7 +122,7 @@ def _state(generator: Any) -> Any:
 
 
 def _plain(state: Any) -> Any:
-    """The same in things that compare as a whole."""
+    """Turns a state into bytes and tuples, which can be compared with == as a whole."""
     if isinstance(state, Tensor | np.ndarray):
         return (state.numpy() if isinstance(state, Tensor) else state).tobytes()
     if isinstance(state, dict):

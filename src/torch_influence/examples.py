@@ -1,9 +1,9 @@
 """Gradients of single examples: as rows, or as products with given vectors.
 
-They have the meaning of batches of one. Where ``torch.func.vmap`` gives the same, it does many such batches at a time.
-A way to do so is compared with the plain loop on the first of them, and in every group of examples it is tied to a
-plain backward pass: of the sum of their losses with signs ±1, whose gradient is the same sum of theirs. Where it fails
-or differs the loop runs.
+They are defined as gradients of batches of one. Where ``torch.func.vmap`` gives the same, it does many such batches at
+a time. Each way to do so is compared with the plain loop on the first examples. In every group of examples it is also
+compared with one plain backward pass: that of the sum of their losses with signs ±1, whose gradient is the sum of
+theirs with these signs. Where a way fails or differs the loop runs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
 _MANY_EXAMPLES = 2048  # in one whose gradients are not formed
 _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
 _BYTES_OF_A_PASS = 8 * 2**20  # inputs and output gradients in one pass: more fall out of cache
-_ROWS_OF_A_PRODUCT = 64  # examples in one nevertheless: vectors are read once for all of them
+_ROWS_OF_A_PRODUCT = 64  # examples in one pass at least: vectors are read once for all of them
 _ONE_BY_ONE = "examples one at a time"
 _ROUNDINGS = 32  # in the product of a gradient with a vector
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
 
 class Tie:
-    """Whether what was computed of many examples at once adds up to what a plain backward pass gives of all together.
+    """A check that results of many examples at once add up to what one plain backward pass gives for all of them.
 
     Args:
-        dtype: in which the passes ran.
+        dtype: the dtype in which the passes ran.
 
     Attributes:
-        holds: whether it did, each time so far.
+        holds: whether all comparisons so far agreed.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -47,10 +47,10 @@ class Tie:
         self.holds = True
 
     def __call__(self, fast: Tensor, signs: Tensor, total: Tensor, size: Tensor | float = 0.0) -> None:
-        """Compares Σ uᵢ fastᵢ, of rows fast [m, c] and signs u [m], with the total [c].
+        """Compares Σ uᵢ fastᵢ, for rows fast [m, c] and signs u [m], with the total [c].
 
-        What may differ is √ε of what the rows come to when they are added with random signs, and the rounding of
-        products of this size that the total is made of.
+        They may differ by √ε times the norm of ``fast``, about the size of a sum of its rows with random signs, and by
+        the rounding of products of this ``size``, of which the total is made.
         """
         fast, total = fast.detach(), total.detach()
         apart = (signs.to(fast.dtype) @ fast - total).norm()
@@ -71,7 +71,7 @@ class ExampleGradients:
         constant: the gradient of the difference [d].
 
     Attributes:
-        path: the way that the last products, or rows, were computed.
+        path: the way in which the last products, or rows, were computed.
         why_not: why ways that come before it were given up, by way.
     """
 
@@ -98,7 +98,7 @@ class ExampleGradients:
 
     @property
     def why_plain(self) -> str:
-        """Why examples are taken one at a time; empty while many at once are used."""
+        """The reason why examples are taken one at a time; empty while many are taken at once."""
         return list(self.why_not.values())[-1] if self.path == _ONE_BY_ONE and self.why_not else ""
 
     def rows(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
@@ -114,7 +114,7 @@ class ExampleGradients:
     def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
 
-        In the first of these ways that is possible and agrees with examples one at a time:
+        It takes the first of these ways that is possible and agrees with examples one at a time:
         - from the inputs and output gradients of layers (contraction.py), where they account for most parameters or the
           vectors are many;
         - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
@@ -124,7 +124,7 @@ class ExampleGradients:
         ways: dict[str, Way] = {}
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
-        most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming so many
+        most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming these
         if contraction.layers and contraction.rest <= most:
             ways["inputs and output gradients of layers"] = self._contracted(contraction, vectors, most)
         if few:
@@ -151,7 +151,7 @@ class ExampleGradients:
         return rows
 
     def _signed(self, group: _Group, total: Tensor, data: bool = False) -> Tensor:
-        """Signs u [m]; adds ∇ Σ uᵢ lossᵢ, by a plain backward, to ``total`` [d]. With ``data`` of the data's loss."""
+        """Draws signs u [m]; adds ∇ Σ uᵢ lossᵢ (of the ``data`` loss, if asked), by a plain backward, to ``total``."""
         loss, leaves = self._data_loss if data else self._loss, self._evaluation.leaves()
         losses = torch.vmap(lambda tensors: loss(leaves, group.batch(tensors)))(group.tensors)
         signs = _signs(losses)
@@ -194,7 +194,7 @@ class ExampleGradients:
         return lambda group, tie: torch.cat([some(part, tie) for part in group.parts(_EXAMPLES_AT_ONCE)])
 
     def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
-        """The batches of one of these examples, in groups; cut from larger batches where these are known to be such."""
+        """Yields groups of batches of one; they are cut from larger batches where these are just their examples."""
         batches, total = self._batches, len(indices)
         if batches.stacked(total) is None:
             yield from _collected(batches.bar(batches.read(indices, 1), self._describe, total), at_once)
@@ -235,7 +235,7 @@ class ExampleGradients:
         ways: dict[str, Way],
         one: Callable[[Any], Tensor],
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Examples that the objective has edited in place, read again: it gets copies of them now."""
+        """Reads examples that the objective has edited in place again, and gives it copies of them from now on."""
         if not all(self._evaluation.edits.values()):  # seen here alone: inside vmap it can't be
             self._evaluation.distrust()
         with self._batches.quietly():
@@ -250,10 +250,10 @@ class ExampleGradients:
         verified: dict[str, list[Any]],
         one: Callable[[Any], Tensor],
     ) -> Tensor | None:
-        """Many examples at once, in the first way that works; each is compared with single examples where it is new.
+        """Computes a group at once, in the first way that works; a way that is new is compared with single examples.
 
-        New to it are other templates: another shape or constant may take another way in the model. That examples of one
-        template do not differ in their ways is what ``tie`` sees, in every group.
+        It is new for each template: another shape or constant may take another path through the model. Whether examples
+        of one template take different paths is seen by ``tie``, in every group.
         """
         for way, many in ways.items():
             if way in self.why_not:
@@ -278,9 +278,9 @@ class ExampleGradients:
         return None
 
     def _tied(self, group: _Group, many: Way, one: Callable[[Any], Tensor]) -> tuple[Tensor, bool]:
-        """What a way makes of a group, and whether it is tied to a plain backward pass.
+        """Returns what a way computes for a group, and whether that agrees with a plain backward pass.
 
-        Examples that are not finite would be all that a sum shows: they are taken one at a time, the rest is tied.
+        One example that is not finite would hide all others in the sum: such examples are taken one at a time.
         """
         tie = Tie(self._space.pass_dtype)
         with quiet_vmap():
@@ -304,18 +304,18 @@ class _Group:
         self.tensors = tensors
 
     def batch(self, tensors: Sequence[Tensor]) -> Any:
-        """The batch of one with these tensors in it."""
+        """Builds the batch of one with these tensors in it."""
         return put_together(self.template, tensors)
 
     def single(self, j: int) -> Any:
         return self.batch([t[j] for t in self.tensors])
 
     def of(self, some: list[int]) -> _Group:
-        """The same of some of them."""
+        """Returns the group of some of its examples, given by their places in it."""
         return _Group([self.positions[j] for j in some], self.template, [t[some] for t in self.tensors])
 
     def parts(self, size: int) -> list[_Group]:
-        """The same in groups of at most so many."""
+        """Splits the group into groups of at most ``size`` examples."""
         if len(self.positions) <= size:
             return [self]
         starts = range(0, len(self.positions), size)
@@ -325,13 +325,13 @@ class _Group:
 
 
 def _signs(losses: Tensor) -> Tensor:
-    """±1 at random for each of these losses, the same each time."""
+    """Draws ±1 for each of these losses, the same each time."""
     generator = torch.Generator("cpu").manual_seed(len(losses))
     return torch.randint(2, losses.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(losses)
 
 
 def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterator[tuple[list[int], Tensor]]:
-    """The same rows in chunks of up to ``at_once``, so that a solve gets many also where they come one by one."""
+    """Joins chunks of rows into larger ones of up to ``at_once``: a solve gets many even if they come one by one."""
     positions: list[int] = []
     rows: list[Tensor] = []
     for more, chunk in chunks:
@@ -344,7 +344,7 @@ def _merged(chunks: Iterable[tuple[list[int], Tensor]], at_once: int) -> Iterato
 
 
 def _collected(batches: Iterable[tuple[Any, int]], at_once: int) -> Iterator[_Group]:
-    """Groups what stacks, reading ``at_once`` batches of one before it hands any on, so that memory stays bounded."""
+    """Groups batches of one that can be stacked; it holds at most ``at_once`` of them at a time."""
     kinds: list[tuple[Any, list[int], list[list[Tensor]]]] = []
 
     def groups() -> Iterator[_Group]:

@@ -1,4 +1,4 @@
-"""What pictures and pages show of examples and scores, before anything is drawn: an image, words, a row, bins."""
+"""The parts that pictures and pages show of examples and scores, before anything is drawn: image, words, row, bins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """A text, or what Python prints of anything else."""
+    """A text, or what Python prints for any other object."""
 
     text: str
 
@@ -41,15 +41,15 @@ Exhibit: TypeAlias = Image | Words | Row
 
 
 def exhibit(thing: Any, feature_names: Sequence[str] | None = None) -> Exhibit:
-    """What is shown of an example.
+    """Chooses what is shown of an example: an image, a row of numbers or words.
 
     Args:
         thing: an image [C, h, w], [h, w, C] or [h, w] (a tensor, an array, or what NumPy makes an array of); a text; a
-            row of numbers [d], or a mapping of names to numbers. Of all else, what Python prints.
+            row of numbers [d], or a mapping of names to numbers. For anything else, what Python prints.
         feature_names: of the numbers of a row; x0, x1, ... by default.
 
     Raises:
-        ValueError: a row that has not as many numbers as there are names.
+        ValueError: a row whose length is not the number of names.
     """
     if isinstance(thing, str):
         return Words(thing)
@@ -69,10 +69,10 @@ def exhibit(thing: Any, feature_names: Sequence[str] | None = None) -> Exhibit:
 
 
 def split(example: Any) -> tuple[Any, str]:
-    """What there is to show of an example as data sets give it, and its label, "" if it has none.
+    """Splits an example of a data set into what is to be shown and its label, "" if it has none.
 
-    Of a tuple or list, the first item, and the last if it is one number or text; of a mapping its text, else its first
-    array, and what is called label, target or y. All else is shown itself.
+    From a tuple or list it takes the first item, and as label the last if that is one number or text; from a mapping
+    its text, else its first array, and what is called label, target or y. Anything else is shown as it is.
     """
     if isinstance(example, Mapping) and not all(_is_number(value) for value in example.values()):
         label = next((label_of(example[name]) for name in _LABELS if name in example), "")
@@ -88,7 +88,7 @@ def split(example: Any) -> tuple[Any, str]:
 
 
 def label_of(value: Any) -> str:
-    """A label as it is written: one number or one text; "" for all else."""
+    """Writes a label, one number or one text; "" for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
@@ -98,11 +98,11 @@ def label_of(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """How many scores lie where. No bin has scores of both signs; those that are exactly zero are in none.
+    """A histogram of scores. No bin has scores of both signs; scores that are exactly zero are in none.
 
     Attributes:
         edges: ascending, zero among them; bin b is from edges[b] to edges[b + 1].
-        counts: of the bins.
+        counts: how many scores each bin has.
         helpful, harmful, zero: how many scores are positive, negative, and exactly zero.
         lost: how many are not finite.
     """
@@ -116,7 +116,7 @@ class Bins:
 
 
 def binned(scores: Any, bins: int) -> Bins:
-    """Counts scores [n] in about so many bins of one width, with an edge at zero."""
+    """Counts scores [n] in about ``bins`` bins of one width, with an edge at zero."""
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
     values = numbers(scores)
@@ -142,21 +142,21 @@ def binned(scores: Any, bins: int) -> Bins:
 
 
 def numbers(values: Any) -> npt.NDArray[np.float64]:
-    """A tensor or what NumPy takes, as float64 on the CPU."""
+    """Converts a tensor, or anything that NumPy takes, to a float64 array."""
     if isinstance(values, Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
 
 
 def shortened(row: Row, most: int) -> Row:
-    """The first features of a row, and how many there are besides."""
+    """Cuts a row to ``most`` entries; the last one then says how many features are left out."""
     if len(row.names) <= most:
         return row
     return Row([*row.names[: most - 1], "…"], [*row.values[: most - 1], f"{len(row.names) - most + 1} more"])
 
 
 def _array(thing: Any) -> npt.NDArray[Any] | None:
-    """As an array of numbers; None where it is none."""
+    """Converts to an array of numbers; None where that is not possible."""
     if isinstance(thing, Tensor):
         thing = thing.detach()
         thing = (thing.double() if thing.is_floating_point() else thing).cpu().numpy()
@@ -170,10 +170,10 @@ def _array(thing: Any) -> npt.NDArray[Any] | None:
 
 
 def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:
-    """[h, w] or [h, w, 3 or 4] in 0..255; None where it has not the shape of an image.
+    """Converts an array to pixels [h, w] or [h, w, 3 or 4] in 0..255; None where it has not the shape of an image.
 
-    Bytes are taken as they are, floating point numbers within 0..1 as shares of 255; others, such as those of images
-    that have been standardised, are spread from their least to their largest over 0..255.
+    Bytes stay as they are, and floating point numbers within 0..1 are multiplied by 255; other numbers, such as those
+    of images that have been standardised, are scaled so that the smallest becomes 0 and the largest 255.
     """
     if array.ndim == 3 and array.shape[0] in _CHANNELS:
         array = np.moveaxis(array, 0, -1)

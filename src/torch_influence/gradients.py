@@ -35,7 +35,7 @@ def mean_gradient(
     indices: Sequence[int],
     look: Callable[[Any, int, Tensor, Sequence[int]], None] | None = None,
 ) -> Tensor:
-    """∇ (1/m) Σ loss over these m examples, a row [d]. One pass over them.
+    """Computes ∇ (1/m) Σ loss over these m examples, a row [d], in one pass over them.
 
     ``look`` is called with each batch, its size, its loss and its examples.
     """
@@ -54,12 +54,12 @@ def mean_gradient(
 
 
 def loss_gradient(loss: LossOfBatch, space: ParameterSpace, leaves: Sequence[Tensor], batch: Any) -> Tensor:
-    """Gradient of the loss of one batch, a row [d]."""
+    """Computes the gradient of the loss of one batch, a row [d]."""
     return space.flatten(differentiate(loss(leaves, batch), leaves)).detach()
 
 
 def regularizer_gradient(evaluation: Evaluation) -> Tensor | None:
-    """∇reg, a row [d]; None for a number."""
+    """Computes ∇reg, a row [d]; None where the regulariser does not depend on the parameters."""
     leaves = evaluation.leaves()
     value = evaluation.train_regularization(leaves)
     if not isinstance(value, Tensor) or not value.requires_grad:
@@ -68,7 +68,7 @@ def regularizer_gradient(evaluation: Evaluation) -> Tensor | None:
 
 
 def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """∂loss/∂leaves; zeros for leaves that the loss does not use, an error if it uses none."""
+    """Computes ∂loss/∂leaves; zeros for leaves that the loss does not use, an error if it uses none."""
     if not loss.requires_grad:
         raise ValueError(
             "objective: expected a loss that depends on what it is differentiated by (the selected parameters, or the "
@@ -79,7 +79,7 @@ def differentiate(loss: Tensor, leaves: Sequence[Tensor], create_graph: bool = F
 
 
 def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted: int) -> tuple[int | None, str]:
-    """A batch size of up to ``wanted`` examples for passes over the data, or None and why it is the loader's own.
+    """Finds a batch size of up to ``wanted`` examples for passes over the data, or None and why the loader's own stays.
 
     Larger batches mean the same only where a loss is the mean of those of its examples. That is tested with up to 32 of
     the loader's batches, spread over the data so that whatever it is sorted by varies: the gradient of all of them as
@@ -110,10 +110,10 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
 
 
 def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
-    """Bytes of the tensors that the graphs behind these tensors hold for their backward passes.
+    """Counts the bytes of the tensors that the graphs behind these tensors hold for their backward passes.
 
-    Without what they share with the tensors in ``besides`` (parameters, data), which are there anyway: a batch is often
-    a view of all data.
+    Memory that they share with the tensors in ``besides`` (parameters, data) is not counted, since it is there anyway:
+    a batch is often a view of all data.
     """
     anyway = {storage.data_ptr() for t in leaves_of(besides) for storage in _storages(t)}
     storages: dict[int, int] = {}
@@ -131,7 +131,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
 
 
 def nodes_behind(roots: Sequence[Tensor]) -> Iterator[Node]:
-    """The nodes of the graphs behind these tensors, each once, in an order that depends on their structure alone."""
+    """Yields the nodes of the graphs behind these tensors, each once, in an order that only depends on structure."""
     seen: set[Node] = set()
     nodes = [t.grad_fn for t in roots if t.grad_fn is not None]
     while nodes:
@@ -153,7 +153,7 @@ def _saved_names(node: type) -> tuple[str, ...]:
 
 
 class Graph:
-    """Outputs and inputs of a graph that rows are pulled back through.
+    """The outputs and inputs of a graph through which rows are pulled back.
 
     Args:
         stage: a caller's name for this kind of graph.
@@ -165,14 +165,14 @@ class Graph:
 
     @functools.cached_property
     def structure(self) -> int:
-        """Equal for graphs of the same operators, joined in the same way."""
+        """A hash that is equal for graphs of the same operators, joined in the same way."""
         number = {node: i for i, node in enumerate(nodes_behind(self.outputs))}
         joined = (tuple(-1 if to is None else number[to] for to, _ in node.next_functions) for node in number)
         return hash((self.stage, tuple(type(node).__name__ for node in number), tuple(joined)))
 
 
 class PullBack:
-    """vᵀ ∂outputs/∂inputs for rows of cotangents v, many at a time where that is verified to be the same.
+    """The map v -> vᵀ ∂outputs/∂inputs for rows of cotangents v, many at a time where that is verified to be the same.
 
     A batched backward (vmap over the graph) does many rows in one sweep. Its first rows are compared with the plain
     backward once for each structure of graphs in the life of this object, since some batches may take another way
@@ -188,7 +188,7 @@ class PullBack:
         self.why_plain: dict[str, str] = {}
 
     def __call__(self, graph: Graph, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """cotangents: per output of the graph [k, *its shape]. Returns per input [k, *its shape]."""
+        """Pulls back cotangents, one tensor [k, *its shape] per output; returns one [k, *its shape] per input."""
         inputs, k = graph.inputs, cotangents[0].shape[0]
         live = [i for i, out in enumerate(graph.outputs) if out.requires_grad]
         if not live or k == 0:
@@ -200,7 +200,7 @@ class PullBack:
             grads = torch.autograd.grad(outs, inputs, rows, retain_graph=True, allow_unused=True)
             return tuple(x.new_zeros(x.shape) if g is None else g for g, x in zip(grads, inputs, strict=True))
 
-        # Not autograd's own is_grads_batched: that does many operators (tanh's, log_softmax's) a row at a time.
+        # Not autograd's own is_grads_batched: for many operators (tanh, log_softmax) it takes one row at a time.
         def backward(at: int | slice, batched: bool) -> tuple[Tensor, ...]:
             with quiet_vmap():
                 return (torch.func.vmap(one) if batched else one)(*(c[at] for c in cots))
@@ -233,10 +233,10 @@ class NondeterminismWarning(RuntimeWarning):
 
 
 def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
-    """Whether the loss of the first batch is another when it is evaluated again: what to say of it, "" if it is not.
+    """Evaluates the loss of the first batch again and says what is wrong if it differs; "" if it does not.
 
-    Two evaluations, more only where random numbers are drawn. The default random states are left as they were. Whether
-    the loss edits its batches in place is found, too: ``Evaluation.edits``.
+    It evaluates twice, and more often only where random numbers are drawn. The default random states are left as they
+    were. It also finds whether the loss edits its batches in place: ``Evaluation.edits``.
     """
     batch = batches.peek(range(min(batches.batch_size or 1, batches.n)))
     leaves, dtype = evaluation.leaves(), evaluation.space.pass_dtype
@@ -264,7 +264,7 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 
 @contextlib.contextmanager
 def undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Leaves the default random states as they were, the device's too; yields whether numbers were drawn so far."""
+    """Leaves the random states, the device's too, as they were; yields a function that tells if numbers were drawn."""
     if device.type != "cuda":
         with batches.quietly() as drawn:
             yield drawn

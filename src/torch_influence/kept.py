@@ -1,4 +1,4 @@
-"""The two forms in which a data set is kept on the device, and what makes them of a loader's batches."""
+"""The two forms in which a data set is kept on the device, and the class that builds them from a loader's batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stacked:
         self._versions = versions(self.tensors)
 
     def rows(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
-        """These examples of each tensor: a view where the indices are a range, else a copy."""
+        """Returns these examples of each tensor: a view where the indices are a range, else a copy."""
         if not isinstance(indices, Tensor):
             if is_range(indices):
                 return [t.narrow(0, indices[0], len(indices)) for t in self.tensors]
@@ -45,11 +45,11 @@ class Stacked:
         return [t.index_select(0, where[t.device]) for t in self.tensors]
 
     def batch(self, indices: Sequence[int] | Tensor) -> Any:
-        """The batch of these examples, in this order: at least one."""
+        """Returns the batch of these examples, at least one, in this order."""
         return put_together(self.template, self.rows(indices))
 
     def intact(self) -> bool:
-        """Whether nobody has edited the tensors in place."""
+        """Tells whether nobody has edited the tensors in place."""
         return versions(self.tensors) == self._versions
 
 
@@ -68,11 +68,11 @@ class KeptBatches:
         self._versions = self._now()
 
     def batch(self, number: int, copy: bool = False) -> Any:
-        """Containers are made anew, tensors are the kept ones (or copies), so that edits of them are seen."""
+        """Returns a batch in new containers; its tensors are the kept ones, so that edits are noticed, or copies."""
         return _again(self._batches[number], copy)
 
     def intact(self) -> bool:
-        """Whether nobody has edited the tensors in place."""
+        """Tells whether nobody has edited the tensors in place."""
         return self._now() == self._versions
 
     def _now(self) -> list[list[int]]:
@@ -80,7 +80,7 @@ class KeptBatches:
 
 
 class Keeping:
-    """Takes the loader's batches one by one, as they are read, and makes something to keep of them.
+    """The collection of a loader's batches, one by one as they are read, into one of the two forms.
 
     Args:
         n: how many examples there will be.
@@ -89,7 +89,7 @@ class Keeping:
 
     Attributes:
         why_not: why nothing will be kept; empty while it may be.
-        too_large: whether that is for size alone.
+        too_large: whether size is the only reason.
     """
 
     def __init__(self, n: int, stack: bool, budget: Callable[[torch.device], float]) -> None:
@@ -107,7 +107,7 @@ class Keeping:
         self.too_large = False
 
     def add(self, batch: Any, size: int) -> None:
-        """The next batch and its number of examples; stays the caller's."""
+        """Adds the next batch, of ``size`` examples, by copying it or sharing its memory; never edits it."""
         found = leaves(batch)
         self._used = found, versions(found)
         if self.why_not:
@@ -131,13 +131,13 @@ class Keeping:
         self._ends.append((self._ends[-1] if self._ends else 0) + size)
 
     def look_again(self) -> None:
-        """At the batch last added, when it has been used."""
+        """Checks, after the batch last added was used, that nobody has edited it in place; gives up keeping if so."""
         found, before = self._used
         if versions(found) != before:
             self.give_up("the model or the objective edits its batches in place")
 
     def finish(self, verified: Callable[[Stacked], bool]) -> Stacked | KeptBatches | None:
-        """After the last batch; Stacked only if it is verified."""
+        """Returns what is kept after the last batch: Stacked only if ``verified``, None if keeping was given up."""
         if self._stack and not self.why_not:
             stacked = Stacked(self._template, self._buffers)
             if verified(stacked):
@@ -146,7 +146,7 @@ class Keeping:
         return None if self.why_not else KeptBatches(self._batches, self._ends[0], self._nbytes)
 
     def give_up(self, why: str) -> None:
-        """Frees what was kept so far."""
+        """Gives up keeping for this reason, and frees what was kept so far."""
         self.why_not = self.why_not or why
         self._template, self._buffers, self._batches = None, [], []
 
@@ -163,7 +163,7 @@ class Keeping:
         if not self._ends:
             try:
                 self._buffers = [t.new_empty((self._n, *t.shape[1:])) for t in parts]
-            except (RuntimeError, MemoryError):  # more than there is, whatever the budget says
+            except (RuntimeError, MemoryError):  # there is less memory than the budget says
                 return False
             self._template = template
             self._nbytes = sum(t.nbytes for t in self._buffers)
@@ -175,7 +175,7 @@ class Keeping:
         return True
 
     def stop_stacking(self) -> None:
-        """The batches so far become views of what was stacked of them."""
+        """Goes on with batches in place of a stack: those so far become views of what was stacked."""
         if not self._stack:
             return
         starts = [0, *self._ends[:-1]]
@@ -187,7 +187,7 @@ class Keeping:
 
 
 def cannot_keep(found: Sequence[Any]) -> str:
-    """Why these leaves of a batch can't be kept; empty if they can."""
+    """Says why these leaves of a batch can't be kept; empty if they can."""
     strange = [leaf for leaf in found if not isinstance(leaf, _KNOWN)]
     if strange:
         return f"batches hold objects of {type(strange[0]).__name__}, whose size and changes are not known"
@@ -202,7 +202,7 @@ def _stacks(t: Tensor, size: int) -> bool:
 
 
 def _again(batch: Any, copy: bool = False) -> Any:
-    """The same batch in new containers; its tensors are new objects over the same memory, and share their version."""
+    """Returns the same batch in new containers; its tensors are new objects that share memory and version counter."""
 
     def renew(leaf: Any) -> Any:
         if copy and isinstance(leaf, Tensor):
@@ -217,7 +217,7 @@ def _nbytes(leaf: Any) -> int:
 
 
 def is_range(indices: Sequence[int]) -> bool:
-    """Whether these are one or more consecutive ascending integers."""
+    """Tells whether these are one or more consecutive ascending integers."""
     if isinstance(indices, range):
         return len(indices) > 0 and indices.step == 1
     if not len(indices) or indices[-1] - indices[0] != len(indices) - 1:

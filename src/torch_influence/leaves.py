@@ -1,4 +1,4 @@
-"""Batches of any make, taken apart into tensors and a template, and put together again."""
+"""Batches in any containers, taken apart into tensors and a template, and put together again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def map_leaves(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[Any], bool] = lambda item: False) -> Any:
-    """The batch rebuilt with ``function`` applied to everything in it that is not a container."""
+    """Rebuilds a batch with ``function`` applied to everything in it that is not a container."""
     if is_leaf(batch):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -39,7 +39,7 @@ def map_leaves(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[An
 
 
 def leaves(batch: Any) -> list[Any]:
-    """Everything in a batch that is not a container, in order."""
+    """Lists everything in a batch that is not a container, in order."""
     found: list[Any] = []
 
     def note(leaf: Any) -> Any:
@@ -51,7 +51,7 @@ def leaves(batch: Any) -> list[Any]:
 
 
 def copy_of(batch: Any) -> Any:
-    """The batch with a copy of every tensor and array in it; what was one object stays one."""
+    """Copies a batch with every tensor and array in it; an object that occurs twice is copied once."""
     copies: dict[int, Any] = {}
 
     def copied(leaf: Any) -> Any:
@@ -70,7 +70,7 @@ def versions(items: Sequence[Any]) -> list[int]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two batches hold the same leaves: dtype, shape, device and every value; NaN is the same as NaN."""
+    """Tells whether two batches hold the same leaves: dtype, shape, device and every value; NaN equals NaN here."""
     ours, theirs = leaves(one), leaves(other)
     return len(ours) == len(theirs) and all(map(_same_leaf, ours, theirs))
 
@@ -91,7 +91,7 @@ def _same_leaf(a: Any, b: Any) -> bool:
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.device, a.layout, a.is_nested) != (b.dtype, b.device, b.layout, b.is_nested):
         return False
-    if a.is_nested:  # its shape has a number in it that another one of the same lengths has not
+    if a.is_nested:  # its shape holds a number that differs even between tensors of the same lengths
         return len(a.unbind()) == len(b.unbind()) and all(map(_same_tensor, a.unbind(), b.unbind()))
     if a.shape != b.shape:
         return False
@@ -102,12 +102,12 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is neither sparse nor nested: an array with strides, whose rows can be cut off and stacked."""
+    """Tells whether a tensor is neither sparse nor nested: an array with strides, whose rows can be cut and stacked."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def held(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that a tensor of any layout is made of: itself, or values and what says where they belong."""
+    """Lists the dense tensors that a tensor of any layout is made of: itself, or its values and their indices."""
     if tensor.is_nested:
         ends = [tensor.offsets()] if tensor.layout is torch.jagged else []  # type: ignore[attr-defined]
         return [tensor.values(), *ends]
@@ -117,11 +117,11 @@ def held(tensor: Tensor) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor] if tensor.layout is torch.strided else []  # none of a layout of a library's own
+    return [tensor] if tensor.layout is torch.strided else []  # a layout that a library has added shows none
 
 
 class Alone:
-    """Marks a sparse or nested tensor in a template, which is not stacked: equals the same object alone."""
+    """A sparse or nested tensor in a template: it is not stacked, and equals nothing but the same object."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -134,7 +134,7 @@ class Alone:
 
 
 class Slot:
-    """The place of a tensor in a template; equal for tensors alike in dtype, device and shape but for leading axes."""
+    """The place of a tensor in a template; equal for the same dtype, device and shape without the leading axes."""
 
     def __init__(self, tensor: Tensor, leading: int) -> None:
         self._kind = (tensor.shape[leading:], tensor.dtype, tensor.device)
@@ -147,9 +147,9 @@ class Slot:
 
 
 def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
-    """The template of a batch, with a slot for each dense tensor, and these; slots disregard ``leading`` axes.
+    """Splits a batch into a template, with a slot for each dense tensor, and the tensors; slots ignore leading axes.
 
-    A container that looks into what it is made of (PackedSequence) is its own template, without tensors.
+    A container that checks its own contents (PackedSequence) can't hold slots: it is its own template, without tensors.
     """
     tensors: list[Tensor] = []
 
@@ -168,7 +168,7 @@ def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
 
 
 def put_together(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """The batch of this template with these tensors in its slots."""
+    """Builds the batch of this template with these tensors in its slots."""
     supply = iter(tensors)
 
     def put(leaf: Any) -> Any:
@@ -180,12 +180,12 @@ def put_together(template: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def stands_alone(template: Any) -> bool:
-    """Whether a template has tensors in it, so that no other batch is known to be of the same one."""
+    """Tells whether a template has tensors in it, so that no other batch is known to have the same template."""
     return any(isinstance(leaf, Tensor | Alone) for leaf in leaves(template))
 
 
 def alike(template: Any, other: Any) -> bool:
-    """Whether two templates have the same structure, slots and constants."""
+    """Tells whether two templates have the same structure, slots and constants."""
     try:
         return type(template) is type(other) and bool(template == other)
     except (ValueError, RuntimeError):  # an array among the constants compares element by element

@@ -19,12 +19,12 @@ from torch_influence.plan import NotPossible
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A tensor as it is; an array or numbers as one on the CPU, whatever torch's default device is."""
+    """Returns a tensor as it is; an array or numbers as a tensor on the CPU, whatever torch's default device is."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def probe_rows(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Normal numbers to try a linear map with; to rounding the same ones for every dtype and device."""
+    """Draws normal numbers to try a linear map with; the same ones, up to rounding, for every dtype and device."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
@@ -43,18 +43,18 @@ class LinearOperator(abc.ABC):
 
     @abc.abstractmethod
     def product(self, rows: Tensor) -> Tensor:
-        """[k, d] -> [k, d], a new tensor."""
+        """Multiplies rows [k, d] by A; returns a new tensor [k, d]."""
 
     def damped(self, shift: float) -> Damped:
-        """A + shift·I. Damping is part of the operator, so that no solver can get it wrong."""
+        """Returns A + shift·I. Damping is part of the operator, so that no solver can get it wrong."""
         return Damped(self, shift)
 
     def diagonal(self) -> Tensor | None:
-        """The matrix's diagonal [d], where it is known without products; None where it is not."""
+        """Returns the matrix's diagonal [d], where it is known without products; None where it is not."""
         return None
 
     def dense(self) -> Tensor:
-        """The matrix itself, [d, d], symmetrised against rounding."""
+        """Computes the matrix itself, [d, d], symmetrised against rounding."""
         matrix = self.product(torch.eye(self.size, dtype=self.dtype, device=self.device))
         return matrix.add_(matrix.mT.clone()).mul_(0.5)
 
@@ -98,7 +98,7 @@ class LinearOperator(abc.ABC):
 
 
 class Damped(LinearOperator):
-    """base + shift·I; both parts are readable, for solvers that fuse the shift into their update."""
+    """The operator base + shift·I; solvers that fuse the shift into their update read both parts."""
 
     def __init__(self, base: LinearOperator, shift: float) -> None:
         self.base = base
@@ -159,14 +159,14 @@ class Dense(LinearOperator):
 
 
 class Multiplied(LinearOperator):
-    """Somebody else's product, as an operator."""
+    """An operator made from a function of the user, or of another library, that multiplies rows."""
 
     def __init__(self, multiply: Callable[[Tensor], Any], like: Tensor) -> None:
         self._multiply = multiply
         self.size, self.dtype, self.device = like.shape[-1], like.dtype, like.device
 
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
-        if not len(rows):  # not everybody can multiply nothing
+        if not len(rows):  # some operators fail for zero rows
             return torch.empty_like(rows)
         product = as_tensor(self._multiply(rows))
         if product.shape != rows.shape:
@@ -175,7 +175,7 @@ class Multiplied(LinearOperator):
 
 
 def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
-    """Whatever multiplies, as a LinearOperator for rows like ``like`` [k, d].
+    """Makes a LinearOperator, for rows like ``like`` [k, d], of anything that multiplies.
 
     Args:
         A: symmetric; a LinearOperator of this package; a tensor or array [d, d], sparse tensors among them, which is
@@ -232,7 +232,7 @@ def aslinearoperator(A: Any, like: Tensor) -> LinearOperator:
 
 
 def _declared_dtype(A: Any) -> torch.dtype | None:
-    """Of somebody else's operator, if it says so: curvlinops' own base class raises where a subclass does not."""
+    """Reads the dtype of another library's operator; None where it has none (curvlinops' base class raises then)."""
     try:
         dtype = A.dtype
     except (AttributeError, NotImplementedError):
@@ -258,13 +258,13 @@ class DualCost:
 
 
 class Dual(LinearOperator):
-    """GᵀG + multiple·I with G [m, d]: where m < d, the small matrix G Gᵀ is the shorter way to its inverse.
+    """The operator GᵀG + multiple·I with G [m, d]: where m < d, it is cheaper to invert by the small matrix G Gᵀ.
 
-    ``product`` need not be made of G: solutions are judged by it.
+    ``product`` need not use G: solutions are judged by it.
 
     Attributes:
         rank: m.
-        multiple: of the identity that is part of the operator.
+        multiple: the multiple of the identity in the operator.
     """
 
     rank: int
@@ -272,20 +272,20 @@ class Dual(LinearOperator):
 
     @abc.abstractmethod
     def push(self, rows: Tensor) -> Tensor:
-        """G v for rows v: [k, d] -> [k, m], a new tensor."""
+        """Computes G v for rows v: [k, d] -> [k, m], a new tensor."""
 
     @abc.abstractmethod
     def pull(self, rows: Tensor) -> Tensor:
-        """Gᵀ u for rows u: [k, m] -> [k, d], a new tensor."""
+        """Computes Gᵀ u for rows u: [k, m] -> [k, d], a new tensor."""
 
     @functools.cached_property
     def kernel(self) -> Tensor:
-        """G Gᵀ, [m, m]; made when first read, and kept whatever the damping."""
+        """The matrix G Gᵀ, [m, m]; made when first read, and kept also when the damping changes."""
         return self.assemble()
 
     @abc.abstractmethod
     def assemble(self) -> Tensor:
-        """G Gᵀ, anew."""
+        """Computes G Gᵀ; nothing is kept."""
 
     def dual(self, shift: float, room: float) -> Dual:
         """Itself."""
@@ -307,5 +307,5 @@ class Sampled(Protocol):
     """An operator that is a mean over data, and can be estimated from minibatches."""
 
     def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
-        """``steps`` unbiased estimates of the operator, each from one minibatch drawn with replacement."""
+        """Yields ``steps`` unbiased estimates of the operator, each from one minibatch drawn with replacement."""
         ...

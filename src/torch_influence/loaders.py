@@ -1,4 +1,4 @@
-"""What a loader does to the data that reading them in data-set order leaves out: noticed, and said."""
+"""Checks of the user's loader, and warnings of what it does to the data that reading in data-set order leaves out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NEEDED = (
     *("worker_init_fn", "multiprocessing_context", "prefetch_factor", "timeout"),
 )
 _ORDERING = (data.SequentialSampler, data.RandomSampler, data.BatchSampler)
-_ITERATES = ("__iter__", "_get_iterator")  # what a subclass of DataLoader can put something of its own in place of
+_ITERATES = ("__iter__", "_get_iterator")  # the methods by which a subclass of DataLoader can iterate in its own way
 
 
 def check_loader(loader: Any, name: str) -> None:
-    """A DataLoader over a map-style data set, or what has all that one has.
+    """Checks that this is a DataLoader over a map-style data set, or has the same attributes.
 
     Args:
         loader: the user's.
@@ -67,8 +67,8 @@ def warn_of_iteration(loader: Any, name: str) -> None:
 def warn_of_selection(loader: Any, name: str) -> None:
     """Warns of a sampler, or a batch sampler, that selects: the model was trained on something else than the data set.
 
-    An order is of no matter to influence, nor is a last batch that is dropped. What is not torch's own is drawn from
-    once, from a copy, to see; one that can't be copied is told by its length.
+    Influence does not depend on an order, nor on a last batch that is dropped. From a sampler that is not torch's own,
+    one pass is drawn, from a copy, to see what it selects; one that can't be copied is judged by its length.
     """
     n, batches = len(loader.dataset), loader.batch_sampler
     of_its_own = batches is not None and type(batches) is not data.BatchSampler
@@ -77,7 +77,7 @@ def warn_of_selection(loader: Any, name: str) -> None:
         sampler = batches
     kind = type(sampler)
     if isinstance(sampler, data.DistributedSampler) or kind in _ORDERING:
-        selects = False  # this process's share of all, or an order
+        selects = False  # only this process's share of all examples, or an order
     else:
         selects = kind is data.WeightedRandomSampler or _draws_unevenly(sampler, loader.dataset, sampler is batches)
     if selects:
@@ -91,7 +91,7 @@ def warn_of_selection(loader: Any, name: str) -> None:
 
 
 def _draws_unevenly(sampler: Any, dataset: Any, batched: bool) -> bool:
-    """Whether a pass takes an example twice, or leaves out more than what makes no batch."""
+    """Tells whether a pass takes an example twice, or leaves out as many examples as a batch has, or more."""
     n, largest = len(dataset), 1
     drawn: list[int] = []
     held = [item for item in getattr(sampler, "__dict__", {}).values() if isinstance(item, data.Dataset)]

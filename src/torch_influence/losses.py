@@ -1,4 +1,4 @@
-"""Looks at the user's losses: whether that of a batch is the mean of its examples' own, and how precise it is."""
+"""Checks of the user's losses: is the loss of a batch the mean of the losses of its examples, and how precise is it?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCHES_HELD = 16  # batches of unknown examples between two looks at what was 
 
 
 def precision(loss: Tensor) -> torch.dtype:
-    """The least precise dtype in which a loss, or what it was made of in ways that autograd follows, was computed."""
+    """Finds the least precise dtype in the graph of a loss: that of the loss, or of a tensor it was computed from."""
     dtypes = {loss.dtype}
     for node in nodes_behind([loss]):
         dtypes.update(t.dtype for t in getattr(node, "_input_metadata", ()) if t.dtype.is_floating_point)
@@ -32,7 +32,7 @@ def precision(loss: Tensor) -> torch.dtype:
 
 
 def in_double(evaluation: Evaluation, loss: str, batch: Any) -> tuple[Evaluation, Any]:
-    """The evaluation in float64 and the batch with its floats cast, if this loss is the same there; else as given."""
+    """Returns the evaluation and the batch in float64, if this loss is the same there; else both as they were given."""
     if evaluation.space.pass_dtype == evaluation.space.dtype == torch.float64:
         return evaluation, batch
     twin = evaluation.widened()
@@ -49,9 +49,9 @@ def in_double(evaluation: Evaluation, loss: str, batch: Any) -> tuple[Evaluation
 
 
 def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | None:
-    """Up to so many examples, spread over the data, and one batch of them; None where no two make a batch.
+    """Picks up to ``count`` examples, and reads them as one batch; None where no two examples can be in one batch.
 
-    Spread, since neighbours may be of one class; where examples so far apart don't fit into one batch, neighbours.
+    They are spread over the data, since neighbours may be of one class; neighbours if those don't fit into one batch.
     """
     if batches.batch_size is None:
         return None
@@ -68,15 +68,15 @@ def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | No
 
 # -- a mean over the batch --------------------------------------------------------------------------------------------
 #
-# ``loss`` is the name of a loss of Evaluation. A train_loss whose regulariser is known apart is looked at without it,
-# as "data_loss"; an overridden one as it is, since mean(ℓᵢ + reg) = mean(ℓᵢ) + reg.
+# ``loss`` is the name of a loss of Evaluation. A train_loss whose regulariser is known separately is checked without
+# it, as "data_loss"; an overridden one as it is, since mean(ℓᵢ + reg) = mean(ℓᵢ) + reg.
 
 
 def not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> str:
     """Says what is wrong with the loss of one batch of up to eight examples, spread over the data; empty if nothing is.
 
-    Examples whose loss is neither finite alone nor together with others are left out. Takes note of the precision of
-    the loss, too.
+    Where the loss of the batch is not finite, examples whose own loss is not finite are left out. Also notes the
+    precision of the loss.
     """
     loss = "data_loss" if loss == "train_loss" and not evaluation.overrides_train_loss else loss
     function, leaves = getattr(evaluation, loss), evaluation.leaves()
@@ -94,11 +94,11 @@ def not_a_mean(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 def compared(loss: str, evaluation: Evaluation, batches: Batches, some: Sequence[int]) -> str:
     """Says what is wrong with the loss of a batch of these examples; each is read and collated alone as well.
 
-    What seems wrong is looked at again in float64, where the model runs in it, so that rounding is no finding.
+    What seems wrong is checked again in float64, if the model runs in it, so that rounding is not reported.
     """
     batch = batches.peek(some)
     alone = [batches.peek([i]) for i in some]
-    if batches.draws(some):  # other data at each reading: those at hand are cut, if they can be
+    if batches.draws(some):  # each reading gives other data: these are cut into examples, if they can be
         if not _is_rows(batch, len(some)):
             return ""
         template, tensors = take_apart(batch, leading=1)
@@ -149,18 +149,18 @@ def tell(finding: str) -> None:
 
 
 class Means:
-    """Compares the loss of every batch of a pass over data with the mean of the losses of its examples, one by one.
+    """The comparison, for every batch of a pass over data, of its loss with the mean of its examples' own losses.
 
-    What divides the loss of a batch by what is in it (class weights, ignored labels, counts of tokens) makes a
-    difference only in batches that hold such examples, and these may be rare: so all are looked at, each once.
+    A loss that is divided by what is in the batch (class weights, ignored labels, counts of tokens) differs only in
+    batches that hold such examples, and these may be rare: so all batches are compared, each once.
 
-    Cost: a forward pass over the examples as batches of one, of which ``torch.func.vmap`` does many at a time where it
-    can. Nothing is waited for before ``conclude``. Memory: a number for each example, and up to 16 batches.
+    Cost: a forward pass over the examples as batches of one; ``torch.func.vmap`` does many of them at a time where it
+    can. Nothing waits for the device before ``conclude``. Memory: a number for each example, and up to 16 batches.
 
     Args:
         loss: the name of the loss.
         evaluation, batches: of the model and the data.
-        told: whether the user has been told already; then nothing more is said.
+        told: whether the user has been warned already; then no more warnings are given.
     """
 
     def __init__(self, loss: str, evaluation: Evaluation, batches: Batches, told: bool = False) -> None:
@@ -172,15 +172,15 @@ class Means:
         self._ended = batches.batch_size is None  # each example is a batch of its own
 
     def add(self, batch: Any, size: int, together: Tensor, where: Sequence[int] | None = None) -> None:
-        """Looks at a batch of so many examples and its loss.
+        """Adds a batch of ``size`` examples and its loss to the comparison.
 
         Args:
-            batch: as the loss has had it.
+            batch: as the loss got it.
             size: number of its examples.
             together: its loss.
-            where: the examples; a batch that was looked at before is passed over. None: they were drawn at random. Then
-                the batch is looked at if it can be cut into its examples, and all data are read once as many examples
-                have been drawn, or where something seems wrong.
+            where: the examples; a batch that was compared before is skipped. None: they were drawn at random. Then the
+                batch is compared if it can be cut into its examples, and all data are read as soon as so many examples
+                have been drawn, or something seems wrong.
         """
         if self._ended or size < 2 or (where is not None and where[0] in self._looked_at):
             return
@@ -201,7 +201,7 @@ class Means:
             self.read_all()
 
     def read_all(self, conclude: bool = True) -> None:
-        """Looks at all data, which are read for it, in the loader's own batches. Costs two forward passes."""
+        """Reads all data in the loader's own batches and compares each. Costs two forward passes."""
         if self._ended:
             return
         self._entries, self._looked_at, start = [], set(), 0
@@ -215,7 +215,7 @@ class Means:
             self.conclude()
 
     def conclude(self) -> bool:
-        """Whether all batches so far were as their examples. Warns, once, where the loader's own batches were not."""
+        """Tells whether all batches so far agreed with their examples. Warns, once, where the loader's own did not."""
         suspects = self._suspects()
         if suspects and not self._told:
             finding = next(filter(None, map(self._confirmed, suspects)), "")
@@ -225,7 +225,7 @@ class Means:
         return not suspects
 
     def _suspects(self) -> list[_Entry]:
-        """The batches so far that seem not to be as their examples; waits for them, and lets go of all."""
+        """Returns the batches that seem to differ from their examples; waits for the results, and drops all batches."""
         entries, self._entries = self._entries, []
         if not entries:
             return []
@@ -233,7 +233,7 @@ class Means:
         return [entry for entry, by in zip(entries, departures, strict=True) if not by <= 1]
 
     def _alone(self, evaluation: Evaluation, batch: Any, size: int, where: Sequence[int] | None) -> Tensor | None:
-        """The loss of each example alone [size]: cut from the batch where it is but its examples, else read."""
+        """Computes the loss of each example alone [size]; examples are cut from the batch if possible, else read."""
         loss, leaves = getattr(evaluation, self._loss), evaluation.leaves()
         if not _is_rows(batch, size):
             if where is None:
@@ -250,9 +250,9 @@ class Means:
         return torch.stack([loss(leaves, put_together(template, [t[j] for t in ones])) for j in range(size)])
 
     def _confirmed(self, entry: _Entry) -> str:
-        """Says what is wrong with a batch of the loader's own among these examples, read anew; empty if nothing is.
+        """Reads these examples again in the loader's own batches and says what is wrong with one; empty if nothing is.
 
-        In float64 where the model runs in it, so that neither rounding, nor a larger batch, nor a wrong cut is found.
+        It uses float64 if the model runs in it, so that it reports no rounding, no larger batch and no wrong cut.
         """
         assert entry.where is not None  # data are read anew where examples were drawn
         step, device = self._batches.batch_size or 1, entry.together.device
@@ -272,14 +272,14 @@ class Means:
         return ""
 
     def worst(self) -> list[int]:
-        """The examples of the batch that departs most, among those that were not yet concluded on."""
+        """Returns the examples of the batch that departs most, among the batches added since the last ``conclude``."""
         dtype = self._evaluation.space.pass_dtype
         most = max(self._entries, key=lambda entry: float(entry.departure(dtype)), default=None)
         return [] if most is None else list(most.where or ())
 
 
 def departs_most(loss: str, evaluation: Evaluation, batches: Batches) -> list[int]:
-    """The examples of the loader's batch whose loss departs most from the mean of its examples' own.
+    """Finds the loader's batch whose loss departs most from the mean of its examples' own, and returns its examples.
 
     Cost: two forward passes over the data.
     """
@@ -290,7 +290,7 @@ def departs_most(loss: str, evaluation: Evaluation, batches: Batches) -> list[in
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A batch that was looked at.
+    """The losses of a batch that was compared.
 
     Attributes:
         together: its loss.
@@ -303,9 +303,9 @@ class _Entry:
     where: Sequence[int] | None
 
     def departure(self, dtype: torch.dtype) -> Tensor:
-        """|together - mean of alone| in units of what may be rounding; infinite where just one of the two is finite.
+        """Computes |together - mean of alone| in units of what may be rounding; infinite if only one of them is finite.
 
-        A tenth of a single example's share in the loss is more than rounding, as far as the dtype can tell.
+        A tenth of one example's share in the loss counts as more than rounding, if the dtype can resolve it.
         """
         eps, size = torch.finfo(dtype).eps, len(self.alone)
         allowed = min(eps**0.5, max(0.1 / size, _ROUNDINGS * eps))
@@ -322,7 +322,7 @@ def _cast(batch: Any) -> Any:
 
 
 def _is_rows(batch: Any, size: int) -> bool:
-    """Whether a batch is tensors with a row for each of its examples, and nothing else."""
+    """Tells whether a batch is only tensors with a row for each of its examples."""
     found = leaves_of(batch)
     plain = (type(t) is Tensor and is_dense(t) and t.dim() > 0 for t in found)
     return bool(found) and all(plain) and all(len(t) == size for t in found)

@@ -109,7 +109,7 @@ class BaseObjective(abc.ABC):
 
 
 def checked_loss(loss: Any, method: str) -> torch.Tensor:
-    """What a method has returned as the loss of a batch: a real scalar, [] or of one element."""
+    """Checks that a method has returned a real scalar, [] or of one element, and returns it as a loss []."""
     expected = f"{method}: expected a scalar tensor (the mean loss over the batch)"
     if not isinstance(loss, torch.Tensor):
         hint = {type(None): "; does it return?", float: "; leave out .item()"}.get(type(loss), "")
@@ -125,14 +125,14 @@ def checked_loss(loss: Any, method: str) -> torch.Tensor:
 
 
 def checked_outputs(outputs: Any) -> Any:
-    """What train_outputs has returned: something."""
+    """Checks that train_outputs has returned something, and returns it."""
     if outputs is None:
         raise TypeError("train_outputs: expected what train_loss_on_outputs takes, got None; does it return?")
     return outputs
 
 
 def checked_regularization(value: Any) -> torch.Tensor | float:
-    """What train_regularization has returned: a real scalar, [] or of one element, or a finite number."""
+    """Checks that train_regularization has returned a real scalar, [] or of one element, or a finite number."""
     expected = "train_regularization: expected a scalar tensor or a number"
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:

@@ -95,14 +95,14 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What a page says.
+    """The content of a page.
 
     Attributes:
         title: its heading.
-        asked: names and values: what was asked for, of which model.
+        asked: names and values of what was asked for, and of which model.
         plan: part, how it was computed, its memory, and faster ways with the reasons why they were not taken.
         solves: what was solved for, and the report of it.
-        warnings: those that were given meanwhile.
+        warnings: those that were given during the computation.
         queries: in order.
         self_influences: the training examples of the largest, largest first; None if not asked for.
         made: with which versions, when.
@@ -118,7 +118,7 @@ class Page:
     made: str
 
     def html(self) -> str:
-        """The whole page."""
+        """Writes the whole page as HTML."""
         sections = [
             f"<h1>{_text(self.title)}</h1>",
             f"<p>{_text(MEANING)} {_text(LIMITS)}</p>",
@@ -133,7 +133,7 @@ class Page:
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            # Whatever may be in a text of the user's: the page asks for nothing and runs nothing.
+            # Whatever a text of the user contains, the page loads nothing and runs nothing.
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
             "style-src 'unsafe-inline'\">\n"
             f"<title>{_text(self.title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
@@ -168,7 +168,7 @@ class Page:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes the file, whole or not at all: what was there before stays until then."""
+    """Writes the whole file, or leaves the old one if that fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -179,7 +179,7 @@ def write(path: Path, text: str) -> None:
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """A PNG file of pixels [h, w], [h, w, 3] or [h, w, 4]."""
+    """Encodes pixels [h, w], [h, w, 3] or [h, w, 4] as a PNG file."""
     h, w = pixels.shape[:2]
     kind = {2: 0, 3: 2, 4: 6}[pixels.shape[2] if pixels.ndim == 3 else 2]
     unfiltered = np.zeros((h, 1), np.uint8)  # what each line begins with
@@ -238,7 +238,7 @@ def _exhibit(shown: Exhibit, name: str) -> str:
 
 
 def _histogram(bins: Bins) -> str:
-    """Bars in the units of the page, so that the chart can be stretched; what is written stands beside it."""
+    """Draws bars that stretch with the page; the texts stand outside, since they must not be stretched."""
     low, high = float(bins.edges[0]), float(bins.edges[-1])
     span, tallest = high - low or 1.0, np.log1p(max(bins.counts.max(initial=0), bins.zero, 1))
     rects = []
@@ -271,7 +271,7 @@ def _bar(x: float, width: float, count: int, tallest: float, kind: str, range_: 
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "facts") -> str:
-    """The first of each row is its heading; those after the second stand below it."""
+    """Writes a table; the first text of each row is its heading, and those after the second stand below it."""
     lines = (
         f"<tr><th>{_text(name)}</th><td>{_text(value)}"
         f"{''.join(f'<br><small>{_text(part)}</small>' for part in more)}</td></tr>"

@@ -62,22 +62,22 @@ class ParameterSpace:
         self.pass_dtype = _least_precise([p.dtype for p in trainable.values()])
 
     def current(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, ...]:
-        """The model's own Parameter objects of these names (default: the selected ones), as they are now."""
+        """Returns the model's own Parameter objects of these names (default: the selected ones), as they are now."""
         here = dict(self._model.named_parameters())
         return tuple(here[name] for name in (self.names if names is None else names))
 
     def saw(self, dtype: torch.dtype) -> None:
-        """Takes note of a dtype that a loss is computed in, for the tolerances of all comparisons that follow."""
+        """Notes a dtype in which a loss is computed: the tolerances of all later comparisons follow from it."""
         self.pass_dtype = _least_precise([self.pass_dtype, dtype])
 
     def widened(self) -> ParameterSpace:
-        """The same parameters as rows of float64."""
+        """Returns the same space with rows of float64."""
         twin = copy.copy(self)
         twin.dtype = twin.pass_dtype = torch.float64
         return twin
 
     def smallest(self, most: int) -> ParameterSpace:
-        """Those of the selected parameters, the smallest first, that have ``most`` scalars together; at least one."""
+        """Selects the smallest of the parameters, up to ``most`` scalars in total; at least one parameter."""
         order = sorted(range(len(self.sizes)), key=lambda i: self.sizes[i])
         fit = [i for k, i in enumerate(order) if k == 0 or sum(self.sizes[j] for j in order[: k + 1]) <= most]
         twin, some = copy.copy(self), sorted(fit)
@@ -88,13 +88,13 @@ class ParameterSpace:
         return twin
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors shaped like the parameters -> one row [d]; tensors with a leading axis of k -> rows [k, d]."""
+        """Turns tensors shaped like the parameters into one row [d]; tensors with k in front into rows [k, d]."""
         lead = tensors[0].shape[: tensors[0].dim() - len(self.shapes[0])]
         flat = [t.reshape(*lead, size).to(self.dtype) for t, size in zip(tensors, self.sizes, strict=True)]
         return torch.cat(flat, dim=-1)
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Row [d] -> tensors shaped like the parameters; rows [k, d] -> the same with a leading axis of k."""
+        """Turns a row [d] into tensors shaped like the parameters; rows [k, d] into tensors with k in front."""
         pieces, lead = rows.split(self.sizes, dim=-1), rows.shape[:-1]
         return tuple(piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
@@ -104,7 +104,7 @@ def _least_precise(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Selection) -> tuple[str, ...]:
-    """Names of the trainable parameters that ``params=`` asks for."""
+    """Lists the names of the trainable parameters that ``params=`` asks for."""
     if callable(select) and not isinstance(select, nn.Module | type):
         chosen = {name for name, p in trainable.items() if _chooses(select, name, p)}
         if not chosen:
@@ -142,7 +142,7 @@ def _select(model: nn.Module, trainable: dict[str, nn.Parameter], select: Select
 def _chooses(predicate: Callable[[str, nn.Parameter], Any], name: str, p: nn.Parameter) -> bool:
     try:
         inspect.signature(predicate).bind(name, p)
-    except ValueError:  # of some that are not written in Python
+    except ValueError:  # it may not be written in Python
         pass
     except TypeError:
         raise TypeError("params: expected a predicate f(name, parameter), got one of other arguments") from None
@@ -153,7 +153,7 @@ def _chooses(predicate: Callable[[str, nn.Parameter], Any], name: str, p: nn.Par
 
 
 def _no_parameter(model: nn.Module, item: Any) -> str:
-    """What was given in place of a name or a Parameter, and what to do."""
+    """Says what was given in place of a name or a Parameter, and what to do."""
     kind = type(item).__name__
     if isinstance(item, nn.Module):
         names = [name for name, m in model.named_modules() if m is item]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_influence.scores import Tile, checked
 
 _RANKED_AT_ONCE = 2**20  # scores; each takes some 40 bytes meanwhile
-_NOWHERE = torch.iinfo(torch.int64).max  # the index of a place that is not taken yet: after all others
+_NOWHERE = torch.iinfo(torch.int64).max  # the index of a free place: larger than all others
 
 
 class Ranking(NamedTuple):
@@ -42,7 +42,7 @@ class TopInfluences(NamedTuple):
 def top(
     tiles: Iterable[Tile], indices: Sequence[int], queries: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> TopInfluences:
-    """The k largest and the k smallest scores of each query, and whose they are: ``indices`` of the training data.
+    """Finds the k largest and the k smallest scores of each query, and the ``indices`` of their training examples.
 
     NaN comes after all other scores on either side; of equal scores the smaller index comes first.
     """
@@ -70,7 +70,7 @@ class _Smallest:
         self._indices = torch.full((q, k), _NOWHERE, device=device)
 
     def add(self, rows: Tensor, values: Tensor, indices: Tensor) -> None:
-        """More values [r, b] for these r rows; the b indices are new to them."""
+        """Adds values [r, b] to these r rows; the b indices are new to them."""
         worst = self._values[rows].amax(dim=1, keepdim=True)  # NaN if there is one
         columns = (~(values > worst)).any(dim=0).nonzero().flatten()  # soon these are few
         if not len(columns):
@@ -86,14 +86,14 @@ class _Smallest:
         self._values[rows], self._indices[rows] = values.gather(1, chosen), indices.gather(1, chosen)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Values and indices [q, k], on the CPU."""
+        """Returns the values and indices [q, k], in order, on the CPU."""
         indices, order = self._indices.cpu().sort(dim=1)
         values, order = self._values.cpu().gather(1, order).sort(dim=1, stable=True)
         return values, indices.gather(1, order)
 
 
 def check_top_k(top_k: object) -> int:
-    """A number of examples, at least one."""
+    """Checks that ``top_k`` is an integer, at least 1, and returns it."""
     try:
         k = operator.index(top_k)  # type: ignore[arg-type]
     except TypeError:

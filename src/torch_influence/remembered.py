@@ -1,9 +1,9 @@
-"""What a computation may change on the user's networks and what they hold, noted before and put back after.
+"""Notes, before a computation, what it may change on the user's networks and what they hold; puts it back afterwards.
 
-``functional_call`` puts parameters and buffers back. Not the rest: train and eval modes, with the weights that a layer
-may change with its mode (LoRA merges in eval mode); tensors and numbers kept as plain attributes (the flat weights of
-an LSTM, activations and counts that a forward leaves behind); what containers and objects among them hold. Left
-alone, some would hold a graph of ours.
+``functional_call`` puts parameters and buffers back. It does not put back the rest: train and eval modes, with the
+weights that a layer may change with its mode (LoRA merges in eval mode); tensors and numbers kept as plain attributes
+(the flat weights of an LSTM, activations and counts that a forward leaves behind); what containers and objects among
+them hold. If nobody put these back, some would hold a graph of this package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 _DEPTH = 5  # from a module's attribute to a tensor in a list in a dict in an object of it
-_ROOM = 10_000  # containers and objects, beside those that are attributes themselves
+_ROOM = 10_000  # containers and objects that are searched, not counting those that are attributes themselves
 _LONGEST = 2000  # items of a container that is searched for others; of a longer one only the items are put back
 _LARGEST = 2**20  # bytes of a tensor or array whose values are put back
 
@@ -32,11 +32,11 @@ _STRUCTURE = (*_REGISTERED, "_modules", "_non_persistent_buffers_set")
 
 
 class Remembered:
-    """Takes note of the state of networks and of what else is held, when it is made.
+    """The state of networks, and of what else they hold, at the time when it is made.
 
     Args:
-        networks: put back as a whole.
-        objective: if it is none of the networks, only graphs that it came to hold are taken from it; its numbers stay.
+        networks: everything of them is put back.
+        objective: if it is none of the networks, only graphs that it has gained are taken from it; its numbers stay.
     """
 
     def __init__(self, networks: Sequence[nn.Module], objective: object) -> None:
@@ -50,7 +50,7 @@ class Remembered:
         self._stand_ins: dict[str, tuple[Tensor, Tensor]] = {}  # attributes of the objective, and copies
 
     def to_eval_mode(self) -> None:
-        """As users do it, where anything is in train mode."""
+        """Calls ``eval()`` on each network that has a module in train mode, as users do."""
         if not any(mode for _, mode in self._modes):
             return
         inside = [t for m in self._switching for t in (*m.parameters(), *m.buffers())]
@@ -84,7 +84,7 @@ class Remembered:
         self._stand_ins = {name: (t, now[name]) for name, t in before.items() if now[name] is not t}
 
     def put_back(self) -> None:
-        """Everything, also where a layer's own train() raises."""
+        """Puts everything back, also where a layer's own train() raises."""
         for name, (original, copy) in self._stand_ins.items():
             if vars(self._objective).get(name) is copy:
                 vars(self._objective)[name] = original
@@ -99,7 +99,7 @@ class Remembered:
                 weight.put_back()
 
     def _switch_back(self) -> None:
-        """As users do it: from the outermost module to the innermost."""
+        """Calls ``train(mode)`` where a mode has changed, from the outermost module to the innermost, as users do."""
         if all(m.training == mode for m, mode in self._modes):
             return
         for weight in self._weights:
@@ -110,7 +110,7 @@ class Remembered:
 
 
 def _works_at_a_switch(m: nn.Module) -> bool:
-    """Whether its train() or eval() is another than torch's, and may do more than to set a flag."""
+    """Tells whether a module has a train() or eval() of its own, which may do more than set a flag."""
     return any(getattr(type(m), name) is not getattr(nn.Module, name) or name in vars(m) for name in ("train", "eval"))
 
 
@@ -120,15 +120,15 @@ def _normal(t: Tensor) -> Tensor:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether its memory can be compared and copied as it is."""
+    """Tells whether a tensor's memory can be compared and copied as it is."""
     own = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
     return own and not (t.is_quantized or t.is_nested or t.is_inference() or t.is_meta)
 
 
 class _Weight:
-    """A parameter or buffer: its memory, values to the bit, version, grad and flag.
+    """The state of a parameter or buffer: memory, exact values, version, grad and requires_grad.
 
-    Its values are copied only while something may change them.
+    Values are copied only while something may change them.
     """
 
     def __init__(self, t: Tensor) -> None:
@@ -138,12 +138,12 @@ class _Weight:
         self._copy: Tensor | None = None
 
     def keep(self) -> None:
-        """A copy of the values, if there is none yet."""
+        """Copies the values, if there is no copy yet."""
         if self._copy is None:
             self._copy = self._memory.clone()
 
     def keep_if_changed(self) -> None:
-        """The copy is not needed where the values are those still."""
+        """Drops the copy if the values have not changed."""
         if self._copy is not None and _same_bits(self._memory, self._copy):
             self._copy = None
 
@@ -164,7 +164,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _set_version(t: Tensor, version: int) -> None:
-    """Its values are again what they were at this version: neither a graph nor anybody who watches it is to mind."""
+    """Sets a tensor's version back: its values are those of that version again, so graphs need not see a change."""
     if t._version != version:
         torch._C._autograd._unsafe_set_version_counter((t,), (version,))
 
@@ -173,11 +173,12 @@ def _set_version(t: Tensor, version: int) -> None:
 
 
 class _Noted:
-    """Attributes of modules, and what those hold that are containers or objects, some levels deep.
+    """The attributes of modules, and the contents of containers and objects among them, some levels deep.
 
-    What is a module's own is put back whatever it is, and so are containers, namespaces and dataclasses among it.
-    Other objects (a cache of keys and values; but also a logger, with a queue that another thread empties) are put
-    back, with all that they hold, only if they came to hold tensors. An objective that is no module lets go of graphs.
+    Attributes of modules are always put back, and so are the contents of containers, namespaces and dataclasses in
+    them. Other objects (a cache of keys and values; but also a logger, with a queue that another thread empties) are
+    put back, with all that they hold, only if they have gained tensors. An objective that is no module only loses the
+    graphs that it has gained.
     """
 
     def __init__(self, modules: Sequence[nn.Module], switching: Sequence[nn.Module], objective: object) -> None:
@@ -221,7 +222,7 @@ class _Noted:
             values.put_back()
 
     def _look(self, values: Iterable[tuple[Any, list[_Content]]]) -> None:
-        """Level by level, so that what is nearest to the modules is not what room is missing for."""
+        """Searches level by level, so that the room is used first for what is nearest to the modules."""
         room = _ROOM
         for depth in range(_DEPTH):
             deeper: list[tuple[Any, list[_Content]]] = []
@@ -260,7 +261,7 @@ def _attributes(m: nn.Module) -> dict[str, Any]:
 
 
 def _held(value: Any) -> _Held | None:
-    """What a container or an object holds, by name where it has names; None for what is neither."""
+    """Returns what a container or an object holds, by name where it has names; None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, list | tuple | set | frozenset | collections.deque):
@@ -275,7 +276,7 @@ def _items(held: _Held) -> Iterator[Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Whether there is nothing in it; also where a look into it may fail."""
+    """Tells whether there is nothing to search in a value; also true where looking into it may fail."""
     return type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN)
 
 
@@ -288,7 +289,7 @@ def _has_a_graph(t: Tensor) -> bool:
 
 
 def _holds(value: Any, kind: Callable[[Tensor], bool]) -> bool:
-    """Whether a tensor of this kind is in it, as far as one looks."""
+    """Tells whether a tensor of this kind is in a value, within the limits of the search."""
     seen: set[int] = set()
     level = [value]
     for _ in range(_DEPTH):
@@ -307,7 +308,7 @@ def _holds(value: Any, kind: Callable[[Tensor], bool]) -> bool:
 
 
 def _same_items(one: _Held, other: _Held) -> bool:
-    """The very same objects, in the same order, under the same names."""
+    """Tells whether both hold the very same objects, in the same order, under the same names."""
     return (
         len(one) == len(other)
         and all(map(operator.is_, _items(one), _items(other)))
@@ -316,7 +317,7 @@ def _same_items(one: _Held, other: _Held) -> bool:
 
 
 class _Content:
-    """What a container or an object holds."""
+    """The contents of a container or an object, as they were."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -326,11 +327,11 @@ class _Content:
         self._put(self._before)
 
     def gained(self, kind: Callable[[Tensor], bool]) -> bool:
-        """Whether it came to hold tensors of this kind."""
+        """Tells whether it has gained tensors of this kind."""
         return bool(self._gains(kind))
 
     def let_go(self, kind: Callable[[Tensor], bool]) -> None:
-        """What came to hold tensors of this kind is put back; the rest stays as it is."""
+        """Removes new items that hold tensors of this kind, and puts back what they replaced; keeps the rest."""
         gains, now = self._gains(kind), _held(self._value)
         if not gains:
             return
@@ -358,7 +359,7 @@ class _Content:
 
 
 def _put_into(place: dict[Any, Any], now: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """In the same order, too, in which they will be compared with what they are later."""
+    """Replaces the items ``now`` in a dict by those ``before``, in their order, since orders are compared, too."""
     if _same_items(now, before):
         return
     kind = collections.OrderedDict if isinstance(place, collections.OrderedDict) else dict
@@ -369,7 +370,7 @@ def _put_into(place: dict[Any, Any], now: dict[Any, Any], before: dict[Any, Any]
 
 
 class _Values:
-    """What a small tensor or array that is a plain attribute holds, for those who count in it."""
+    """The values of a small tensor or array that is a plain attribute: a module may count in it."""
 
     def __init__(self, value: Tensor | np.ndarray) -> None:
         self._value = value

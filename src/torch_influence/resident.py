@@ -16,7 +16,7 @@ from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.memory import Cache, budget, check_cache
 from torch_influence.source import Source, Watched, holdings, unchanged
 
-_KINDS = 16  # of examples (lengths, shapes) in a data set that is stacked; one of each is compared
+_KINDS = 16  # kinds of examples (lengths, shapes) that a stacked data set may have; one of each is compared
 _OTHER = "the data set gives other data each time it is read"
 _DRAWS = "the data set draws random numbers when it is read"
 _REREADS = 16  # of data that draw random numbers, to see a difference: a flip hides in 1 of 2^16 cases
@@ -24,13 +24,13 @@ _REREADS = 16  # of data that draw random numbers, to see a difference: a flip h
 
 @dataclasses.dataclass
 class _Outlook:
-    """Holds what reading a few examples has told about the data.
+    """The findings of reading a few examples of the data.
 
     Attributes:
-        n: number of examples then.
-        probe: Source.probe() then.
+        n: the number of examples at that time.
+        probe: Source.probe() at that time.
         stack: batches look like their examples put together.
-        frozen: reads differ, and one of them is kept all the same.
+        frozen: reads differ, but one of them is kept because of cache=True.
         refused: why nothing is to be kept.
     """
 
@@ -42,7 +42,7 @@ class _Outlook:
 
 
 class Resident:
-    """Keeps the data of a source on the device, while they fit and do not change.
+    """The data of a source on the device, kept while they fit and do not change.
 
     Args:
         source: where the data come from.
@@ -50,10 +50,10 @@ class Resident:
 
     Attributes:
         why_not: why nothing is kept at the moment; empty when something is.
-        watched: whether the data are kept, or would be were they not too large: they are the same on each reading, and
+        watched: whether the data are kept, or are only too large to be kept: they are the same on each reading, and
             ``refresh`` notices when they change.
-        generation: grows whenever what is kept is dropped, since what was made of it is no longer valid then; also
-            when data change that are watched.
+        generation: grows whenever what is kept is dropped, or ``watched`` data change: what was made of them is then no
+            longer valid.
     """
 
     def __init__(self, source: Source, cache: Cache) -> None:
@@ -87,15 +87,15 @@ class Resident:
         return self._kept
 
     def worth(self, count: int) -> bool:
-        """Whether reading so many more makes it worth while to load all: with those before, as many as there are."""
+        """Tells whether, with ``count`` more, as many examples are read as there are: then loading all pays off."""
         return self._asked + count >= self._source.n
 
     def count(self, examples: int) -> None:
-        """So many are being read."""
+        """Counts examples that are being read, for ``worth``."""
         self._asked += examples
 
     def load(self, stack_only: bool) -> Stacked | KeptBatches | None:
-        """Keeps the data, if they can be kept (as Stacked, if nothing else will do). No random number is drawn."""
+        """Reads and keeps the data, if possible (and, with ``stack_only``, if they stack). Draws no random number."""
         if self.may_keep() and self._outlook is not None and (self._outlook.stack or not stack_only):
             with quiet():
                 for _ in self.filling(or_stop=True):
@@ -108,7 +108,7 @@ class Resident:
             self.clear()
 
     def may_keep(self) -> bool:
-        """Whether a pass from now on should be a ``filling`` one. Reads a few examples, the first time."""
+        """Tells whether the next pass should be a ``filling`` one. Reads a few examples, the first time."""
         if self._busy or self._cache is False:
             return False
         if self._outlook is None:
@@ -125,9 +125,9 @@ class Resident:
         return not self._outlook.refused
 
     def filling(self, or_stop: bool = False) -> Iterator[tuple[Any, int]]:
-        """A pass over all data in the loader's own batches that also keeps them; stops, if wanted, when it can't.
+        """Yields all data in the loader's own batches, and keeps them; with ``or_stop``, ends when it can't keep them.
 
-        Takes one int64 from torch's default generator, like any pass. Whatever ends it early leaves nothing kept.
+        Takes one int64 from torch's default generator, like any pass. If it ends early, nothing is kept.
         """
         source, outlook = self._source, self._outlook
         assert outlook is not None  # may_keep() comes first
@@ -137,7 +137,7 @@ class Resident:
         own = generators(source.dataset, source.collate)
         kinds: dict[Any, int] = {}
         before = holdings(source.dataset)
-        self._busy, self._outlook = True, None  # known again when all went well
+        self._busy, self._outlook = True, None  # set again when all went well
         try:
             passing = drawn_in_turn(source.through_loader(range(n), source.batch_size, collate=watched))
             standing = states(own)
@@ -158,7 +158,7 @@ class Resident:
                 if or_stop and keeping.why_not:
                     break
             with torch.inference_mode(False), quiet():
-                # Who has used the batches may have drawn as well, or another thread: the data are asked alone.
+                # The user of the batches, or another thread, may have drawn them: the data are read again alone to see.
                 watching = not keeping.why_not or keeping.too_large
                 if watching and not outlook.frozen and (drew or standing != states(own)):
                     self._look_for_draws(own, outlook, keeping)
@@ -174,7 +174,7 @@ class Resident:
         self._outlook = _Outlook(refused=why)
 
     def _look(self) -> tuple[_Outlook, bool]:
-        """Reads three examples twice, from different random states, and whether the two differ."""
+        """Reads three examples twice, from different random states; returns the findings, and whether they differ."""
         source = self._source
         drew = differs = False
         reads: list[list[Any]] = []
@@ -207,7 +207,7 @@ class Resident:
                 return self._draws(examples, outlook, keeping)
 
     def _draws(self, examples: range, outlook: _Outlook, keeping: Keeping) -> None:
-        """Takes note that these examples draw random numbers, which those that were looked at before did not."""
+        """Notes that reading these examples draws random numbers, though reading the first few did not."""
         reads: list[Any] = []
         for seed in range(_REREADS):
             with quiet(seed):
@@ -216,14 +216,14 @@ class Resident:
         if self._cache is True:
             outlook.frozen = True
         else:
-            keeping.too_large, keeping.why_not = False, ""  # which would be the lesser reason
+            keeping.too_large, keeping.why_not = False, ""  # the draws are the more important reason
             keeping.give_up(_OTHER if differs else _DRAWS)
         if differs and not self._warned:
             self._warned = True
             self._warn_of_randomness()
 
     def _looks_stackable(self, outlook: _Outlook) -> bool:
-        """Whether a batch of two is two batches of one, put together."""
+        """Tells whether a batch of two is two batches of one, put together."""
         try:
             batches = [self._source.read(indices) for indices in ([0], [outlook.n - 1], [outlook.n - 1, 0])]
         except Exception:  # a collate_fn that wants more than one example, or just one
@@ -264,7 +264,7 @@ class Resident:
         after = holdings(source.dataset)
         read_again = source.probe()
         unmoved = len(source.dataset) == n and (outlook.frozen or same(outlook.probe, read_again))
-        # What changes by reading the same examples again (counters, buffers) is no data.
+        # What changes when the same examples are read again (counters, buffers) is not data.
         self._held = _constant(after, holdings(source.dataset))
         if not unmoved or len(_constant(self._held, before)) < len(self._held):
             self.clear()
@@ -298,5 +298,5 @@ class Resident:
 
 
 def _constant(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """The holdings that are the same after as before."""
+    """Returns the holdings that are the same after as before."""
     return {path: held for path, held in before.items() if path in after and unchanged(held, after[path])}

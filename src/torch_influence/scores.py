@@ -1,4 +1,4 @@
-"""Training examples x queries: score[i, q] = (1/n) ∇(ℓᵢ + reg)(θ) · s_q, tile by tile, and the whole of the tiles."""
+"""Scores of training examples and queries, score[i, q] = (1/n) ∇(ℓᵢ + reg)(θ) · s_q, computed tile by tile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_influence.examples import ExampleGradients
 
 
 class Tile(NamedTuple):
-    """Scores [b, k] of b training examples and k queries.
+    """The scores [b, k] of b training examples and k queries.
 
     Attributes:
         examples, queries: their positions among those asked for.
@@ -26,14 +26,14 @@ class Tile(NamedTuple):
     scores: Tensor
 
     def where(self) -> tuple[Tensor, Tensor]:
-        """The index of its scores among all, [n, q] on the CPU."""
+        """Returns the index that places its scores in the matrix [n, q] of all scores on the CPU."""
         return torch.tensor(self.examples, device="cpu")[:, None], torch.tensor(self.queries, device="cpu")
 
 
 def from_stests(
     examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int, first: int = 0
 ) -> Iterator[Tile]:
-    """Scores of training examples for stests [k, d] of the queries from ``first`` on; one pass over the examples."""
+    """Yields scores for the stests [k, d] of the queries from ``first`` on, in one pass over the training examples."""
     queries = range(first, first + len(stests))
     for positions, dots in examples.dots(indices, stests):
         yield Tile(positions, queries, dots.to(stests.dtype).div_(n))
@@ -47,7 +47,7 @@ def from_training_rows(
     solve: Callable[[Tensor], Tensor],
     n: int,
 ) -> Iterator[Tile]:
-    """The same as (1/n) (A⁻¹gᵢ)·∇f_q, for symmetric A: a pass over the queries for each chunk of training examples."""
+    """Yields the same scores as (1/n) (A⁻¹gᵢ)·∇f_q, for symmetric A; one pass over the queries per chunk of rows."""
     for positions, rows in examples.rows(indices):
         solved = solve(rows)
         for some, dots in tests.dots(queries, solved):
@@ -55,7 +55,7 @@ def from_training_rows(
 
 
 def whole(tiles: Iterable[Tile], indices: Sequence[int], queries: int, dtype: torch.dtype) -> Tensor:
-    """All scores [len(indices), queries], on the CPU."""
+    """Collects all scores into a matrix [len(indices), queries] on the CPU."""
     scores = torch.empty(len(indices), queries, dtype=dtype, device="cpu")
     for tile in checked(tiles, indices):
         scores[tile.where()] = tile.scores.cpu()
@@ -63,7 +63,7 @@ def whole(tiles: Iterable[Tile], indices: Sequence[int], queries: int, dtype: to
 
 
 def checked(tiles: Iterable[Tile], indices: Sequence[int]) -> Iterator[Tile]:
-    """The same tiles; after the last of them a warning, if scores of training examples were not finite."""
+    """Yields the same tiles, and warns after the last one if scores of training examples were not finite."""
     bad = torch.zeros(len(indices), dtype=torch.bool, device="cpu")
     for tile in tiles:
         bad[torch.tensor(tile.examples, device="cpu")] |= ~tile.scores.isfinite().all(dim=1).cpu()

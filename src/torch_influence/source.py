@@ -16,12 +16,12 @@ from torch_influence.draws import States, generators, quiet, states
 from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart, versions
 from torch_influence.loaders import check_loader, warn_of_iteration, warn_of_selection
 
-_LONG = 16  # items of an example; a longer list is a sequence of things of one kind
-_FEW = 1000  # a container of up to so many items is searched for tensors; of a longer one only the items are compared
+_LONG = 16  # items of an example; a longer list is taken for a sequence of items of one kind
+_FEW = 1000  # a container of up to this many items is searched for tensors; of a longer one only the items are compared
 
 
 class Source:
-    """A DataLoader over a map-style data set, whose order is the data set's.
+    """The user's DataLoader over a map-style data set, read in the order of the data set.
 
     Args:
         loader: the user's. Its sampler, shuffle and drop_last are ignored.
@@ -40,14 +40,14 @@ class Source:
         self._loader = loader
         self.n  # noqa: B018 - raises for an empty data set
         self.batch_size = _batch_size(loader)
-        # What is not batched may be the data set's own tensors, which no objective is to edit.
+        # An item that is not batched may be the data set's own tensors, and no objective may edit these.
         self.transfer = transfer if self.batch_size is not None else lambda batch: copy_of(transfer(batch))
         warn_of_iteration(loader, name)
         warn_of_selection(loader, name)
 
     @property
     def n(self) -> int:
-        """Number of examples at the moment: at least one."""
+        """The number of examples at the moment: at least one."""
         n = len(self.dataset)
         if n == 0:
             raise ValueError(f"{self.name}: expected at least one example, got an empty data set")
@@ -60,7 +60,7 @@ class Source:
         generator: torch.Generator | None = None,
         collate: Callable[[Any], Any] | None = None,
     ) -> Iterator[Any]:
-        """Batches of these examples, by a loader with the settings of the user's; they are not transferred yet."""
+        """Iterates over batches of these examples, by a loader with the user's settings; it does not transfer them."""
         loader = self._loader
         passing: data.DataLoader[Any] = data.DataLoader(
             self.dataset,
@@ -78,7 +78,7 @@ class Source:
             return iter(passing)
 
     def read(self, indices: Iterable[int]) -> Any:
-        """One batch of these examples, here and now, on the device."""
+        """Reads one batch of these examples in this process, and moves it to the device."""
         wanted = list(indices)
         if self.batch_size is None:
             return self.transfer(self.collate(self.dataset[wanted[0]]))
@@ -87,25 +87,25 @@ class Source:
 
     @property
     def gathers(self) -> bool:
-        """Whether the data set puts batches of examples together itself, so that one may depend on the others."""
+        """True where the data set puts batches together itself, so that one example may depend on the others."""
         dataset = self.dataset
         while type(dataset) is data.Subset:
             dataset = dataset.dataset
         return hasattr(dataset, "__getitems__")
 
     def probe(self) -> list[Any]:
-        """The first, the middle and the last example, in one batch where the loader batches."""
+        """Reads the first, the middle and the last example, in one batch where the loader batches."""
         some = sorted({0, self.n // 2, self.n - 1})
         return [self.read([i]) for i in some] if self.batch_size is None else [self.read(some)]
 
 
 def device_of(generator: torch.Generator | None) -> torch.device:
-    """Where numbers are drawn; without a generator on the CPU, whatever torch's default device is."""
+    """Returns the device that draws numbers: without a generator the CPU, whatever torch's default device is."""
     return torch.device("cpu") if generator is None else generator.device
 
 
 def _batch_size(loader: Any) -> int | None:
-    """A custom batch sampler without a batch_size is asked for its first batch, random states left alone."""
+    """Finds the loader's batch size; measures the first batch of a batch sampler without one, random states kept."""
     if loader.batch_size is not None or loader.batch_sampler is None:
         return loader.batch_size
     declared = getattr(loader.batch_sampler, "batch_size", None)
@@ -116,11 +116,11 @@ def _batch_size(loader: Any) -> int | None:
 
 
 class Found(NamedTuple):
-    """What was noticed when a batch was made.
+    """The findings about a batch from when it was made.
 
     Attributes:
         kinds: of the examples in it, and the position of the first of each kind.
-        together: whether the batch is nothing but its examples put together, as far as was looked at.
+        together: whether the batch is just its examples put together, as far as that was checked.
         drew: whether random numbers were drawn for it.
     """
 
@@ -130,12 +130,12 @@ class Found(NamedTuple):
 
 
 class Watched:
-    """A collate_fn that also tells what it was given, what it made of it, and whether random numbers were drawn.
+    """A collate_fn that also tells which kinds of examples it got, how it joined them, and whether numbers were drawn.
 
-    Examples of one kind have tensors of the same shapes and lists and texts of the same lengths. What torch's own
-    collate_fn makes of plain things depends on nothing else, so it is enough that one of each kind is compared with
-    what is stacked. Any other may look at their content: each example is collated alone, too, and compared with its
-    row of the batch.
+    Examples of one kind have tensors of the same shapes and lists and texts of the same lengths. The result of torch's
+    own collate_fn depends on nothing else for plain types, so it is enough to compare one example of each kind with
+    what is stacked. Any other collate_fn may depend on the content: each example is collated alone, too, and compared
+    with its row of the batch.
 
     Args:
         collate: the user's.
@@ -149,7 +149,7 @@ class Watched:
         self._before: States | None = None
 
     def __call__(self, items: Any) -> tuple[Any, Found]:
-        """The batch, and what was noticed."""
+        """Returns the batch, and the findings."""
         batch = self._collate(items)
         drew = self._drew_in_a_worker()
         kinds: dict[Any, int] = {}
@@ -162,7 +162,7 @@ class Watched:
         return batch, Found(kinds, together, drew)
 
     def _drew_in_a_worker(self) -> bool:
-        """Since the batch before; nobody else draws there. In this process the caller looks."""
+        """Tells whether a worker process has drawn since the batch before; in this process the caller checks that."""
         worker = data.get_worker_info()
         if worker is None:
             return False
@@ -187,7 +187,7 @@ def _is_together(batch: Any, items: list[Any], collate: Callable[[Any], Any]) ->
 
 
 class _Strange(str):
-    """The kind of something that torch's collate_fn does not know, but may have been taught."""
+    """The kind of a type that torch's collate_fn does not know, but that the user may have registered with it."""
 
     __slots__ = ()
 
@@ -209,7 +209,7 @@ def _kind(item: Any) -> Any:
 
 
 def _is_torchs_own(collate: Any) -> bool:
-    """Whether it is ``default_collate``, and has not been taught anything."""
+    """Tells whether it is ``default_collate``, and nothing has been registered with that."""
     module = data.default_collate.__module__
     return collate is data.default_collate and all(
         getattr(function, "__module__", None) == module for function in default_collate_fn_map.values()
@@ -221,9 +221,9 @@ def _is_plain(kind: Any) -> bool:
 
 
 def holdings(dataset: Any) -> dict[str, tuple[Any, ...]]:
-    """What a data set holds, without reading it, by attribute: tensors with address and version, items of lists.
+    """Lists what a data set holds, by attribute, without reading it: tensors with address and version, items of lists.
 
-    Objects are held here, not their ids, which would be given to other objects when they die.
+    It holds the objects, not their ids: when an object is gone, another may get its id.
     """
     found: dict[str, tuple[Any, ...]] = {}
 
@@ -255,7 +255,7 @@ def _content(item: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def unchanged(before: tuple[Any, ...], after: tuple[Any, ...] | None) -> bool:
-    """Whether two entries of ``holdings`` are the same objects, or equal plain values."""
+    """Tells whether two entries of ``holdings`` are the same objects, or equal plain values."""
     if after is None or len(before) != len(after):
         return False
     return all(map(operator.is_, before, after)) or all(

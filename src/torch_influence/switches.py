@@ -1,4 +1,4 @@
-"""Settings of the whole process that are others while sessions are open, in whichever threads."""
+"""Settings of the whole process that are changed while sessions are open, in any thread."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _counting = threading.RLock()
 
 
 class Switch:
-    """A context of the whole process: the first one in enters it, in whichever thread, and the last one out leaves it.
+    """A context of the whole process: the first thread that needs it enters it, the last one leaves it.
 
-    So what is put back is what the first one found. Each thread on its own would find what others have set, and put
-    back that.
+    So what is put back is what the first thread found. If each thread entered by itself, a later one would find, and
+    put back, what an earlier one had set.
 
     Args:
-        context: makes it anew.
+        context: makes a new context.
     """
 
     def __init__(self, context: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
@@ -34,7 +34,7 @@ class Switch:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """For a block of one of them."""
+        """Keeps the context entered while the block runs."""
         entered = False
         try:
             with _counting:
@@ -52,7 +52,7 @@ class Switch:
 
 
 def _in_a_child() -> None:
-    """In a process made by fork nobody is left who would open this lock, had another thread just closed it."""
+    """Replaces the lock in a process made by fork: a thread that held it does not exist there, and can't release it."""
     global _counting
     _counting = threading.RLock()
 
@@ -83,13 +83,13 @@ def _mha_fastpath_off() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _precise_convolutions() -> Iterator[None]:
-    """Convolutions and RNNs in the float32 that they are given, as matrix products are, unless the user says otherwise.
+    """Runs convolutions and RNNs in full float32, as matrix products are, unless the user has set something else.
 
-    torch lets cuDNN round their operands to TF32, a relative 5e-4, by default: more than the tolerance of a solve, and
-    than fast paths may differ from plain ones by. Who allows TF32 in matrix products
-    (``torch.set_float32_matmul_precision("high")``) or everywhere (``torch.backends.fp32_precision = "tf32"``), or has
-    set cuDNN's to anything else than torch's default, keeps that. The older of torch's two switches is used: with the
-    newer one, reading the older (``torch.backends.cudnn.flags`` in somebody's forward) is an error.
+    By default torch lets cuDNN round their operands to TF32, a relative 5e-4: more than the tolerance of a solve, and
+    more than fast paths may differ from plain ones. Settings of the user are kept: TF32 in matrix products
+    (``torch.set_float32_matmul_precision("high")``) or everywhere (``torch.backends.fp32_precision = "tf32"``), and
+    any of cuDNN's that is not torch's default. The older of torch's two switches is used: with the newer one, reading
+    the older (``torch.backends.cudnn.flags`` in somebody's forward) is an error.
     """
     cudnn: Any = torch.backends.cudnn
     untouched = (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.fp32_precision) == ("tf32", "tf32", "none")
@@ -105,7 +105,7 @@ def _precise_convolutions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_advice_on_vmap() -> Iterator[None]:
-    """One filter: ``warnings.catch_warnings`` puts back all filters, and loses what other threads have set since."""
+    """Adds and removes one filter: ``warnings.catch_warnings`` would also undo what other threads have set since."""
     lists: list[Any] = [warnings.filters]
     before = list(warnings.filters)
     warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
@@ -131,10 +131,10 @@ quiet_vmap = Switch(_without_advice_on_vmap)
 
 @contextlib.contextmanager
 def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
-    """Switches off an autocast around the call, on these kinds of device, with a warning: it is the thread's own.
+    """Switches off an autocast around the call, on these kinds of device, with a warning; it is a setting per thread.
 
     Gradients and products have the parameters' precision.
-    An autocast inside of the model or the objective is theirs, and stays.
+    An autocast inside the model or the objective stays on.
     """
     on = [kind for kind in {"cpu", *kinds} if torch.is_autocast_enabled(kind)]
     if on:

@@ -1,4 +1,4 @@
-"""Errors of torch that say nothing of their cause to whoever computes influence: raised again, with what they mean."""
+"""Errors of torch whose texts do not name the cause in this package's terms: raised again with what they mean here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INSTEAD = (
     "rank by products of gradients, which need none: a subclass of BaseInfluenceModule whose inverse_hvp(vec) is vec"
 )
 
-# What torch says; what it means, with \1 for the first group.
+# A pattern of torch's text, and what it means here, with \1 for the first group.
 _MEANINGS = (
     (
         r"derivative for (?:aten::|')_?(\w+?)_backward\w*'? is not implemented",
@@ -49,7 +49,7 @@ _MEANINGS = (
 
 
 def meaning(text: str) -> str:
-    """What an error of torch's means here; "" for any other."""
+    """Says what an error of torch means here; "" for an error that is not in the table."""
     for pattern, words in _MEANINGS:
         if found := re.search(pattern, text):
             return found.expand(words)
@@ -58,7 +58,7 @@ def meaning(text: str) -> str:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Errors of these kinds say what they mean, and keep their class; others pass as they are."""
+    """Raises these errors again with what they mean, in the same class; other errors pass unchanged."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

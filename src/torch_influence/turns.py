@@ -1,4 +1,4 @@
-"""One thread at a time: what a thread changes for a while, others wait for."""
+"""One thread at a time: while a thread changes something shared, the others wait."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _Value = TypeVar("_Value")
 
 _changed = threading.Condition()
 _held: dict[int, int] = {}  # ids of things, and of the threads that have them
-_waiting: dict[int, set[int]] = {}  # ids of threads, in the order in which they came, and what they lack
+_waiting: dict[int, set[int]] = {}  # ids of threads, in the order in which they came, and the ids that they wait for
 
 
 @contextlib.contextmanager
 def alone_with(*things: object) -> Iterator[None]:
-    """Nobody else has any of these things while the block runs; what this thread has already, it has once more.
+    """Keeps other threads from using any of these things while the block runs; a thread may nest such blocks.
 
-    All of them are taken at once, and who came first is served first, so that threads wait and no two of them for one
-    another. Only a thread that has something and asks for more could: it gets an error where it would wait forever.
+    A thread takes all of them at once, first come first served, so no two threads wait for one another. That could only
+    happen to a thread that holds something and asks for more: it gets an error where it would wait forever.
     """
     me = threading.get_ident()
     mine: set[int] = set()
@@ -49,7 +49,7 @@ def alone_with(*things: object) -> Iterator[None]:
 class Once(Generic[_Value]):
     """``functools.cached_property`` without its lock, which Python before 3.12 shares among all objects of a class.
 
-    A thread that waits for its turn while it computes would keep that from another, which it may be waiting for.
+    With that lock two threads could wait for each other: one holds it and waits for its turn, which the other has.
     """
 
     def __init__(self, compute: Callable[[Any], _Value]) -> None:
@@ -64,19 +64,19 @@ class Once(Generic[_Value]):
 
 
 def _my_turn(me: int) -> bool:
-    """Whether nobody has what this thread lacks, and nobody who came earlier waits for it."""
+    """Tells whether nobody has what this thread waits for, and nobody who came earlier waits for it."""
     lacking = _waiting[me]
     if not _held.keys().isdisjoint(lacking):
         _refuse_to_wait_forever(me)
         return False
-    if me in _held.values():  # others may wait for what it has
+    if me in _held.values():  # otherwise those who wait for what it has would block it
         return True
     earlier = [others for thread, others in _waiting.items() if thread != me]
     return all(lacking.isdisjoint(others) for others in earlier[: list(_waiting).index(me)])
 
 
 def _refuse_to_wait_forever(me: int) -> None:
-    """Follows who waits for whom."""
+    """Raises an error if threads that wait for one another form a circle with this one."""
     found: set[int] = set()
     threads = [me]
     while threads:
@@ -92,7 +92,7 @@ def _refuse_to_wait_forever(me: int) -> None:
 
 
 def _in_a_child() -> None:
-    """A process made by fork has one thread, and nothing that the others had is in use there."""
+    """Frees, in a process made by fork, what other threads had: they do not exist there."""
     global _changed
     _changed = threading.Condition()
     _waiting.clear()

@@ -27,21 +27,21 @@ from torch_influence.losses import Means
 from torch_influence.plan import Step
 from torch_influence.turns import Once
 
-# Of a compute batch's graph, and of as many copies of it as there are rows at once: enough to keep two cores busy, and
-# about what their last cache holds. Larger batches of a convolutional net take up to twice as long per example.
+# Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
+# busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
 _BYTES_OF_GRAPH = 16 * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Linearized:
-    """The curvature of a batch's loss, differentiated and ready to multiply, as often as wanted.
+    """The curvature of a batch's loss, differentiated and ready to multiply any number of times.
 
     Attributes:
-        loss: of the batch, as it was differentiated.
+        loss: the loss of the batch, as it was differentiated.
         product: tangents, one [k, *shape] per tensor that was differentiated by, to products of the same shapes.
-        gradient: of the loss, with respect to the same tensors.
-        roots: of the graphs that ``product`` walks.
+        gradient: computes that of the loss, with respect to the same tensors.
+        roots: tensors from which the graphs of ``product`` are reached.
         besides: tensors that are kept in memory anyway.
     """
 
@@ -59,7 +59,7 @@ class Linearized:
 
 @dataclasses.dataclass(frozen=True)
 class Regularizer:
-    """∇²reg, by what it adds to products.
+    """The Hessian ∇²reg of the regulariser, as a function that adds it to products.
 
     Attributes:
         add: takes sums and rows [k, d], adds ∇²reg times the rows to the sums and returns them.
@@ -78,9 +78,9 @@ class Regularizer:
 class DoubleBackward(Curvature):
     """Mean over the training data of a batch's curvature, without damping: product(V)[j] = (1/n) Σ_b |b| C_b V[j].
 
-    A subclass says how a batch is differentiated. Batches may be larger than the loader's, where that was seen to
-    change nothing. Their graphs are kept from product to product while they fit ``budget``; the rest is differentiated
-    again each time.
+    A subclass says how a batch is differentiated. Batches may be larger than the loader's, where a comparison shows
+    that this changes nothing. Graphs are kept from product to product while they fit ``budget``; the other batches are
+    differentiated again each time.
 
     Cost: the first product is a pass over the data, later ones are backward passes through what is kept. Memory: up to
     ``budget``, one batch's graph beyond it, and for rows a batch's graph once more.
@@ -88,15 +88,15 @@ class DoubleBackward(Curvature):
     Args:
         evaluation, batches, device: of the training data.
         budget: bytes of graphs to keep.
-        told: whether the user has been told already that the loss is no mean over the batch.
+        told: whether the user has been warned already that the loss is no mean over the batch.
 
     Attributes:
-        means: looks at the loss of every batch that is differentiated, in the first pass over the data.
+        means: checks the loss of every batch that is differentiated, in the first pass over the data.
         batch_size: of the passes over the data, None for the loader's own; known after ``prepare``.
         why_not_grouped: why it is the loader's own; empty if it is not.
         graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
-        kept_bytes: of the graphs that are kept.
-        kept_examples: whose graphs they are.
+        kept_bytes: size of the graphs that are kept.
+        kept_examples: number of examples whose graphs are kept.
         why_plain_convolutions: why convolutions are torch's own, in a model that has any.
         why_no_head: why it is not that of a linear head in closed form; empty where that was not looked at.
     """
@@ -141,19 +141,19 @@ class DoubleBackward(Curvature):
 
     @abc.abstractmethod
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
-        """The curvature of the loss of one batch, with respect to the leaves.
+        """Differentiates the loss of one batch with respect to the leaves.
 
-        With ``at``: with respect to the tensors that it returns once the loss has been evaluated.
+        With ``at``, with respect to the tensors that ``at`` returns once the loss has been evaluated.
         """
 
     @abc.abstractmethod
     def loss(self, leaves: Tangents, batch: Any) -> Tensor:
-        """Computes what ``linearize`` differentiates; leaves the regulariser out where that is known apart."""
+        """Computes what ``linearize`` differentiates; leaves the regulariser out where that is known separately."""
 
     def batch_product(self, batch: Any, rows: Tensor, leaves: Tangents, drawn: int = 0) -> Tensor:
-        """Curvature of the loss of one batch, regulariser included, times rows [k, d].
+        """Multiplies rows [k, d] by the curvature of the loss of one batch, regulariser included.
 
-        ``drawn``: the number of its examples, where they were drawn at random and their losses should be looked at.
+        ``drawn``: the number of its examples, if they were drawn at random and their losses should be checked.
         """
         linearized = self.linearize(batch, leaves)
         if drawn:
@@ -186,7 +186,7 @@ class DoubleBackward(Curvature):
 
     @Once
     def leaves(self) -> tuple[Tensor, ...]:
-        """The parameters, where everything that is kept is differentiated."""
+        """The parameters as leaves, with respect to which all kept graphs are differentiated."""
         plain = self.evaluation.leaves()
         if not convolves(self.evaluation.model):
             return plain
@@ -199,27 +199,27 @@ class DoubleBackward(Curvature):
             if agree(self._multiply(self.linearize(first, lean), row), expected, self.evaluation.space.pass_dtype):
                 return lean
             self.why_plain_convolutions = "a product with them differs from torch's own"
-        except Exception as error:  # a view that only another memory format allows, a vmap in the model
+        except Exception as error:  # such as a view that only another memory format allows, or a vmap in the model
             self.why_plain_convolutions = f"a product with them failed: {error}"
         self._lean = False
         return plain
 
     def convolutions(self, fixed: bool) -> contextlib.AbstractContextManager[Any]:
-        """For the passes that ``linearize`` differentiates: lean convolutions, where they were seen to be the same."""
+        """Returns a context for passes that ``linearize`` differentiates: lean convolutions, if they give the same."""
         return Convolutions(fixed) if self._lean else contextlib.nullcontext()
 
     @Once
     def regularizer(self) -> Regularizer | None:
-        """Adds ∇²reg times rows to a product of these rows, for what ``loss`` leaves out; None for zero."""
+        """The Hessian of the regulariser, where ``loss`` leaves that out, to add to products; None where it is zero."""
         return self._regularizer_at(self.leaves)
 
     @Once
     def operations(self) -> float:
-        """Additions and multiplications of a product with one row, in matrix products and convolutions."""
+        """The additions and multiplications of a product with one row, counted in matrix products and convolutions."""
         size = min(self.batches.batch_size or 1, self.batches.n)
         linearized = self.linearize(self.batches.peek(range(size)), self.leaves)
         counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _NoModules()  # torch's own hooks into every module there is, other threads' too
+        counter.mod_tracker = _NoModules()  # torch's own hooks into every module, those of other threads too
         with counter:
             self._multiply(linearized, torch.ones(1, self.size, dtype=self.dtype, device=self.device))
         return counter.get_total_flops() * self.batches.n / size
@@ -235,7 +235,7 @@ class DoubleBackward(Curvature):
         return 0.0 if self.regularizer is None else self.regularizer.factor
 
     def describe(self) -> str:
-        """The path, in words; ``prepare`` comes first."""
+        """Describes the path in words; ``prepare`` must have been called before."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
         lean = ", convolutions by what is asked for alone" if self._lean else ""
@@ -264,7 +264,7 @@ class DoubleBackward(Curvature):
         return matrix.add_(matrix.mT.clone()).mul_(0.5)
 
     def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
-        """``steps`` minibatch estimates, drawn with replacement at the loader's batch size."""
+        """Yields ``steps`` minibatch estimates, drawn with replacement at the loader's batch size."""
         if steps * (self.batches.batch_size or 1) >= self.batches.n:
             self.means.read_all()
         for batch, size in self.batches.sample(steps, generator=generator):
@@ -280,9 +280,10 @@ class DoubleBackward(Curvature):
                 return product if self.regularizer is None else self.regularizer(product, rows)
 
     def concluded(self) -> bool:
-        """Whether a pass over the data that has ended can be relied on; else it is to be made again.
+        """Tells, after a pass over the data, whether its result can be used; if not, the pass must be made again.
 
-        Batches larger than the loader's, whose losses turn out not to be the means of their examples', are given up.
+        It is not if batches were larger than the loader's, and their losses not the means of their examples': then the
+        loader's own batch size is used from now on.
         """
         if self.means.conclude() or self.batch_size is None:
             return True
@@ -291,7 +292,7 @@ class DoubleBackward(Curvature):
         return False
 
     def _linearized(self, describe: str | None) -> Iterator[tuple[Linearized, int]]:
-        """All batches, differentiated: first those that are kept, then the rest, kept from now on while they fit."""
+        """Yields all batches, differentiated: first the kept ones, then the others, which are kept while they fit."""
         yield from self._kept
         keep = self.budget > 0 and not self.batches.why_not_kept
         rest = range(self.kept_examples, self.batches.n)
@@ -306,7 +307,7 @@ class DoubleBackward(Curvature):
         for batch, size in batches:
             copies = self.evaluation.edits.get("train_loss")
             linearized = self.linearize(batch, self.leaves)
-            if self.evaluation.edits.get("train_loss") != copies:  # an edit of data that graphs before it may share
+            if self.evaluation.edits.get("train_loss") != copies:  # an edit of data that earlier graphs may share
                 self._kept, self.kept_bytes, self.kept_examples, keep = [], 0, 0, False
             self.means.add(batch, size, linearized.loss, range(start, start + size))
             start += size
@@ -346,7 +347,7 @@ class DoubleBackward(Curvature):
         def product(rows: Tensor) -> Tensor:
             return space.flatten(self._pull_back(graph, space.split(rows)))
 
-        # Weight decay and its like are diagonal: what such a matrix makes of ones tells all of it.
+        # Weight decay and the like are diagonal: the product with a row of ones is then the whole diagonal.
         row = probe_rows(1, self.size, dtype=self.dtype, device=self.device)
         diagonal = product(torch.ones_like(row))
         if not agree(diagonal * row, product(row), space.pass_dtype):
@@ -358,7 +359,7 @@ class DoubleBackward(Curvature):
 
 
 class _NoModules(ModuleTracker):
-    """Counts for the whole, and not for each module of it."""
+    """A module tracker that tracks no modules: operations are counted for the whole only."""
 
     def __enter__(self) -> Any:
         return self
@@ -368,7 +369,7 @@ class _NoModules(ModuleTracker):
 
 
 class _OfBatch(LinearOperator):
-    """The curvature of one batch."""
+    """The curvature of one batch, as an operator."""
 
     def __init__(self, whole: DoubleBackward, batch: Any, examples: int) -> None:
         self._whole, self._batch, self._examples = whole, batch, examples

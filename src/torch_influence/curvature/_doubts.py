@@ -1,4 +1,4 @@
-"""Looks at a curvature before it is used, on at most 32 examples: is it what autograd and the loss make it seem?"""
+"""Checks of a curvature before it is used, on at most 32 examples: are its second derivatives right, and not zero?"""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch_influence.curvature._double_backward import DoubleBackward
 
 _EXAMPLES = 32
-_SCALARS = 2**20  # by which it is differentiated, of all parameters the smallest: biases and norms of every layer first
-_VECTORS = 12  # of so many numbers in float64, that are held at once
+_SCALARS = 2**20  # numbers to differentiate by, at most; the smallest parameters first: biases and norms of every layer
+_VECTORS = 12  # vectors of that many numbers in float64 that are held at once
 _ROUNDINGS = 32  # in a gradient
 _KINKED = ("Relu", "LeakyRelu", "Prelu", "RRelu", "Threshold", "Hardtanh", "Abs", "Clamp", "Max", "Min", "Adaptive")
 
@@ -36,13 +36,13 @@ class CurvatureWarning(RuntimeWarning):
 def doubts(plain: DoubleBackward, operator: LinearOperator, room: float) -> list[Warning]:
     """Warnings of what is doubtful in this curvature; ``operator`` is the same in the form in which it is used.
 
-    - Parameters that get no gradient from any example: a note of them is given here.
+    - Parameters that get no gradient from any example: this function itself warns of them.
     - Gauss-Newton: parameters that the loss depends on beside the outputs; it is zero in them.
     - No curvature at all.
     - Second derivatives that autograd gets wrong, see ``second_derivative``.
 
-    Cost: about ten passes over the examples in one batch; where something is missing in it, one over the data. Second
-    derivatives are looked at by up to a million parameters, if twelve vectors of them in float64 fit ``room``.
+    Cost: about ten passes over the examples in one batch; one over the data if some parameter gets no gradient in it.
+    Second derivatives are checked for up to a million parameters, if twelve vectors of them in float64 fit ``room``.
     """
     evaluation, batches = plain.evaluation, plain.batches
     names, gnh = evaluation.space.names, plain.gauss_newton
@@ -50,7 +50,7 @@ def doubts(plain: DoubleBackward, operator: LinearOperator, room: float) -> list
     beside: list[int] = []
     second: SecondDerivative | None = None
     with evaluation.session(), undisturbed(batches, plain.device):
-        with contextlib.suppress(Exception):  # what is wrong shows again, in its own words, when it is multiplied
+        with contextlib.suppress(Exception):  # an error comes again, with its own text, with the first product
             _, batch = in_one_batch(batches, _EXAMPLES) or ([0], batches.peek([0]))
             unreached = _unreached(evaluation, batches, batch, plain.loss)
             beside = _beside_the_outputs(evaluation, batch) if gnh else []
@@ -92,13 +92,13 @@ def doubts(plain: DoubleBackward, operator: LinearOperator, room: float) -> list
 
 
 class SecondDerivative(NamedTuple):
-    """How products v -> Hv of the loss of a batch, as autograd makes them, compare with what they should be.
+    """The comparison of products v -> Hv of the loss of a batch, as autograd makes them, with what they should be.
 
     Attributes:
         asymmetry: |u·Hv - v·Hu| of random rows, in units of |Hu| + |Hv|.
-        symmetric: what is allowed of it.
+        symmetric: the largest asymmetry that is allowed.
         deviation: |Hv - difference of gradients|, in units of the larger; 0 where two steps do not agree.
-        precise: what is allowed of it.
+        precise: the largest deviation that is allowed.
         flat: whether both products are zero.
     """
 
@@ -110,7 +110,7 @@ class SecondDerivative(NamedTuple):
 
     @property
     def wrong(self) -> str:
-        """Says in words what is wrong; empty if nothing is."""
+        """The finding in words; empty if nothing is wrong."""
         if not self.asymmetry <= self.symmetric:
             return (
                 f"products of random vectors u and v are not symmetric, |u·Hv - v·Hu| is {self.asymmetry:.2g} of them"
@@ -124,14 +124,14 @@ class SecondDerivative(NamedTuple):
 
 
 def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDerivative:
-    """Looks at products of random vectors with the curvature of the loss of a batch, in two ways.
+    """Checks products of random vectors with the curvature of the loss of a batch, in two ways.
 
-    - They are symmetric: where a backward can't be differentiated, autograd leaves out a part, and the rest is not.
-    - They are central differences of first derivatives, (∇ℓ(θ + hv) - ∇ℓ(θ - hv)) / 2h. Two steps, h and h/2, must
-      agree ten times better than they do with Hv: across a kink they don't.
+    - They must be symmetric: if a backward can't be differentiated, autograd leaves out a part, and they are not.
+    - They must equal central differences of first derivatives, (∇ℓ(θ + hv) - ∇ℓ(θ - hv)) / 2h. The difference counts
+      only if steps h and h/2 agree ten times better with each other than with Hv: across a kink they don't.
 
-    In float64, where the model runs in it and the loss is the same there. For Gauss-Newton differences of the outputs,
-    and of the loss's gradient at the outputs, stand for the two derivatives.
+    It uses float64, if the model runs in it and the loss is the same there. For Gauss-Newton, differences of the
+    outputs, and of the loss's gradient at the outputs, replace the two derivatives.
     """
     loss = "train_loss" if evaluation.overrides_train_loss and not gnh else "data_loss"
     evaluation, batch = in_double(evaluation.by_the_smallest(_SCALARS), loss, batch)
@@ -151,12 +151,12 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     Hu, Hv = map(product, rows)
     u, v = map(_flat, rows)
     size, apart = float(Hu.norm() + Hv.norm()), float((u @ Hv - v @ Hu).abs())
-    # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
+    # The rounding of a product is relative to |H||v| = |H| √d, while |Hv| may be as small as |H|.
     found = SecondDerivative(apart / size if apart else 0.0, eps**0.5 + eps * len(u) ** 0.5, flat=size == 0)
     if not math.isfinite(size) or not v.any():
-        return found._replace(asymmetry=0.0)  # products say themselves that they are not finite
+        return found._replace(asymmetry=0.0)  # solvers report products that are not finite
     if found.wrong or (dtype != torch.float64 and (dtype != torch.float32 or _kinked(function(leaves, batch)))):
-        return found  # steps as long as less precision takes would cross kinks
+        return found  # the longer steps that less precision needs would cross kinks
     step = eps ** (1 / 3) * (float(_flat(leaves).norm()) or 1.0) / float(v.norm())
     differences = _differences_of_gauss_newton if gnh else _differences
     (rough, _), (fine, slope) = (differences(evaluation, function, leaves, batch, rows[1], h) for h in (step, step / 2))
@@ -164,16 +164,16 @@ def second_derivative(evaluation: Evaluation, batch: Any, gnh: bool) -> SecondDe
     noise = _ROUNDINGS * eps * slope / step
     if not apart > noise or unsure > 0.1 * apart:
         return found
-    # h² and ε/h are ε^(2/3): that leaves as much again.
+    # The errors h² and ε/h are ε^(2/3); ε^(1/3) is far above them.
     return found._replace(deviation=apart / max(float(Hv.norm()), float(fine.norm())), precise=eps ** (1 / 3))
 
 
 def _where_differentiated(
     evaluation: Evaluation, leaves: Tangents, loss: Tensor, rows: Sequence[Tangents]
 ) -> list[list[Tensor]]:
-    """The rows, without what torch takes for constant though the loss depends on it.
+    """Sets the rows to zero where the gradient is zero, and for the weights of embeddings that max_norm rescales.
 
-    The row of an embedding's padding_idx, whose gradient is zero, and the weights of one whose max_norm rescales them.
+    torch takes these for constant, though the loss may depend on them: so it does for an embedding's padding_idx.
     """
     slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     embeddings = [m for m in evaluation.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -188,7 +188,7 @@ def _where_differentiated(
 def _differences(
     evaluation: Evaluation, loss: Callable[..., Tensor], leaves: Tangents, batch: Any, tangents: Tangents, h: float
 ) -> tuple[Tensor, float]:
-    """Hv by a central difference of gradients, and the size of these."""
+    """Computes Hv by a central difference of gradients, and the norm of a gradient."""
     slopes = [_gradient(loss(at, batch), at) for at in (_moved(leaves, tangents, by) for by in (h, -h))]
     return (slopes[0] - slopes[1]) / (2 * h), float(slopes[0].norm())
 
@@ -196,7 +196,7 @@ def _differences(
 def _differences_of_gauss_newton(
     evaluation: Evaluation, loss: Callable[..., Tensor], leaves: Tangents, batch: Any, tangents: Tangents, h: float
 ) -> tuple[Tensor, float]:
-    """Jᵀ H_out J v, with differences of the outputs for J v, and of the loss's gradient at the outputs for H_out."""
+    """Computes Jᵀ H_out J v by differences of the outputs, for J v, and of the loss's gradient at them, for H_out."""
     with torch.no_grad():
         ahead, behind = (evaluation.train_outputs(_moved(leaves, tangents, by), batch) for by in (h, -h))
         jv = (ahead - behind) / (2 * h)
@@ -257,7 +257,7 @@ def _unreached(evaluation: Evaluation, batches: Batches, batch: Any, loss: Calla
 
 
 def _beside_the_outputs(evaluation: Evaluation, batch: Any) -> list[int]:
-    """Places of the parameters that the loss depends on where the outputs are held fixed."""
+    """Lists the parameters, by place, that the loss depends on even when the outputs are held fixed."""
     leaves = evaluation.leaves()
     outputs = evaluation.train_outputs(leaves, batch).detach()
     loss = evaluation.train_loss_on_outputs(leaves, outputs, batch)

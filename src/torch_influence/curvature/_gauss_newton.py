@@ -19,8 +19,8 @@ from torch_influence.plan import NotPossible
 class GaussNewton(DoubleBackward):
     """Jᵀ H_out J + ∇² reg: J the Jacobian of ``train_outputs``, H_out the Hessian of the loss at the outputs.
 
-    J v comes from differentiating u ↦ Jᵀu twice (reverse mode only: forward mode lacks operators, and is wrong for
-    some). Equal to the Hessian where the outputs are linear in the parameters.
+    J v comes from differentiating u ↦ Jᵀu (only reverse mode is used: forward mode lacks some operators, and is wrong
+    for others). It equals the Hessian where the outputs are linear in the parameters.
     """
 
     title, gauss_newton = "Gauss-Newton", True
@@ -54,7 +54,7 @@ class GaussNewton(DoubleBackward):
         return self.evaluation.train_loss_on_outputs(leaves, self._outputs(leaves, batch), batch)
 
     def outputs(self, leaves: Tangents, batch: Any) -> Tensor:
-        """What J is the Jacobian of, with its graph; of a batch as ``Evaluation.batch_for`` gives it."""
+        """Computes the outputs, whose Jacobian is J, with their graph; takes a batch from ``Evaluation.batch_for``."""
         with self.convolutions(fixed=True):
             outputs = self._outputs(leaves, batch)
         if not outputs.requires_grad:
@@ -62,19 +62,19 @@ class GaussNewton(DoubleBackward):
         return outputs
 
     def output_blocks(self, leaves: Tangents, batch: Any) -> Tensor:
-        """H_out's blocks [b, c, c], one for each of the outputs' rows, if it has no entries outside of them."""
+        """Computes the blocks [b, c, c] of H_out, one for each row of the outputs, if all other entries are zero."""
         batch = self.evaluation.batch_for("train_loss", batch)
         outputs = self.outputs(leaves, batch).detach()
         at_outputs, _, slope = self._slope(leaves, outputs, batch)
         b, c = rows_and_columns(outputs)
-        # Column j of every block at once, from the tangent that is 1 at output j of all rows.
+        # The tangent that is 1 at output j of all rows gives column j of every block at once.
         unit = torch.eye(c, dtype=outputs.dtype, device=self.device)[:, None].expand(c, b, c)
         graph = Graph("loss", slope, [at_outputs])
         (columns,) = self._pull_back(graph, [unit.reshape(c, *outputs.shape)])
         return columns.reshape(c, b, c).permute(1, 2, 0).to(self.dtype)
 
     def pulled(self, leaves: Tangents, outputs: Tensor, rows: Tensor) -> Tensor:
-        """Jᵀu for rows u [k, *shape of the outputs]: [k, d]."""
+        """Computes Jᵀu [k, d] for rows u [k, *shape of the outputs]."""
         return self.evaluation.space.flatten(self._pull_back(Graph("transposed jacobian", [outputs], leaves), [rows]))
 
     def dual(self, shift: float, room: float) -> Dual:
@@ -100,7 +100,7 @@ class GaussNewton(DoubleBackward):
         return cost_of(self, m, c, m * self.size, m * sweep + float(m) * m * self.size, 4.0 * m * self.size)
 
     def _slope(self, leaves: Tangents, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """A copy of the outputs, the loss of it, and the gradient of that with respect to the copy, with its graph."""
+        """Returns a copy of the outputs, their loss, and the gradient of the loss by the copy, with its graph."""
         at_outputs = outputs.detach().requires_grad_()
         loss = self.evaluation.train_loss_on_outputs(leaves, at_outputs, batch)
         return at_outputs, loss.detach(), differentiate(loss, [at_outputs], create_graph=True)
@@ -121,7 +121,7 @@ class GaussNewton(DoubleBackward):
 
 
 def rows_and_columns(outputs: Tensor) -> tuple[int, int]:
-    """Of a batch's outputs taken for a matrix: (examples, outputs of one) mostly."""
+    """Returns the shape of a batch's outputs as a matrix: mostly (examples, outputs of one example)."""
     return outputs.reshape(len(outputs) if outputs.dim() else 1, -1).shape  # type: ignore[return-value]
 
 

@@ -50,5 +50,5 @@ class Hessian(DoubleBackward):
 
     @property
     def regularized_loss(self) -> bool:  # type: ignore[override]
-        """An overridden train_loss may not tell the regulariser apart."""
+        """True for an overridden train_loss: its regulariser is then not known separately."""
         return self.evaluation.overrides_train_loss

@@ -1,4 +1,4 @@
-"""A product with the curvature from its definition: what faster ways are compared with."""
+"""A product with the curvature from its definition, with which the faster ways are compared."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Tangents: TypeAlias = Sequence[Tensor]
 
 
 def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bool) -> tuple[Tensor, float]:
-    """(1/n) Σ_b |b| C_b v for one row v [d], batch by batch of the loader, each differentiated anew; undamped.
+    """Computes (1/n) Σ_b |b| C_b v, undamped, for one row v [d], over the loader's batches, each differentiated anew.
 
-    Shares nothing with the curvatures: no graph that is kept, no batched backward, no closed form, no larger batch, and
-    the Hessian's regulariser is differentiated with the loss.
+    It shares nothing with the curvatures: no kept graph, no batched backward, no closed form, no larger batch, and the
+    Hessian's regulariser is differentiated with the loss.
 
     Returns:
-        the product [d], float64, and (1/n) Σ_b |b| |C_b v|, which is what its rounding grows from.
+        the product [d], float64, and (1/n) Σ_b |b| |C_b v|, to which its rounding is relative.
     """
     leaves = evaluation.leaves()
     tangents = [t.to(leaf.dtype) for t, leaf in zip(evaluation.space.split(row), leaves, strict=True)]
@@ -43,13 +43,13 @@ def plain_product(evaluation: Evaluation, batches: Batches, row: Tensor, gnh: bo
 
 
 def hessian_product(value: Tensor, leaves: Tangents, tangents: Tangents) -> Tangents:
-    """∇²value · v, by differentiating ∇value · v."""
+    """Computes ∇²value · v by differentiating ∇value · v."""
     slopes = differentiate(value, leaves, create_graph=True)
     return _derivative(slopes, tangents, leaves)
 
 
 def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, tangents: Tangents) -> Tangents:
-    """Jᵀ H_out J v, with J v as the derivative of u -> Jᵀu · v."""
+    """Computes Jᵀ H_out J v, with J v as the derivative of u -> Jᵀu · v."""
     batch = evaluation.batch_for("train_loss", batch)
     outputs = evaluation.train_outputs(leaves, batch)
     u = torch.zeros_like(outputs, requires_grad=True)
@@ -61,7 +61,7 @@ def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, t
 
 
 def _derivative(values: Tangents, weights: Tangents, inputs: Tangents) -> Tangents:
-    """∂(Σ values · weights)/∂inputs; zeros where the values are constant."""
+    """Computes ∂(Σ values · weights)/∂inputs; zeros where the values are constant."""
     terms = [(value * weight).sum() for value, weight in zip(values, weights, strict=True)]
     total = sum(terms[1:], terms[0])
     if not total.requires_grad:

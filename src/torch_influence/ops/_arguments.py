@@ -11,7 +11,7 @@ _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """A floating-point tensor that no graph is recorded for."""
+    """Checks that this is a floating-point tensor that no graph is recorded for."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATING:
@@ -23,14 +23,14 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_rows(op: str, name: str, tensor: Tensor) -> None:
-    """A floating-point tensor [rows, columns] that no graph is recorded for."""
+    """Checks that this is a floating-point tensor [rows, columns] that no graph is recorded for."""
     check_floating(op, name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """A tensor like another one: shape, dtype, device."""
+    """Checks that a tensor has the shape, dtype and device of another one, and no graph."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype != like.dtype:
@@ -48,7 +48,7 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
 
 
 def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
-    """A tensor on the device of another one, with a dtype that goes with the other's, and no graph; of any shape."""
+    """Checks that a tensor of any shape has this dtype, which goes with another's, the other's device, and no graph."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
@@ -64,7 +64,7 @@ def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_n
 
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:
-    """A tensor that can be written to: an expanded one holds the same memory several times."""
+    """Checks that a tensor can be written to: an expanded one holds the same memory several times."""
     if 0 not in tensor.stride() or not tensor.numel():  # the usual case, quickly
         return
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
@@ -72,7 +72,7 @@ def check_written(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_number(op: str, name: str, value: float, nonzero: bool = False) -> None:
-    """A finite number, not zero if so asked."""
+    """Checks that this is a finite number, and not zero with ``nonzero``."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or (nonzero and value == 0):

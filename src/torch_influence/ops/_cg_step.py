@@ -12,7 +12,7 @@ from torch_influence.ops._native import register_fake, runs_natively
 
 
 class CGScalars(NamedTuple):
-    """What `cg_step` knows of every row: the rows of its argument `scalars`, each float64 [k].
+    """The scalars of `cg_step` for every row: the rows of its argument `scalars`, each float64 [k].
 
     ``CGScalars(*scalars)`` gives them as views by name.
 
@@ -123,7 +123,7 @@ def reference(
     z: Tensor | None = None,
     preconditioned: bool = False,
 ) -> None:
-    """The specification in plain torch: 16-bit rows are computed in float32, and stored before they are used again."""
+    """Specifies the op in plain torch: 16-bit rows are computed in float32, and stored before they are used again."""
     row = CGScalars(*scalars)
     if z is not None:
         at_work = row.active != 0
@@ -152,7 +152,7 @@ def reference(
 
 
 def _turn(p: Tensor, which: Tensor, z: Tensor, rho: Tensor, new_rho: Tensor) -> None:
-    """P ← z + βp in some rows, and their new ρ."""
+    """Replaces p by z + βp in some rows, and sets their new ρ."""
     wide = _wide(p.dtype)
     start = rho == 0
     beta = torch.where(start, 0.0, new_rho / rho).to(wide)[:, None]
@@ -162,7 +162,7 @@ def _turn(p: Tensor, which: Tensor, z: Tensor, rho: Tensor, new_rho: Tensor) -> 
 
 
 def _move(rows: Tensor, which: Tensor, length: Tensor, along: Tensor) -> None:
-    """Rows ← rows + length·along in some of them."""
+    """Adds length·along to some of the rows."""
     wide = _wide(rows.dtype)
     moved = rows.to(wide) + length.to(wide)[:, None] * along.to(wide)
     rows.copy_(torch.where(which[:, None], moved.to(rows.dtype), rows))
@@ -189,14 +189,14 @@ def fake(
     z: Tensor | None = None,
     preconditioned: bool = False,
 ) -> None:
-    """No result: all is in the arguments."""
+    """Returns nothing, as the op does: it writes to its arguments."""
 
 
 register_fake("cg_step", fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
-    """Arguments for the self-test, in float32: a third step of rows that are at work, but for one that is done."""
+    """Draws arguments for the self-test, in float32: a third step of rows at work, one of which is done."""
     x, r, p, q = torch.randn(4, 5, 40_007, generator=generator, device=generator.device)
     q += 2 * p  # as with a positive definite matrix
     scalars = CGScalars(*torch.zeros(len(CGScalars._fields), 5, dtype=torch.float64, device=x.device))

@@ -55,7 +55,7 @@ def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | 
 
 
 def reference(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
-    """The specification in plain torch: gradients as rows, of a few examples at a time.
+    """Specifies the op in plain torch: forms gradients as rows, of a few examples at a time.
 
     Memory: twice 2²² elements, or twice one example's gradient, since the bias is appended to a copy.
     """
@@ -98,7 +98,7 @@ def _check(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor | None) -> N
 
 
 def fake(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor) -> None:
-    """Nothing is returned: out is written."""
+    """Returns nothing, as the op does: it writes to out."""
 
 
 register_fake("grad_dot", fake)
@@ -107,7 +107,7 @@ WIDE = ("v",)  # arguments that stay in the dtype of the arithmetic when the oth
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
-    """Arguments for the self-test, in float32."""
+    """Draws arguments for the self-test, in float32."""
     a = torch.randn(37, 5, 83, generator=generator, device=generator.device)
     g = torch.randn(37, 5, 29, generator=generator, device=generator.device)
     v = torch.randn(11, 29 * 83 + 29, generator=generator, device=generator.device)

@@ -74,7 +74,7 @@ def reference(
     bias: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The specification in plain torch, in v's dtype; tiles of examples keep its memory bounded."""
+    """Specifies the op in plain torch, in v's dtype; tiles of examples keep its memory bounded."""
     (n, f), k, c = x.shape, len(v), curvature.shape[1]
     columns = v[:, : c * f].reshape(k * c, f)
     product, bias_sums = torch.zeros_like(columns), v.new_zeros(k, c)
@@ -123,14 +123,14 @@ def _check(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias
 
 
 def fake(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias: bool, out: Tensor) -> None:
-    """Nothing is returned: out is written."""
+    """Returns nothing, as the op does: it writes to out."""
 
 
 register_fake(_OP, fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
-    """Arguments for the self-test, in float32."""
+    """Draws arguments for the self-test, in float32."""
     curvature = torch.randn(500, 3, generator=generator, device=generator.device).softmax(dim=-1)
     return {
         "x": torch.randn(500, 41, generator=generator, device=generator.device),

@@ -50,7 +50,7 @@ def lissa_step(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> 
 
 
 def reference(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor:
-    """The specification in plain torch: 16-bit rows are computed in float32, norms of the stored rows in float64."""
+    """Specifies the op in plain torch: 16-bit rows are computed in float32, norms of the stored rows in float64."""
     wide = torch.promote_types(h.dtype, torch.float32)
     new = h.to(wide)
     step = torch.add(hvp.to(wide), new, alpha=damp).div_(scale)
@@ -61,7 +61,7 @@ def reference(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> T
 
 
 def fake(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor:
-    """Shape, dtype and device of the result."""
+    """Returns a tensor with the shape, dtype and device of the result."""
     return h.new_empty(h.shape[0], dtype=torch.float64)
 
 
@@ -69,6 +69,6 @@ register_fake("lissa_step", fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
-    """Arguments for the self-test, in float32."""
+    """Draws arguments for the self-test, in float32."""
     h, v, hvp = torch.randn(3, 5, 40_007, generator=generator, device=generator.device)
     return {"h": h, "v": v, "hvp": hvp, "damp": 0.1, "scale": 7.0}

@@ -74,7 +74,7 @@ def _load() -> tuple[dict, str]:
 
 
 def _try_load() -> tuple[dict, str, bool]:
-    """(build, problem, broken): broken is a library that should have loaded, not one that was left out on purpose."""
+    """Returns (build, problem, broken); broken: a library should have loaded, and was not left out on purpose."""
     try:
         from torch_influence import _C
     except ImportError as error:
@@ -104,7 +104,7 @@ _cuda_problems: dict[int, str] = {}
 
 
 def _problem(device: torch.device) -> str:
-    """Why tensors on this device go to the references; empty if they run natively."""
+    """Says why tensors on this device go to the references; empty if they run natively."""
     if _cpu_problem or device.type == "cpu":
         return _cpu_problem
     if device.type != "cuda":
@@ -121,10 +121,10 @@ def _problem(device: torch.device) -> str:
 
 
 def _launch_problem(device: torch.device) -> str:
-    """What keeps the kernels from running on a GPU: it or its driver is too old for them. Empty if nothing does."""
+    """Says what keeps the kernels from running on a GPU: it, or its driver, may be too old; empty if nothing does."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    # That shows at the first launch, and without a synchronisation, since nothing is read back.
+    # A kernel that can't run fails at its first launch; no synchronisation is needed, since nothing is read back.
     row = torch.zeros(1, 1, device=device)
     try:
         torch.ops.torch_influence.lissa_step(row, row.clone(), row.clone(), 0.0, 1.0)
@@ -134,7 +134,7 @@ def _launch_problem(device: torch.device) -> str:
 
 
 def runs_natively(op: str, tensor: Tensor) -> bool:
-    """Whether the native `op` takes tensors like this one."""
+    """Tells whether the native `op` takes tensors like this one."""
     return op in _ops and tensor.dtype in DTYPES and not _problem(tensor.device)
 
 

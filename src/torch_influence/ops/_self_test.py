@@ -18,7 +18,7 @@ Arguments = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """An op on a device in a dtype.
+    """The result for an op on a device in a dtype.
 
     Attributes:
         op: its name.
@@ -26,8 +26,8 @@ class Check:
         dtype: of its arguments.
         runs: "native", or "reference" where the native op does not run here.
         error: largest relative difference of a result from the reference's in float64, in the 2-norm.
-        bound: what is allowed: the square root of the dtype's epsilon. Rounding stays far below it; that it stays below
-            the derived bounds is for the package's tests to show.
+        bound: the largest error allowed: the square root of the dtype's epsilon. Rounding stays far below it; the
+            package's tests show that it also stays below the derived bounds.
         seconds: for one call.
     """
 
@@ -126,9 +126,9 @@ def _check(
 
 
 def _rounded(drawn: Arguments, dtype: torch.dtype, wide: tuple[str, ...]) -> Arguments:
-    """The arguments as both sides see them: in the dtype, those named ``wide`` in float32 at least.
+    """Rounds the arguments for both sides: to the dtype, those named ``wide`` to float32 at least.
 
-    What is float64 by nature (scalars of a solver) comes as such and stays.
+    Arguments that are always float64 (scalars of a solver) stay so.
     """
 
     def rounded(name: str, value: Any) -> Any:
@@ -140,7 +140,7 @@ def _rounded(drawn: Arguments, dtype: torch.dtype, wide: tuple[str, ...]) -> Arg
 
 
 def _outcome(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
-    """Everything that a call gives or changes: its arguments afterwards and its results, on the CPU in float64."""
+    """Calls the function; returns its arguments afterwards and its results, on the CPU in float64."""
     results = function(**arguments)
     results = results if isinstance(results, tuple) else () if results is None else (results,)
     tensors = [value for value in (*arguments.values(), *results) if isinstance(value, Tensor)]

@@ -49,7 +49,7 @@ def softmax_curvature(p: Tensor, t: Tensor, weights: Tensor | None = None, out: 
 
 
 def reference(p: Tensor, t: Tensor, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """The specification in plain torch: 16-bit tensors are computed in float32."""
+    """Specifies the op in plain torch: 16-bit tensors are computed in float32."""
     wide = torch.promote_types(t.dtype, torch.float32)
     p_wide, t_wide = p.to(wide), t.to(wide)
     product = (t_wide - (p_wide * t_wide).sum(-1, keepdim=True)).mul_(p_wide)
@@ -70,7 +70,7 @@ def _check(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor | None) -> 
 
 
 def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, leading: int, sizes: torch.Size, p: Tensor) -> None:
-    """A tensor on p's device with this dtype, these sizes after `leading` others, and no graph."""
+    """Checks that a tensor is on p's device, with this dtype, these sizes after `leading` others, and no graph."""
     op = "softmax_curvature"
     _arguments.check_beside(op, name, tensor, dtype, "p", p)
     if tensor.dim() != leading + len(sizes) or tensor.shape[leading:] != sizes:
@@ -79,13 +79,13 @@ def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, leading: int, size
 
 
 def fake(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """Nothing is returned: out is written."""
+    """Returns nothing, as the op does: it writes to out."""
 
 
 register_fake("softmax_curvature", fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
-    """Arguments for the self-test, in float32."""
+    """Draws arguments for the self-test, in float32."""
     p = torch.randn(37, 301, generator=generator, device=generator.device).softmax(dim=-1)
     return {"p": p, "t": torch.randn(3, 37, 301, generator=generator, device=generator.device)}

@@ -1,4 +1,4 @@
-"""What iterative solvers share: their options, the limit of the arithmetic, how they end."""
+"""The parts that iterative solvers share: checks of options, limits of the arithmetic, and how a solve is concluded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 # residual is rounding, not lack of iterations.
 _ROUNDINGS = 32
 
-LOOKS_EVERY = 16  # iterations, at how far rounding reaches
+LOOKS_EVERY = 16  # iterations between two estimates of how far rounding reaches
 
 
 def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:
-    """The operator and the right-hand sides as rows [k, d]; B may be one vector [d], and an array."""
+    """Returns the operator and the right-hand sides as rows [k, d]; B may be one vector [d], and an array."""
     rows = right_hand_sides(B)
     return aslinearoperator(A, rows), rows
 
 
 def right_hand_sides(B: Any) -> Tensor:
-    """B as rows [k, d]."""
+    """Returns B as rows [k, d]."""
     rows = as_tensor(B).detach()
     if rows.dim() not in (1, 2):
         raise ValueError(f"B: expected right-hand sides as rows [k, d], or one [d], got shape {list(rows.shape)}")
@@ -41,7 +41,7 @@ def right_hand_sides(B: Any) -> Tensor:
 
 
 def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> int:
-    """``maxiter`` or SciPy's default, 10 d; refuses limits that make no sense."""
+    """Returns ``maxiter`` or SciPy's default, 10 d; refuses limits that make no sense."""
     limit = 10 * d if maxiter is None else int(maxiter)
     if limit < 1:
         raise ValueError(f"maxiter: expected at least 1, got {maxiter}")
@@ -53,9 +53,9 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
 
 
 def units(rows: Tensor) -> Tensor:
-    """The power of 2 up to each row's largest entry, [k, 1]; 1 where the row is 0 or not finite.
+    """Computes the largest power of 2 up to each row's largest entry, [k, 1]; 1 where the row is 0 or not finite.
 
-    To divide by it changes no digit, but of entries so small beside the largest that they make no difference.
+    Division by it changes no digit, except of entries that are too small beside the largest to make a difference.
     """
     if not rows.numel():
         return rows.new_ones(len(rows), 1)
@@ -65,10 +65,10 @@ def units(rows: Tensor) -> Tensor:
 
 
 def in_range(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows [k, d] of sizes that can be squared, and their ``units`` [k, 1]; all as it is, and None, where it can be.
+    """Divides rows [k, d] whose squares are out of range by their ``units``; returns rows and units, None if all are 1.
 
-    Exponents may take a quarter of the dtype's range: then what is smaller by a tolerance or a condition number can be
-    squared, too.
+    Exponents may take a quarter of the dtype's range: then numbers that are smaller by a tolerance or a condition
+    number can be squared, too.
     """
     unit = units(rows)
     most = math.frexp(torch.finfo(rows.dtype).max)[1] // 4
@@ -80,13 +80,13 @@ def in_range(rows: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def tolerances(rows: Tensor, unit: Tensor | None, rtol: float, atol: float) -> Tensor:
-    """Of each row max(rtol·|b|, atol), [k], in its unit."""
+    """Computes max(rtol·|b|, atol) for each row, [k], in the row's unit."""
     relative = rtol * norms(rows)
     return relative.clamp(min=atol) if unit is None else torch.maximum(relative, atol / unit.double().flatten())
 
 
 def first_guess(x0: Any, rows: Tensor, unit: Tensor | None = None) -> Tensor | None:
-    """x0, [d] or [k, d], in the rows' units, as a new tensor [k, d] like ``rows``."""
+    """Returns x0, [d] or [k, d], in the rows' units, as a new tensor [k, d] like ``rows``."""
     if x0 is None:
         return None
     guess = as_tensor(x0).to(rows)
@@ -98,12 +98,12 @@ def first_guess(x0: Any, rows: Tensor, unit: Tensor | None = None) -> Tensor | N
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What rounding makes of a product, relative to |A||x|."""
+    """Bounds the rounding of a product, relative to |A||x|."""
     return _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def norms(a: Tensor) -> Tensor:
-    """|a| of each row, float64."""
+    """Computes |a| of each row in float64."""
     if a.dtype != torch.float64:  # its squares fit into float64
         return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
     unit = units(a)
@@ -111,16 +111,16 @@ def norms(a: Tensor) -> Tensor:
 
 
 def smallest_residual(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    """The norm [k] of b - Ax below which an iteration's own residual means nothing, u (|A||x| + |b|) / 2.
+    """Estimates the norm [k] of b - Ax below which an iteration's own residual means nothing, u (|A||x| + |b|) / 2.
 
-    ``largest`` is a lower bound of |A|. In the rows' own precision: it is but an estimate.
+    ``largest`` is a lower bound of |A|. The rows' own precision is enough for an estimate.
     """
     size = largest * torch.linalg.vector_norm(x, dim=1) + torch.linalg.vector_norm(b, dim=1)
     return (0.25 * torch.finfo(x.dtype).eps * size).nan_to_num(0.0, 0.0)
 
 
 def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
-    """The residual norm [k] below which all is rounding; ``largest`` is a lower bound of |A|, ``size`` is |b|."""
+    """Estimates the residual norm [k] below which all is rounding; ``largest`` is at most |A|, ``size`` is |b|."""
     limit = rounding(x.dtype) * (largest * norms(x) + size)
     return torch.minimum(limit, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
 
@@ -137,16 +137,16 @@ def conclude(
     least: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """What an iterative solver returns: x, NaN where nothing is known of it, and the report, after all is told.
+    """Gives the warnings of a solve, and returns x, NaN where it is not known, and the report.
 
     Args:
         x: [k, d]; written to.
         report: of the solve.
         limit: of the iterations.
         on_failure: "warn", "raise" or "ignore".
-        cures: what else than damping helps where the matrix is indefinite.
+        cures: what helps, besides damping, where the matrix is indefinite.
         preconditioned: whether the report's eigenvalues are of M A.
-        takes_indefinite: negative curvature is told, but no failure.
+        takes_indefinite: negative curvature is warned of, but is no failure.
         least: [k], on the CPU, the relative residual that any x leaves; 0 where that is not known.
         unit: [k, 1], of the rows that x is a solution of, see ``in_range``; x is brought back from it.
     """
@@ -205,7 +205,7 @@ def conclude(
 
 
 def brought_back(x: Tensor, unit: Tensor) -> Tensor:
-    """Multiplies x [k, d] by its units; tells, on the CPU, which rows [k] the dtype can't hold: NaN if too large."""
+    """Multiplies x [k, d] by its units; tells, on the CPU, which rows [k] the dtype can't hold (NaN if too large)."""
     if not x.numel():
         return torch.zeros(len(x), dtype=torch.bool, device="cpu")
     before = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
@@ -217,7 +217,7 @@ def brought_back(x: Tensor, unit: Tensor) -> Tensor:
 
 
 def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
-    """Of the rows that ``brought_back`` tells of."""
+    """Makes the warning of the rows that ``brought_back`` tells of."""
     return ConvergenceWarning(
         f"{method}: the solutions for {int(lost.sum())} of {len(lost)} right-hand sides are beyond the range of "
         f"{x.dtype}: NaN where they are too large, and where they are too small (below "
@@ -226,7 +226,7 @@ def out_of_range(method: str, x: Tensor, lost: Tensor) -> ConvergenceWarning:
 
 
 def _is_singular(report: SolveReport, dtype: torch.dtype) -> bool:
-    """Whether an eigenvalue that the iteration has seen is zero, to rounding; for where x is worse than 0 is."""
+    """Tells whether an eigenvalue that the iteration has seen is zero up to rounding; asked where x = 0 is better."""
     smallest, largest = report.eigenvalues
     return abs(smallest) <= rounding(dtype) * largest
 

@@ -128,17 +128,17 @@ def block_cg(
 
 
 class _Block:
-    """Rows in units of their own size, and the block's recurrence. What is [k] or [m, m] is on the host, in float64.
+    """The rows in units of their own size, and the block's recurrence. Tensors [k] and [m, m] are float64, on the host.
 
     Attributes:
         unit: [k, 1], powers of 2, which change no digit: the solver sees b / unit and x / unit.
         x: [k, d].
         q, p: [m, d], m <= k, the bases of residuals and of directions.
-        coefficients: T [k, m]; zero for rows that aren't going.
+        coefficients: T [k, m]; zero for rows that are not in ``going``.
         at_work: rows in the present run, which are judged when it ends.
-        going: those of them that the recurrence says are not done.
+        going: the rows at work that the recurrence says are not done.
         handed: rows left to row-wise conjugate gradients.
-        krylov: what of the space has been seen.
+        krylov: what the block has seen of A's spectrum.
         history: relative residual norms [k] of each step, if kept.
     """
 
@@ -196,11 +196,11 @@ class _Block:
 
         again = ~done & helped
         if self.steps:
-            self.aim[which[again]] *= 0.5  # or what rounding took from it this time would be missing again
+            self.aim[which[again]] *= 0.5  # otherwise the digits that rounding has taken would be missing again
         self.at_work.zero_()[which[again]] = True
         self.going = self.at_work.clone()
         self.lowest, self.since_lowest = torch.inf, 0
-        # A start is the turn of a step whose directions were zero.
+        # A start equals the turn after a step whose directions were zero.
         self.q = r[again.to(r.device)]
         self.p = torch.zeros_like(self.q)
         self.krylov.start()
@@ -208,29 +208,29 @@ class _Block:
         self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64, device="cpu")
         if len(self.q):
             self.turn(_gram(self.q, self.q))
-        # Where a residual is within reach of rounding no direction can make it smaller.
+        # No direction can make a residual smaller that is within reach of rounding.
         within_reach = self.at_work & ~self.going
         self.leave(within_reach.nonzero().flatten())
         self.at_work &= ~within_reach
 
     def leave(self, stuck: Tensor) -> None:
-        """Ends rows that the block can't take further: what is not down to rounding is left to single rows."""
+        """Ends rows that the block can't take further: those not down to rounding are handed to row-wise iteration."""
         self.handed[stuck] = self.residual[stuck] > self.reachable()[stuck]
 
     def ready(self) -> bool:
-        """Whether there are directions to step along; judges the rows of a recurrence that has ended, to find some."""
+        """Tells whether there are directions to step along; to find some, judges rows whose recurrence has ended."""
         if self.at_work.any() and not self.going.any():
             self.settle()
         return bool(self.going.any())
 
     def step(self) -> None:
-        """One iteration, along one direction at the least."""
+        """Does one iteration, along at least one direction."""
         z = self.product(self.p)
         self.steps += 1
         curvature = _gram(self.p, z)
         if not curvature.isfinite().all():
             return self.hand_over()
-        # In the rows' own precision: it is but an estimate, and takes 40 times as long in float64.
+        # The rows' own precision is enough for an estimate: float64 takes 40 times as long.
         size = torch.linalg.vector_norm(self.p, dim=1)
         ratio = torch.linalg.vector_norm(z, dim=1) / size
         self.largest = torch.maximum(self.largest, ratio.max())
@@ -251,11 +251,11 @@ class _Block:
         self.turn(gram.cpu())
 
     def inverse_curvature(self, curvature: Tensor) -> Tensor | None:
-        """W = (P A Pᵀ)⁻¹, or None where it is not positive definite or can't be told from singular."""
+        """Computes W = (P A Pᵀ)⁻¹; None where it is not positive definite, or is singular up to rounding."""
         diagonal = curvature.diagonal()
         size = diagonal.abs().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         unit = 0.5 * (curvature + curvature.mT) / (size[:, None] * size)
-        # The 2-norm of a matrix of m x m roundings.
+        # A bound of the 2-norm of a matrix of m x m roundings.
         noise = 2 * len(unit) ** 0.5 * torch.finfo(self.q.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(unit)
         if failed:
@@ -267,17 +267,17 @@ class _Block:
         return inverse / (size[:, None] * size)
 
     def look_for_negative(self, curvature: Tensor) -> None:
-        """Whether P A Pᵀ is negative in some direction beyond rounding, by the directions' Rayleigh quotients."""
+        """Marks the rows as negative if a Rayleigh quotient of A in the span of the directions is, beyond rounding."""
         lower, failed = torch.linalg.cholesky_ex(_gram(self.p, self.p))
         if failed:
-            return  # directions that can't be told apart tell nothing; row by row it shows
+            return  # directions that are equal up to rounding show nothing; the row-wise iteration will
         half = torch.linalg.solve_triangular(lower, curvature, upper=False)
         quotients = torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
         self.negative |= self.going & bool(quotients[0] < -rounding(self.q.dtype) * float(self.largest))
         self.krylov.quotients = quotients
 
     def turn(self, gram: Tensor) -> None:
-        """Q = L (a new orthonormal q), coefficients ← coefficients L, p ← q + Lᵀ p."""
+        """Replaces q by an orthonormal one with q = L (new q), coefficients by coefficients L, and p by q + Lᵀ p."""
         if not gram.isfinite().all():
             return self.hand_over()
         d = self.q.shape[1]
@@ -298,7 +298,7 @@ class _Block:
         self.krylov.turn(factor)
 
     def judge(self) -> None:
-        """Which rows the recurrence says are done; and whether it makes headway."""
+        """Takes the rows off that the recurrence says are done; hands the rest over if it makes no progress."""
         norm = torch.linalg.vector_norm(self.coefficients, dim=1)
         if self.history is not None and self.steps >= len(self.history):
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
@@ -311,7 +311,7 @@ class _Block:
         largest = float(norm[self.going].max())
         self.since_lowest = 0 if largest < self.lowest else self.since_lowest + 1
         self.lowest = min(largest, self.lowest)
-        # Without rounding d/m steps end it, so ten times as many, as the default of maxiter, lead nowhere.
+        # Without rounding d/m steps end it: ten times as many, as the default of maxiter, show that it leads nowhere.
         if self.since_lowest > 10 * -(-self.q.shape[1] // self.coefficients.shape[1]):
             self.hand_over()
 
@@ -321,7 +321,7 @@ class _Block:
         self.going.zero_()
 
     def settle(self) -> None:
-        """The recurrence has ended: the rows in it are judged, and start again together where that may help."""
+        """Judges the rows of a recurrence that has ended, and starts them again together where that may help."""
         del self.q, self.p
         which = self.at_work.nonzero().flatten()
         self.begin(which, self.true_residual(which))
@@ -329,7 +329,7 @@ class _Block:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self, limit: int) -> None:
-        """Row-wise conjugate gradients for rows handed over, true residuals of those that ran out of iterations."""
+        """Runs row-wise conjugate gradients on rows handed over; computes true residuals where iterations ran out."""
         del self.q, self.p
         which = self.handed.nonzero().flatten()
         device = self.x.device
@@ -375,12 +375,12 @@ class _Block:
 
 
 class _Split(NamedTuple):
-    """N = factor Q with Q = inverse N, for rows N [m, d] and an orthonormal Q [n, d], n <= m.
+    """The matrices of N = factor Q and Q = inverse N, for rows N [m, d] and an orthonormal Q [n, d], n <= m.
 
     Attributes:
         factor: [m, n].
         inverse: [n, m].
-        accurate: whether Q will be orthonormal to half of the digits when it is computed so.
+        accurate: whether Q, computed in this way, will be orthonormal to half of the digits.
     """
 
     factor: Tensor
@@ -389,10 +389,10 @@ class _Split(NamedTuple):
 
 
 def _split(gram: Tensor, d: int, dtype: torch.dtype) -> _Split:
-    """Of rows N [m, d] in ``dtype`` with N Nᵀ = ``gram``, without the directions that are rounding of their rows."""
+    """Splits rows N [m, d] in ``dtype`` with N Nᵀ = ``gram``; leaves out directions that are only their rounding."""
     m = len(gram)
     eps = torch.finfo(dtype).eps
-    # Rounding of a sum of d terms grows as the square root of their number (Higham and Mary 2019).
+    # The rounding of a sum of d terms grows as the square root of d (Higham and Mary 2019).
     in_gram = d**0.5 * torch.finfo(torch.float64).eps
     negligible = m * max(in_gram, eps**2)
     size = gram.diagonal().sqrt()
@@ -421,7 +421,7 @@ def _tiles(rows: Tensor) -> Iterator[slice]:
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """A bᵀ in float64, on the host."""
+    """Computes a bᵀ in float64, and returns it on the host."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for part in _tiles(a):
         total.addmm_(a[:, part].double(), b[:, part].double().mT)
@@ -429,7 +429,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply(matrix: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Rows ← matrix rows (+ plus) in place; there must not become more of them."""
+    """Replaces rows by matrix rows (+ plus) in place; the result must not have more rows."""
     matrix, product = matrix.to(rows), rows[: len(matrix)]
     for part in _tiles(rows):
         tile = matrix @ rows[:, part] if plus is None else torch.addmm(plus[:, part], matrix, rows[:, part])

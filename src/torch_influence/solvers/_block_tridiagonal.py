@@ -1,4 +1,4 @@
-"""What block conjugate gradients see of the spectrum: the matrix that they make block by block."""
+"""The matrix that block conjugate gradients make block by block, and what it shows of the spectrum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LARGEST_EIGH = 500
 
 
 class BlockTridiagonal:
-    """T = Q A Qᵀ of all bases Q that a run has had: what the block has seen of A's spectrum.
+    """The matrix T = Q A Qᵀ for all bases Q that a run has had: what the block has seen of A's spectrum.
 
     With P_j = Q_j + L_jᵀ P_{j-1} and conjugate directions, D_j = P_j A P_jᵀ: Q_j A Q_jᵀ = D_j + L_jᵀ D_{j-1} L_j and
     Q_j A Q_{j-1}ᵀ = -L_jᵀ D_{j-1}. That is T = U D Uᵀ with a unit lower triangular U, so D's signs are those of T.
@@ -32,7 +32,7 @@ class BlockTridiagonal:
         self._factor = factor if self.runs[-1] else None
 
     def step(self, curvature: Tensor, sound: bool) -> None:
-        """A run ends, as far as this is concerned, where rounding may have changed the directions' curvature."""
+        """Adds a step's block, unless rounding may have changed the directions' curvature in this step or before."""
         self._open &= sound
         if self._open:
             self.runs[-1].append((curvature, self._factor))
@@ -45,7 +45,7 @@ class BlockTridiagonal:
         starts = [0]
         for curvature, _ in run:
             starts.append(starts[-1] + len(curvature))
-        if starts[-1] > _LARGEST_EIGH:  # its ends alone, at a fraction of the cost
+        if starts[-1] > _LARGEST_EIGH:  # only its ends, at a fraction of the cost
             whole = Multiplied(
                 lambda rows: self._times(run, starts, rows), torch.empty(starts[-1], dtype=torch.float64, device="cpu")
             )

@@ -31,7 +31,7 @@ from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rows import RowIteration, StepLog
 from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
 
-DIGITS_OF_RITZ = 0.1  # where rounding may have changed a step's length or its entry by more, it ends
+DIGITS_OF_RITZ = 0.1  # a Lanczos matrix ends where rounding may have changed a step's length or entry by more
 
 
 def cg(
@@ -144,7 +144,7 @@ def iterate(
     history: bool = False,
     unit: Tensor | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k]; nothing is warned of.
+    """Runs ``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k], without warnings.
 
     Rows and x stay in their ``unit``; a callback gets iterates without it.
     """
@@ -159,7 +159,7 @@ def iterate(
 
 
 class _State(RowIteration[CGScalars]):
-    """Of the rows at work: x, r, p and scalars as ``cg_step`` has them."""
+    """The state of the rows at work: x, r, p and scalars as ``cg_step`` has them."""
 
     vectors = ("r", "p")
 
@@ -182,7 +182,7 @@ class _State(RowIteration[CGScalars]):
         self.start()
 
     def begin(self, which: Tensor, r: Tensor) -> None:
-        """The next direction is the (preconditioned) residual."""
+        """(Re)starts rows with the (preconditioned) residual as their next direction."""
         self.r[which] = r
         self.row.active[which] = 1.0
         self.row.residual[which] = torch.inf  # unknown to the recurrence
@@ -204,7 +204,7 @@ class _State(RowIteration[CGScalars]):
         self.record(self.history)
 
     def stop_at_negative_curvature(self, q: Tensor) -> None:
-        """Takes rows off before the step that would follow a direction of negative curvature."""
+        """Stops rows before the step that would follow a direction of negative curvature."""
         stop = (self.row.active != 0) & ((self.p.double() * q.double()).sum(dim=1) <= 0)
         self.row.active.masked_fill_(stop, 0.0)
         self.row.negative.masked_fill_(stop, 1.0)
@@ -238,16 +238,16 @@ class _Log(StepLog[CGScalars]):
         return float(seen.min()), float(seen.max())
 
     def indefinite(self) -> Tensor:
-        """The rows that met p'Ap < 0, beyond rounding: [k]."""
+        """Tells which rows [k] have met p'Ap < 0, beyond rounding."""
         if not self.steps:
             return torch.zeros(self.k, dtype=torch.bool, device="cpu")
         quotients = self._quotients()[-1]
         return quotients.amin(dim=0) < -rounding(self.dtype) * quotients.abs().amax(dim=0)
 
     def _quotients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which steps were taken, α, β and the Rayleigh quotients of the directions: [m, k], β [m - 1, k].
+        """Computes which steps were taken, α, β and the Rayleigh quotients of the directions: [m, k], β [m - 1, k].
 
-        β is 0 where a row started anew. Steps that a row did not take repeat its first quotient.
+        β is 0 where a row started again. Steps that a row did not take repeat its first quotient.
         """
         stepped, values = self.unpack()
         m = len(stepped)
@@ -267,9 +267,9 @@ class _Log(StepLog[CGScalars]):
         return stepped, alpha, beta, torch.where(stepped, quotients, first)
 
     def _matrices(self, stepped: Tensor, alpha: Tensor, beta: Tensor, quotients: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest eigenvalue of each Lanczos matrix, [k].
+        """Computes the smallest and the largest eigenvalue of each Lanczos matrix, [k].
 
-        It has 1/α and β/α of the steps (Golub and Van Loan, section 11.3.5). Where A is indefinite or singular, p'Ap
+        Its entries come from 1/α and β/α (Golub and Van Loan, section 11.3.5). Where A is indefinite or singular, p'Ap
         near zero may have cancelled all digits of an entry: the matrix ends before that.
         """
         pivots, carried = 1 / alpha, beta / alpha[:-1]

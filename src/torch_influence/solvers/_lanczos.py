@@ -13,14 +13,14 @@ from torch import Tensor
 from torch_influence.linop import LinearOperator
 from torch_influence.solvers._base import Progress, norms, rounding
 
-ROWS_LOOKED_AT = 8  # All rows see one matrix: of a few its Lanczos matrix is looked at, of those that got furthest.
+ROWS_LOOKED_AT = 8  # All rows see one matrix: the Lanczos matrices of the few rows that saw most of it are enough.
 _SHIFTS = 64  # points at which a pass of bisection counts eigenvalues
 _ROWS_OF_A_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Tridiagonals:
-    """k symmetric tridiagonal matrices of order m.
+    """A set of k symmetric tridiagonal matrices of order m.
 
     Attributes:
         diagonal: [m, k], float64, on the CPU.
@@ -31,7 +31,7 @@ class Tridiagonals:
     squares: Tensor
 
     def extremes_of_each(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest eigenvalue of each, [k], by bisection with Sturm's count.
+        """Computes the smallest and the largest eigenvalue of each, [k], by bisection with Sturm's count.
 
         Source: Golub and Van Loan, Matrix Computations, section 8.4.1; here 64 points of the interval at a time.
         """
@@ -44,7 +44,7 @@ class Tridiagonals:
         return smallest[:k], -smallest[k:]
 
     def some_below(self, shifts: Tensor) -> Tensor:
-        """Whether there are eigenvalues below each of ``shifts`` [k, s], by Sturm's count."""
+        """Tells whether there are eigenvalues below each of ``shifts`` [k, s], by Sturm's count."""
         below = torch.zeros_like(shifts, dtype=torch.bool)
         pivot = torch.ones_like(shifts)
         tiny = torch.finfo(torch.float64).tiny
@@ -167,7 +167,7 @@ def lanczos(
         size = max(size, norm)  # a lower bound of |A|
         m = len(diagonal)
         invariant = beta <= noise * size
-        if m == limit or invariant or m % max(1, m // 8) == 0:  # the more there are, the more an eigh takes
+        if m == limit or invariant or m % max(1, m // 8) == 0:  # the larger the matrix, the rarer its eigh
             values, combination = torch.linalg.eigh(_tridiagonal(diagonal, off))
             errors = (beta * combination[-1]).abs()
             allowed = values.abs() if relative_to == "each" else values.abs().max()
@@ -190,7 +190,7 @@ def _tridiagonal(diagonal: Sequence[float], off: Sequence[float]) -> Tensor:
 
 
 class _Basis:
-    """Orthonormal rows. They lie in blocks, so that a row more does not copy the others."""
+    """Orthonormal rows. They are stored in blocks, so that adding a row does not copy the others."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
@@ -214,13 +214,13 @@ class _Basis:
         return self.blocks[row // _ROWS_OF_A_BLOCK][row % _ROWS_OF_A_BLOCK]
 
     def start(self, generator: torch.Generator) -> Tensor:
-        """A random unit row [1, d] that is orthogonal to all."""
+        """Draws a random unit row [1, d] that is orthogonal to all rows."""
         operator = self.operator
         row = torch.randn(1, operator.size, dtype=torch.float64, generator=generator, device=generator.device)
         return self._orthogonal(row.to(operator.device, operator.dtype))[0]
 
     def rest(self, product: Tensor, alpha: float, beta: float) -> tuple[Tensor, float]:
-        """What is left of A v when the rows are taken out of it, as a unit row, and its norm; v is the last row."""
+        """Makes A v orthogonal to the rows, v being the last; returns what is left as a unit row, and its norm."""
         rest = product - alpha * self.last(1)
         if beta:
             rest -= beta * self.last(2)
@@ -238,7 +238,7 @@ class _Basis:
         return row / (after if after else 1.0), after
 
     def combined(self, combination: Tensor, k: int) -> Tensor:
-        """The Ritz vectors of the k first and the k last of the columns [m, m]."""
+        """Computes the Ritz vectors of the k first and the k last columns of ``combination`` [m, m]."""
         m = combination.shape[1]
         chosen = combination if m <= 2 * k else torch.cat([combination[:, :k], combination[:, -k:]], dim=1)
         total = torch.zeros(chosen.shape[1], self.operator.size, dtype=self.operator.dtype, device=self.operator.device)

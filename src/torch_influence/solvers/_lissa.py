@@ -34,14 +34,14 @@ from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._series import Series
 from torch_influence.solvers._solver import Cost, Memo, Solver, row_bytes
 
-# Of an estimate, how much it may still have changed over the second half of its steps. On problems of benchmarks/ (d
-# to 7850, depths of 0.02 to 60 scale/damp) a change of 30 % went with 30 to 40 % of the solution still missing, one of
-# 15 % with 5 %; runs of enough depth, noise of any size, showed 0 to 5 %.
+# The share by which an estimate may still change over the second half of its steps. On problems of benchmarks/ (d to
+# 7850, depths of 0.02 to 60 scale/damp) a change of 30 % went with 30 to 40 % of the solution still missing, one of
+# 15 % with 5 %; runs of enough depth, with noise of any size, showed 0 to 5 %.
 _STILL_CHANGING = 0.3
 # No series whose terms shrink changes by more than half. Negative eigenvalues make them grow: by (eˣ - eˣᐟ²) / (eˣ - 1)
 # in depth = x scale/|λ| steps, 0.62 for x = 1.
 _GROWING = 0.6
-_MOSTLY_NOISE = 0.5  # a standard error of so much of the estimate, where no rtol was asked for
+_MOSTLY_NOISE = 0.5  # the largest standard error, relative to the estimate, where no rtol was asked for
 _STARTS = 10  # of a series with scale="auto", each with at least twice the scale
 
 
@@ -190,7 +190,7 @@ def lissa(
 
 
 def _in_users_units(callback: Callable[..., None] | None, unit: Tensor) -> Callable[..., None] | None:
-    """For one whose last argument is in ``unit`` [k, 1], and of the rows' shape."""
+    """Wraps a callback whose last argument is in ``unit`` [k, 1], so that the user gets it without a unit."""
     if callback is None:
         return None
     return lambda *where: callback(*where[:-1], where[-1] * (unit if where[-1].dim() == 2 else unit[0]))
@@ -213,7 +213,7 @@ def _check_counts(repeat: Any, depth: Any, rtol: float | None) -> None:
 
 
 def _failures(series: Series, method: str, spectrum: Spectrum | None) -> list[Warning]:
-    """Why rows are NaN."""
+    """Returns warnings that say why rows are NaN."""
     found: list[Warning] = []
     grown = series.failed & ~series.norm.isnan()
     k = len(grown)
@@ -245,7 +245,7 @@ def _failures(series: Series, method: str, spectrum: Spectrum | None) -> list[Wa
 
 
 def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
-    """By the eigenvalues of some minibatches, with the cure; empty if they don't tell."""
+    """Says why steps expand, by the eigenvalues of some minibatches, with the cure; empty if these don't show it."""
     smallest, largest = spectrum.smallest + shift, spectrum.largest + shift
     if not spectrum.known:
         return ""
@@ -270,7 +270,7 @@ def _negative_eigenvalues(spectrum: Spectrum, shift: float) -> str:
 def _shortcomings(
     series: Series, report: SolveReport, changing: Tensor, noisy: Tensor, spectrum: Spectrum | None
 ) -> list[Warning]:
-    """Of rows that have come to an end: negative curvature, too little depth, too few repeats."""
+    """Returns warnings for rows that have not failed: negative curvature, too little depth, too few repeats."""
     found: list[Warning] = []
     k, growing = len(changing), report.negative_curvature
     if spectrum is not None and growing.any():
@@ -284,7 +284,7 @@ def _shortcomings(
         )
     if changing.any():
         enough = ""
-        if series.shift > 0:  # what is left of the slowest mode then is exp(-3) of it
+        if series.shift > 0:  # then exp(-3) of the slowest mode is left
             enough = (
                 f" (3 scale/damp = {3 * series.scale / series.shift:.0f} are always enough without negative curvature)"
             )

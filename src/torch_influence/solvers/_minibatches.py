@@ -1,4 +1,4 @@
-"""What LiSSA draws its minibatches from, and the scale that they need."""
+"""The minibatches that LiSSA draws, and the scale that they need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPS_TO_EXPLAIN, _DIGITS_TO_EXPLAIN = 30, 0.02
 
 
 def system_of_minibatches(A: Any, B: Any) -> tuple[Sampled, float, Tensor]:
-    """Where minibatches come from, the damping that is common to them, and the right-hand sides as rows [k, d]."""
+    """Returns the source of minibatches, the damping that they share, and the right-hand sides as rows [k, d]."""
     rows = right_hand_sides(B)
     if isinstance(A, list | tuple):
         if not A:
@@ -59,13 +59,13 @@ class _Itself:
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """Of some minibatches, undamped.
+    """The extreme eigenvalues of some minibatches, undamped.
 
     Attributes:
         smallest: a Ritz value: some minibatch has an eigenvalue at or below it.
-        below: what the smallest eigenvalues may reach down to, by Lanczos' own error.
+        below: a lower bound of the smallest eigenvalues, by Lanczos' own error.
         largest: the largest eigenvalue, with that error added.
-        products: that it took.
+        products: how many products this took.
     """
 
     smallest: float
@@ -75,15 +75,15 @@ class Spectrum:
 
     @property
     def known(self) -> bool:
-        """Not if a product was not finite."""
+        """False if a product was not finite."""
         return math.isfinite(self.largest)
 
     def scale(self, shift: float) -> float:
-        """The norm of the damped minibatches: twice the least scale that makes no step expand."""
+        """Returns the norm of the damped minibatches: twice the smallest scale with which no step expands."""
         return max(abs(self.smallest + shift), abs(self.largest + shift)) or 1.0
 
     def joined(self, other: Spectrum) -> Spectrum:
-        """Of both."""
+        """Returns the extreme eigenvalues of both sets of minibatches together."""
         return Spectrum(
             min(self.smallest, other.smallest),
             min(self.below, other.below),
@@ -93,10 +93,10 @@ class Spectrum:
 
 
 def spectrum_of(minibatches: Iterable[LinearOperator], *, explain: bool = False) -> Spectrum:
-    """Extreme eigenvalues of these; more exactly if they are to ``explain`` what went wrong.
+    """Estimates the extreme eigenvalues of minibatches; more exactly if they must ``explain`` what went wrong.
 
     The largest is a Ritz value plus the bound of its error (Zhou and Li 2011, Bounding the spectrum of large Hermitian
-    matrices): in so few steps it may still be too small, as it is where the start has next to nothing of its vector.
+    matrices): in so few steps it may still be too small, namely if the start is nearly orthogonal to its vector.
     """
     found = Spectrum(math.inf, math.inf, -math.inf, 0)
     steps, digits = (_STEPS_TO_EXPLAIN, _DIGITS_TO_EXPLAIN) if explain else (_STEPS, _DIGITS)
@@ -108,7 +108,7 @@ def spectrum_of(minibatches: Iterable[LinearOperator], *, explain: bool = False)
             return Spectrum(math.nan, math.nan, math.nan, found.products + 1)
         values, errors = ritz.values.tolist(), ritz.errors.tolist()
         low, high = values[0], values[-1]
-        if low > -rounding(minibatch.dtype) * max(abs(low), abs(high)):  # none that is negative beyond rounding
+        if low > -rounding(minibatch.dtype) * max(abs(low), abs(high)):  # it is not negative beyond rounding
             low = max(low, 0.0)
         below = low - errors[0] if low < 0 else low
         found = found.joined(Spectrum(low, below, high + errors[-1], ritz.products))
@@ -116,11 +116,11 @@ def spectrum_of(minibatches: Iterable[LinearOperator], *, explain: bool = False)
 
 
 class AutoScale:
-    """The scale that a curvature's minibatches need: found in the first solve that asks, and kept for the next.
+    """The scale that a curvature's minibatches need; it is found in the first solve and kept for the next ones.
 
     Attributes:
-        spectrum: of the minibatches looked at, None before that.
-        products: that looking at them took.
+        spectrum: the eigenvalues of the minibatches looked at; None before the first.
+        products: how many products that took.
     """
 
     def __init__(self) -> None:
@@ -128,9 +128,9 @@ class AutoScale:
         self.products = 0
 
     def find(self, source: Sampled, progress: Progress | None = None) -> bool:
-        """Looks at a sample of minibatches, unless that has been done; false if a product is not finite.
+        """Finds the eigenvalues of a sample of minibatches, once; returns False if a product is not finite.
 
-        They are drawn by a generator of their own: the runs draw what they would with a scale that was given.
+        A generator of its own draws the sample, so that the runs draw the same minibatches as with a given scale.
         """
         if self.spectrum is None:
             sample = sample_of(source)
@@ -142,13 +142,13 @@ class AutoScale:
         return True
 
     def scale(self, shift: float) -> float | None:
-        """For minibatches damped by ``shift``; None if it is not known yet."""
+        """Returns the scale for minibatches damped by ``shift``; None if it is not known yet."""
         return None if self.spectrum is None else self.spectrum.scale(shift)
 
     def raised(self, minibatches: Iterable[LinearOperator], scale: float, shift: float) -> bool:
-        """After divergence at this scale in one of these minibatches: whether there is a larger one to try.
+        """Raises the scale after divergence in one of these minibatches; returns whether there is a larger one to try.
 
-        It is what they need, and twice the last at the least; there is none if their negative eigenvalues explain it.
+        It is the scale that they need, and at least twice the last; none helps if negative eigenvalues are the cause.
         """
         found = spectrum_of(minibatches)
         self.products += found.products
@@ -164,5 +164,5 @@ class AutoScale:
 
 
 def sample_of(source: Sampled) -> Iterator[LinearOperator]:
-    """The minibatches that are looked at: the same ones each time."""
+    """Yields the minibatches whose eigenvalues are found: the same ones each time."""
     return source.sampled(SAMPLED, torch.Generator().manual_seed(0))

@@ -31,8 +31,8 @@ from torch_influence.solvers._rows import RowIteration, StepLog
 from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
 
 _M_EXPECTED = "M: expected a symmetric positive definite preconditioner, got one with r'Mr <= 0 for a residual r"
-# Times eps^½: at how small an |Ar| / |A||r| it is asked whether a system is inconsistent. Where one is, that gets down
-# to 0.01 to 1 times eps^½ (3000 systems, condition 4 to 300, float32 and float64), and then grows again.
+# If |Ar| / |A||r| falls below this number times eps^½, it is tested whether a system is inconsistent. For those that
+# are, it falls to 0.01 to 1 times eps^½ (3000 systems, condition 4 to 300, float32 and float64) and grows again.
 _FLAT = 4
 
 
@@ -129,10 +129,10 @@ def minres(
 
 
 class _State(RowIteration[Rotations]):
-    """Of the rows at work: Lanczos vectors p with z = M p, M-orthonormal, and search directions w, times gamma.
+    """The state of the rows at work: Lanczos vectors p with z = M p, M-orthonormal, and search directions gamma w.
 
-    With a preconditioner the norm that the rotations give is r'Mr, which says nothing of |r|; so r, over its first
-    norm, has a recurrence of its own.
+    With a preconditioner the norm that the rotations give is r'Mr, which does not show |r|; so r, divided by its
+    first norm, has a recurrence of its own.
     """
 
     p: Tensor
@@ -159,8 +159,8 @@ class _State(RowIteration[Rotations]):
         self.precondition, self.history = precondition, history
         self.row.asks.fill_(float(asks))
         self.waiting = torch.zeros_like(self.converged)
-        self.unavoidable = torch.zeros_like(self.first)  # where no x solves, the least residual of any
-        self.kept: Tensor | None = None  # of the starts the one with the least residual; None: zero
+        self.unavoidable = torch.zeros_like(self.first)  # the least residual of any x, where none solves the system
+        self.kept: Tensor | None = None  # the start with the least residual; None: zero
         self.least, self.kept_residual = (torch.full_like(self.first, torch.inf) for _ in range(2))
         self.vectors = ("p", "p_before", "w", "w_before") + (() if precondition is None else ("z", "r"))
         for name in self.vectors:
@@ -224,7 +224,7 @@ class _State(RowIteration[Rotations]):
         super().settle()
 
     def measured(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """What is least, (r'Mr)^½, 0 where that is negative; and z = M r."""
+        """Computes the norm that MINRES minimises, (r'Mr)^½, 0 where r'Mr is negative; and z = M r."""
         if self.precondition is None:
             return norms(r), r
         z = self.precondition(r).detach()
@@ -252,14 +252,14 @@ class _State(RowIteration[Rotations]):
             self.kept[which] = self.all_x[which]
 
     def put_back(self, which: Tensor, phi: Tensor) -> None:
-        """The best start's x, in rows whose residual is no less now."""
+        """Puts back the best start's x, in rows whose residual is no smaller now."""
         which = which[phi > self.least[which]]
         if len(which):
             self.all_x[which] = 0.0 if self.kept is None else self.kept[which]
             self.residual[which] = self.kept_residual[which]
 
     def resume(self) -> bool:
-        """Where Ar is small it is asked whether the system is inconsistent, of all such rows together."""
+        """Tests, for all rows with a small Ar together, whether their system is inconsistent; restarts the others."""
         which = self.waiting.nonzero().flatten()
         if not len(which):
             return False
@@ -276,11 +276,11 @@ class _State(RowIteration[Rotations]):
         return len(again) > 0
 
     def least_of_any(self, which: Tensor, r: Tensor) -> Tensor:
-        """The norm [k] of b - Ax for any x at all: at least b'z / |z| for a null vector z of A; 0 if none was found.
+        """Bounds |b - Ax| from below for any x, [k]: by b'z / |z| for a null vector z of A; 0 if none was found.
 
-        M r is one but for its part in the range of A. The least |r| tells of that part down to half of the digits only,
-        since |r|² has its square. So z is freed from it first, by A y = A z, which is consistent. Az is computed from
-        its definition.
+        M r is a null vector, apart from its part in the range of A. Minimising |r| removes that part only down to half
+        of the digits, since |r|² has its square. So it is removed from z first, by solving A y = A z, which is
+        consistent. Az is computed from its definition.
         """
         row = self.log.names(*self.all_scalars)
         largest, small = row.largest[which], rounding(r.dtype)
@@ -324,7 +324,7 @@ class _Log(StepLog[Rotations]):
         return float(smallest.min()), float(largest.max())
 
     def indefinite(self) -> Tensor:
-        """The rows that have met a Ritz value below zero, beyond rounding: [k]."""
+        """Tells which rows [k] have met a Ritz value below zero, beyond rounding."""
         matrices, some = self.matrices()
         negative = torch.zeros_like(some)
         if some.any():
@@ -334,9 +334,9 @@ class _Log(StepLog[Rotations]):
         return negative
 
     def matrices(self) -> tuple[Tridiagonals, Tensor]:
-        """The Lanczos matrices of the rows that took a step, and which these are, [k].
+        """Returns the Lanczos matrices of the rows that took a step, and a mask [k] of these rows.
 
-        Where a row started anew, another block begins. Steps that a row did not take repeat its first entry.
+        Where a row started again, another block begins. Steps that a row did not take repeat its first entry.
         """
         if not self.steps:
             none = torch.zeros(self.k, dtype=torch.bool, device="cpu")
@@ -351,12 +351,12 @@ class _Log(StepLog[Rotations]):
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """One number per row, [k] -> [k, 1], in the rows' dtype."""
+    """Turns one number per row, [k], into a column [k, 1] in the rows' dtype."""
     return values.to(like.dtype)[:, None]
 
 
 def _dot(a: Tensor, b: Tensor, spare: Tensor) -> Tensor:
-    """Of each row the product a'b, float64; ``spare`` is like them, and written to."""
+    """Computes a'b of each row, float64; ``spare`` is a tensor like them, and is written to."""
     if a.dtype.itemsize < 4:
         return (a.double() * b.double()).sum(dim=1)
     return torch.mul(a, b, out=spare).sum(dim=1).double()

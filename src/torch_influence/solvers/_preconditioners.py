@@ -1,4 +1,4 @@
-"""Preconditioners: what conjugate gradients take as M, and recipes for it (Jacobi, randomized Nyström)."""
+"""Preconditioners: the forms of M that conjugate gradients take, and recipes for M (Jacobi, randomized Nyström)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preconditioner(Protocol):
     """A recipe: makes M of the operator that it is to precondition."""
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """An approximate inverse of the operator, up to a factor; symmetric positive definite.
+        """Makes an approximate inverse of the operator, up to a factor; symmetric positive definite.
 
         The solver hands over its operator, ``Damped`` as it is, behind a wrapper that counts the products made.
         """
@@ -70,7 +70,7 @@ class Jacobi:
             raise ValueError(f"probes: expected an integer >= 2, got {self.probes!r}")
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """M.
+        """Makes M.
 
         Raises:
             ValueError: the diagonal has no positive entry, or is not finite.
@@ -137,7 +137,7 @@ class Nystrom:
             raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
 
     def of(self, operator: LinearOperator) -> LinearOperator:
-        """M.
+        """Makes M.
 
         Raises:
             ValueError: a product is not finite.
@@ -185,12 +185,12 @@ def rows_of(M: Any) -> int:
 
 
 def is_recipe(M: Any) -> bool:
-    """Whether M is a Preconditioner; an operator may happen to have a method of the same name."""
+    """Tells whether M is a Preconditioner, and not an operator that happens to have a method of the same name."""
     return isinstance(M, Preconditioner) and not isinstance(M, LinearOperator | type)
 
 
 def as_preconditioner(M: Any, operator: LinearOperator, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Rows [k, d] to M times each, whatever M is given as; and how many products with A a recipe has made."""
+    """Returns a function that multiplies rows [k, d] by M, in whatever form M is, and a recipe's number of products."""
     d = rows.shape[1]
     if is_recipe(M):
         base, shift = base_and_shift(operator)
@@ -246,7 +246,7 @@ class _Scaled(LinearOperator):
 
 
 class _Deflated(LinearOperator):
-    """I + Uᵀ diag(changes) U with orthonormal rows U [m, d] and changes [m] > -1."""
+    """The matrix I + Uᵀ diag(changes) U with orthonormal rows U [m, d] and changes [m] > -1."""
 
     def __init__(self, vectors: Tensor, changes: Tensor) -> None:
         self.vectors, self.changes = vectors, changes
@@ -257,7 +257,7 @@ class _Deflated(LinearOperator):
 
 
 class _Counted(LinearOperator):
-    """An operator whose products are counted."""
+    """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator, self.products = operator, 0
@@ -275,7 +275,7 @@ class _Counted(LinearOperator):
 
 
 def exact_diagonal(operator: LinearOperator) -> Tensor:
-    """The diagonal [d], by products with all unit rows."""
+    """Computes the diagonal [d] by products with all unit rows."""
     d = operator.size
     diagonal = torch.empty(d, dtype=operator.dtype, device=operator.device)
     for part in torch.arange(d, device=operator.device).split(max(1, _ENTRIES // d)):
@@ -288,9 +288,9 @@ def exact_diagonal(operator: LinearOperator) -> Tensor:
 def estimated_diagonal(
     operator: LinearOperator, probes: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Hutchinson's estimate of the diagonal, [d], unbiased, and its standard error, [d], from the probes' spread.
+    """Makes Hutchinson's unbiased estimate of the diagonal, [d], and its standard error, [d], from the probes' spread.
 
-    Signs are orthonormal up to a factor, so z ⊙ A z estimates without division by z ⊙ z.
+    The probes z are random signs, so z ⊙ z is 1 and z ⊙ A z needs no division by it.
     """
     generator = generator or torch.Generator().manual_seed(0)
     d, step = operator.size, max(1, _ENTRIES // operator.size)
@@ -309,7 +309,7 @@ def estimated_diagonal(
 
 
 def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Λ [rank], float64, descending, >= 0, and orthonormal rows U [rank, d] with H ≈ Uᵀ Λ U: algorithm 2.1."""
+    """Computes Λ [rank], float64, descending, >= 0, and orthonormal rows U [rank, d], H ≈ Uᵀ Λ U: algorithm 2.1."""
     generator = generator or torch.Generator().manual_seed(0)
     d, dtype, device = operator.size, operator.dtype, operator.device
     wide = torch.promote_types(dtype, torch.float32)
@@ -327,10 +327,10 @@ def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | N
         return torch.zeros(rank, dtype=torch.float64, device=device), basis.to(dtype)
     core = _gram(basis, sketch)
     s, v = torch.linalg.eigh(0.5 * (core + core.mT))
-    # Twice what makes it definite. Shifted by just that, a direction is left with no curvature at all in the core, but
-    # not in H: it would stand out of the approximation with an eigenvalue beyond all bounds.
+    # Twice the shift that makes the core definite. With just that shift, a direction would have no curvature in the
+    # core but some in H: its eigenvalue in the approximation would have no bound.
     nu = max(rounding(wide) * size, -2 * float(s[0]))
-    # Any root of the core will do in place of Cholesky's; this one is there even where the core is all but singular.
+    # Any root of the core can replace Cholesky's; this one exists even where the core is nearly singular.
     root = v / (s + nu).sqrt()
     half = root.mT.to(sketch) @ sketch.add_(basis, alpha=nu)
     del basis, sketch
@@ -341,7 +341,7 @@ def low_rank(operator: LinearOperator, rank: int, generator: torch.Generator | N
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """A Bᵀ in float64, on the host."""
+    """Computes a bᵀ in float64, and returns it on the host."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     step = max(1, _ENTRIES // len(a))
     for some, others in zip(a.split(step, dim=1), b.split(step, dim=1), strict=True):

@@ -14,10 +14,10 @@ _ROWS_SHOWN = 8
 
 
 class Extremes(Protocol):
-    """Knows eigenvalue estimates that take a moment to compute."""
+    """An object that can compute eigenvalue estimates when they are asked for."""
 
     def extremes(self) -> tuple[float, float]:
-        """The smallest and the largest."""
+        """Returns the smallest and the largest."""
         ...
 
 
@@ -99,18 +99,18 @@ class SolveReport:
         return plot.solves(self, ax=ax)
 
     def without(self, lost: Tensor) -> SolveReport:
-        """The same, where some solutions [k] did not survive what came after the iterations."""
+        """Returns the same report with some solutions [k], which were lost after the iterations, marked as failed."""
         return dataclasses.replace(
             self, converged=self.converged & ~lost, residual=self.residual.masked_fill(lost, torch.nan)
         )
 
     def condensed(self) -> SolveReport:
-        """The same, with the eigenvalues in place of what they are computed from."""
+        """Returns the same report with eigenvalues already computed, so that it holds no vectors or logs."""
         return self if self.krylov is None else dataclasses.replace(self, krylov=Seen([], self.eigenvalues))
 
     @classmethod
     def joined(cls, reports: Sequence[SolveReport]) -> SolveReport:
-        """One report of right-hand sides that were solved in parts."""
+        """Joins the reports of right-hand sides that were solved in parts into one."""
         if len(reports) == 1:
             return reports[0]
 
@@ -138,7 +138,7 @@ class SolveReport:
         )
 
     def summary(self) -> str:
-        """In a line."""
+        """Says in one line how the solve went."""
         k = len(self.iterations)
         if k == 0:
             return f"{self.method}: no right-hand sides"
@@ -156,7 +156,7 @@ class SolveReport:
         return ", ".join([*parts, f"{self.seconds:.2f} s"])
 
     def _table(self) -> list[str]:
-        """The rows, the worst first where they are too many to show."""
+        """Lists the rows as lines of a table; only the worst ones where there are too many to show."""
         k = len(self.iterations)
         if k == 0:
             return []
@@ -187,13 +187,13 @@ class SolveReport:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """The eigenvalues that several have seen."""
+    """The eigenvalues that several parts of a solve have seen."""
 
     parts: Sequence[Extremes]
     besides: tuple[float, float] = (float("nan"), float("nan"))
 
     def extremes(self) -> tuple[float, float]:
-        """The smallest and the largest of them all."""
+        """Returns the smallest and the largest of them all."""
         seen = [self.besides, *(part.extremes() for part in self.parts)]
         known = [pair for pair in seen if pair[0] == pair[0]] or [self.besides]
         return min(pair[0] for pair in known), max(pair[1] for pair in known)

@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 class Rotations(NamedTuple):
-    """What MINRES knows of each row at work, float64 [k]; the letters are those of the papers.
+    """The scalars of MINRES for each row at work, float64 [k]; the letters are those of the papers.
 
-    The Lanczos matrix T has a column (beta, alpha, beta of the next step), of which two rotations make a column
-    (epsilon, above, gamma) of R, and what is left for the next two.
+    The Lanczos matrix T has a column (beta, alpha, beta of the next step). Two rotations turn it into a column
+    (epsilon, above, gamma) of R, and leave entries of the next two.
 
     Attributes:
         active, tolerance, iterations: see ``RowScalars``.
-        residual: |b - Ax| by the recurrence; NaN once something was not finite.
+        residual: |b - Ax| by the recurrence; NaN after something was not finite.
         largest: a lower bound of |A|.
-        stationary: 1 where |Ar| has become small beside |A||r|: then |r| gets no smaller.
-        asks: 1 where half of the digits are small enough for that, 0 where it must be all of them.
+        stationary: 1 where |Ar| has become small relative to |A||r|: then |r| gets no smaller.
+        asks: 1 where "small" is half of the digits, 0 where it is all of them.
         misled: 1 where r'Mr was negative beyond rounding.
         size: |b - Ax| at the (re)start.
         alpha, beta: of the last step; beta is the one beside the next alpha.
         cosine, sine: of the last rotation.
-        delta, epsilon: left of the next column, and of the one after it.
-        phi: the residual's norm, in M's norm with M.
+        delta, epsilon: the entries left of the next column, and of the one after it.
+        phi: the residual's norm; with M, its norm in M.
         gamma, gamma_before: the last two diagonal entries of R.
         norm: of the largest column of T, a lower bound of its norm.
     """
@@ -51,7 +51,7 @@ class Rotations(NamedTuple):
     norm: Tensor
 
     def begin(self, which: Tensor, size: Tensor, phi: Tensor) -> None:
-        """(Re)starts in these rows (a mask), in place."""
+        """(Re)starts these rows (a mask), in place."""
         for zero in (self.stationary, self.alpha, self.beta, self.sine, self.delta, self.epsilon):
             zero[which] = 0.0
         for one in (self.active, self.gamma, self.gamma_before):
@@ -61,14 +61,14 @@ class Rotations(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Of a step, [k] each; rows that it leaves alone have zeros.
+    """The coefficients of a step, [k] each; zero for rows that it does not change.
 
     Attributes:
         sound: whether the row is at work and all is finite.
         moved: whether x moves.
-        w, w_before: the next w, times gamma, is z + w_before w_before + w w.
-        x: by which multiple of it x moves.
-        p: what the next Lanczos vector is divided by.
+        w, w_before: the next w, times gamma, is z plus these multiples of the last w and the one before it.
+        x: the multiple of the next w, times gamma, that is added to x.
+        p: the divisor of the next Lanczos vector.
     """
 
     sound: Tensor
@@ -82,18 +82,18 @@ class Lengths(NamedTuple):
 def rotate(row: Rotations, alpha: Tensor, square: Tensor, eps: float, flat: float) -> tuple[Rotations, Lengths]:
     """Takes a new column of T into the factorisation.
 
-    Before it is used for a step, |Ar| = phi |(gamma_bar, delta)| of the x at hand is known. Where that is small no step
-    is taken: it would be rounding, or soon led by it.
+    Before it is used for a step, |Ar| = phi |(gamma_bar, delta)| of the present x is known. Where that is small no step
+    is taken: it would consist of rounding, or lead to steps that do.
 
     Args:
         row: of the step before.
         alpha: the diagonal entry of the new column.
-        square: of the entry below it; negative where M is not positive definite.
-        eps: below which |Ar| / |A||r| is rounding.
-        flat: below which it is small, where ``row.asks``; elsewhere that is ``eps``.
+        square: the square of the entry below it; negative where M is not positive definite.
+        eps: the limit below which |Ar| / |A||r| is rounding.
+        flat: the limit below which it is small, where ``row.asks``; elsewhere ``eps`` is.
 
     Returns:
-        ``row`` after the step, residual and active aside, where the step is sound; and the vectors' coefficients.
+        ``row`` after the step, without residual and active, valid where the step is sound; and the coefficients.
 
     Source:
         Paige and Saunders (1975); |Ar| as in Choi, Paige and Saunders (2011).

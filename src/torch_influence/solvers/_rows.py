@@ -16,21 +16,21 @@ from torch_influence.solvers._report import SolveReport
 
 
 class RowScalars(Protocol):
-    """What is known of each row at work, each float64 [k]; a method has more of them."""
+    """The scalars that every method has of each row at work, each float64 [k]; a method adds its own."""
 
     @property
     def active(self) -> Tensor:
-        """1 where the row is at work, else 0: it is done, or has broken down."""
+        """The flag 1 where the row is at work; 0 where it is done or has broken down."""
         ...
 
     @property
     def tolerance(self) -> Tensor:
-        """The row is done as soon as the recurrence's residual norm is within it."""
+        """The residual norm, by the recurrence, at which the row is done."""
         ...
 
     @property
     def iterations(self) -> Tensor:
-        """Steps taken."""
+        """The number of steps taken."""
         ...
 
 
@@ -38,7 +38,7 @@ S = TypeVar("S", bound=RowScalars)
 
 
 class StepLog(abc.ABC, Generic[S]):
-    """The scalars of every step, on the device until they are asked for, since an iteration must not wait for them."""
+    """A log of the scalars of every step; they stay on the device until they are read, so that no iteration waits."""
 
     def __init__(self, k: int, dtype: torch.dtype, names: Callable[..., S], preconditioned: bool) -> None:
         self.k, self.dtype, self.names, self.preconditioned = k, dtype, names, preconditioned
@@ -49,15 +49,15 @@ class StepLog(abc.ABC, Generic[S]):
         return len(self.steps)
 
     def start(self, which: Tensor, value: Tensor) -> None:
-        """Rows that (re)start before the next step, and what else is to be known of it."""
+        """Logs rows that (re)start before the next step, with a number of the method's for each."""
         self.starts.append((len(self.steps), which, value))
 
     def step(self, which: Tensor, scalars: Tensor) -> None:
-        """The scalars [n, len(which)] after a step of these rows."""
+        """Logs the scalars [n, len(which)] after a step of these rows."""
         self.steps.append((which, scalars.clone()))
 
     def unpack(self) -> tuple[Tensor, S]:
-        """Which rows took each step, [m, k], and the scalars after it, [m, k] each, of those that did."""
+        """Returns which rows took each step, [m, k], and their scalars after it, [m, k] each."""
         every = torch.zeros(len(self.steps), len(self.steps[0][1]), self.k, dtype=torch.float64, device="cpu")
         for entry, (which, scalars) in zip(every, self.steps, strict=True):
             entry[:, which.cpu()] = scalars.cpu()
@@ -67,7 +67,7 @@ class StepLog(abc.ABC, Generic[S]):
         return values.iterations > before, values
 
     def begins(self) -> Tensor:
-        """Where rows have started anew, [m + 1, k]."""
+        """Tells before which steps rows have (re)started, [m + 1, k]."""
         m = len(self.steps)
         begins = torch.zeros(m + 1, self.k, dtype=torch.bool, device="cpu")
         for at, which, _ in self.starts:
@@ -75,7 +75,7 @@ class StepLog(abc.ABC, Generic[S]):
         return begins
 
     def history(self, first: Tensor, size: Tensor) -> Tensor:
-        """The report's: the first residual norms [k], and those after each step, relative to ``size`` [k]."""
+        """Returns the history for the report: the residual norms at first and after each step, relative to ``size``."""
         first, size = first.cpu(), size.cpu()
         found = first[None]
         if self.steps:
@@ -85,23 +85,23 @@ class StepLog(abc.ABC, Generic[S]):
 
     @abc.abstractmethod
     def residuals(self, values: S) -> Tensor:
-        """The recurrence's residual norms among the scalars."""
+        """Picks, or computes, the recurrence's residual norms from the scalars."""
 
     @abc.abstractmethod
     def extremes(self) -> tuple[float, float]:
-        """The smallest and the largest eigenvalue that all rows have seen."""
+        """Returns the smallest and the largest eigenvalue that the rows have seen."""
 
 
 class RowIteration(abc.ABC, Generic[S]):
     """A method that solves A x = b for each row by a recurrence of its own, with one product for all rows at work.
 
-    Of all rows: x and the report's entries. Of those still at work: ``vectors``, and scalars [n, k], which ``row`` has
-    by name. A row leaves as soon as it is done: b - Ax is then computed from its definition and judges; what rounding
-    had fooled starts again from there, until that no longer helps.
+    It keeps x and the report's entries for all rows; ``vectors`` and scalars [n, k], which ``row`` has by name, only
+    for rows at work. A row leaves as soon as it is done: it is then judged by b - Ax, computed from its definition. If
+    rounding has misled the recurrence the row starts again from there, until that no longer helps.
     """
 
-    vectors: tuple[str, ...]  # names of the attributes [k, d] that the rows at work have
-    unit: Tensor | None = None  # of the rows, [k, 1], where they have been brought into range
+    vectors: tuple[str, ...]  # names of the attributes [k, d] that exist for rows at work
+    unit: Tensor | None = None  # the rows' units, [k, 1], if they have been divided by these
 
     def __init__(
         self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, log: StepLog[S], scalars: Tensor
@@ -123,36 +123,36 @@ class RowIteration(abc.ABC, Generic[S]):
 
     @abc.abstractmethod
     def begin(self, which: Tensor, r: Tensor) -> None:
-        """(Re)starts the recurrence in these of the rows at work (a mask) with their true residuals r."""
+        """(Re)starts the recurrence in some of the rows at work (``which`` is a mask), with their true residuals r."""
 
     @abc.abstractmethod
     def step(self) -> None:
-        """One iteration of all rows at work; turns ``row.active`` off where a row is done or has broken down."""
+        """Does one iteration of all rows at work; turns ``row.active`` off where a row is done or has broken down."""
 
     @abc.abstractmethod
     def done(self) -> Tensor:
-        """Of the rows at work those whose recurrence says that they are done, by the step's own comparison."""
+        """Tells which rows at work are done according to the recurrence, by the same comparison as in the step."""
 
     @abc.abstractmethod
     def largest(self, row: S) -> Tensor:
-        """A lower bound of |A| that each row has met."""
+        """Returns a lower bound of |A| from each row."""
 
     @abc.abstractmethod
     def broken(self, row: S) -> Tensor:
-        """The rows that have met a product, or a right-hand side, that is not finite."""
+        """Tells which rows have met a product, or a right-hand side, that is not finite."""
 
     def judged(self, which: Tensor, r: Tensor) -> None:
-        """Told of those of the rows at work (a mask) that were judged, by their true residuals r."""
+        """Called after rows at work (``which`` is a mask) have been judged by their true residuals r."""
 
     def given_up(self, which: Tensor, r: Tensor) -> None:
-        """Told of those rows (by number) that ran out of iterations or broke down, and of their true residuals r."""
+        """Called with the rows (by number) that ran out of iterations or broke down, and their true residuals r."""
 
     def resume(self) -> bool:
-        """Called when no row is left at work: whether some of them begin again."""
+        """Called when no row is left at work; returns whether some rows begin again."""
         return False
 
     def start(self) -> None:
-        """Lets go of the rows that the first guess solves and begins with the others."""
+        """Takes the rows off that the first guess solves, and begins with the others."""
         r = self.true_residual(self.at_work) if self.guessed else self.b
         self.first = norms(r)
         self.converged = self.within(self.first, self.at_work)
@@ -169,7 +169,7 @@ class RowIteration(abc.ABC, Generic[S]):
         describe: str,
         callback: Callable[[np.ndarray], object] | None = None,
     ) -> None:
-        """Up to ``limit`` iterations; ``callback`` gets each unfinished row's iterate after each."""
+        """Runs up to ``limit`` iterations; ``callback`` gets each unfinished row's iterate after each."""
         steps: Iterable[int] = range(limit)
         if progress is not None:
             steps = progress(steps, describe, None)  # no total: it stops long before the limit
@@ -194,24 +194,24 @@ class RowIteration(abc.ABC, Generic[S]):
         return self.b[which] - self.product(self.all_x[which])
 
     def stepped(self) -> Tensor:
-        """The iterates of the last step, without the rows that broke down in it."""
+        """Returns the iterates after the last step, without the rows that broke down in it."""
         which = (self.row.active != 0) | self.done()
         return self.x[which] if self.unit is None else self.x[which] * self.unit[self.at_work[which]]
 
     def record(self, history: bool) -> None:
-        """To be called after each step."""
+        """Logs a step and adjusts the tolerances to rounding; a method calls it after each step."""
         self.steps += 1
-        if self.steps % LOOKS_EVERY == 0:  # below a rounding of b - Ax the recurrence has no meaning: then it is judged
+        if self.steps % LOOKS_EVERY == 0:  # below the rounding of b - Ax the recurrence means nothing: rows are judged
             floor = smallest_residual(self.largest(self.row), self.x, self.b[self.at_work])
             self.row.tolerance.copy_(torch.maximum(self.aim[self.at_work], floor))
         if history or len(self.log) <= self.b.shape[1]:  # d steps exhaust the space: there is no more to be seen
             self.log.step(self.at_work, self.scalars)
 
     def some_stopped(self, wait: bool) -> bool:
-        """Whether some row at work is done or has broken down.
+        """Tells whether some row at work is done or has broken down.
 
-        To tell, the host must wait for the device. A GPU would run dry meanwhile, so unless asked to ``wait`` this
-        answers for the step before, whose answer is there, while the device is busy with the last one.
+        To know that, the host must wait for the device. A GPU would be idle meanwhile, so without ``wait`` it answers
+        for the step before, which has ended, while the device is busy with the last one.
         """
         if wait or not self.x.is_cuda:
             return not bool(self.row.active.all())
@@ -226,12 +226,12 @@ class RowIteration(abc.ABC, Generic[S]):
         return not bool(before[0])
 
     def settle(self) -> None:
-        """Lets go of the rows that have stopped.
+        """Takes the rows off that have stopped.
 
-        Those done are judged by their true residual: what only seemed to be done starts again from there, unless that
-        has ceased to help. (To replace the residual and keep the direction, earlier and by the criterion of van der
-        Vorst and Ye, takes 2 % less to 15 % more products near the limit of float32 and float64.) Those that broke
-        down are judged at the end.
+        Rows that are done are judged by their true residual: those that only seemed to be done start again from there,
+        unless that has ceased to help. (To replace the residual and keep the direction, earlier and by the criterion of
+        van der Vorst and Ye, takes 2 % less to 15 % more products near the limit of float32 and float64.) Rows that
+        broke down are judged at the end.
         """
         self.late = None
         self.write_back()
@@ -249,7 +249,7 @@ class RowIteration(abc.ABC, Generic[S]):
             if goes_on.any():
                 again = check.clone()
                 again[check] = goes_on
-                self.aim[which[goes_on]] *= 0.5  # or what rounding took from it this time would be missing again
+                self.aim[which[goes_on]] *= 0.5  # otherwise the digits that rounding has taken would be missing again
                 self.row.tolerance[again] = self.aim[which[goes_on]]
                 self.begin(again, r[goes_on])
         self.keep(self.row.active != 0)
@@ -272,7 +272,7 @@ class RowIteration(abc.ABC, Generic[S]):
         self.row = self.log.names(*self.scalars)
 
     def take(self, which: Tensor) -> None:
-        """Only these rows (by number) are at work, and are to begin."""
+        """Puts only these rows (by number) to work; the method must then begin them."""
         self.write_back()
         self.at_work = which
         self.x, self.scalars = self.all_x[which], self.all_scalars[:, which]
@@ -281,7 +281,7 @@ class RowIteration(abc.ABC, Generic[S]):
         self.row = self.log.names(*self.scalars)
 
     def give_up(self) -> None:
-        """The true residual of rows that ran out of iterations or broke down; none where a product was not finite."""
+        """Computes true residuals of rows that ran out of iterations or broke down; NaN if a product was not finite."""
         self.write_back()
         unknown = ~self.converged & self.broken(self.log.names(*self.all_scalars))
         self.residual[unknown] = torch.nan

@@ -1,4 +1,4 @@
-"""The runs of LiSSA: its steps, the watch over them, and what they tell of the estimate's quality."""
+"""The runs of LiSSA: its steps, the checks that they don't diverge, and measures of the estimate's quality."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch_influence.ops import lissa_step
 from torch_influence.solvers._base import Progress, norms
 from torch_influence.solvers._minibatches import AutoScale
 
-_GROWTH = 10  # beyond (t + 1)|b|: what a minibatch or two may do that the others make up for
+_GROWTH = 10  # allowed beyond (t + 1)|b|: one or two minibatches may expand, and the others make up for it
 _SEGMENTS = 4  # of the second half of a run, whose changes are compared
 
 
 class Series:
-    """Runs of the recursion, all rows at once, and running sums over them.
+    """The runs of the recursion, for all rows at once, and running sums over them.
 
     Args:
         rows: b, [k, d].
@@ -26,8 +26,8 @@ class Series:
         auto: asked for a larger scale when a row has grown.
 
     Attributes:
-        failed: [k], rows that have grown beyond what steps that don't expand can do, or are not finite: NaN from then.
-        norm: [k], |h| of these when that was noticed; NaN also for a right-hand side that is not finite.
+        failed: [k], rows that are not finite, or larger than steps that don't expand can make them; they become NaN.
+        norm: [k], |h| of these rows when that was noticed; NaN also for a right-hand side that is not finite.
         where: (run, step) of the first of them; None if there is none.
         recent: the last minibatches.
         again: ``auto`` has a larger scale to start over with.
@@ -44,7 +44,7 @@ class Series:
         self.norm = torch.zeros_like(self.size).masked_fill(self.failed, torch.nan)
         self.where: tuple[int, int] | None = None
         self.iterations = torch.zeros(k, dtype=torch.int64, device="cpu")
-        self.recent: collections.deque[LinearOperator] = collections.deque(maxlen=2)  # a GPU's answer is a step late
+        self.recent: collections.deque[LinearOperator] = collections.deque(maxlen=2)  # a GPU answers a step late
         self.again = False
         self.over = bool(self.failed.any()) and not self.at_work.any()
         self.runs = self.products = 0
@@ -60,11 +60,11 @@ class Series:
 
     @property
     def at_work(self) -> Tensor:
-        """[k], rows that have not failed and are not zero anyway."""
+        """The rows, as a mask [k], that have not failed and whose right-hand side is not zero."""
         return (self.size > 0) & ~self.failed
 
     def lose_all(self) -> None:
-        """The curvature is not finite: there is no answer for any row."""
+        """Marks all rows as failed, since the curvature is not finite."""
         self.failed[:], self.norm[:], self.over = True, torch.nan, True
 
     def run(
@@ -75,7 +75,7 @@ class Series:
         callback: Callable[[int, int, Tensor], None] | None,
         progress: Progress | None,
     ) -> Tensor:
-        """One more run: its h, [k, d]."""
+        """Makes one more run and returns its h, [k, d]."""
         number = self.runs
         h = self.rows.clone()
         if self.failed.any():
@@ -110,7 +110,7 @@ class Series:
 
     def _add(self, h: Tensor) -> None:
         self.change.add_(h)
-        if self.runs:  # Welford's recurrence: the difference of two sums of squares would have lost the digits
+        if self.runs:  # Welford's recurrence: the difference of two sums of squares would lose the digits
             deviation = norms(self.total.sub(h, alpha=self.runs / self.scale)) / self.runs
             self.spread += deviation.square() * (self.runs / (self.runs + 1))
         self.total.add_(h, alpha=1.0 / self.scale)
@@ -119,7 +119,7 @@ class Series:
     # -- the watch ----------------------------------------------------------------------------------------------------
 
     def _known(self, step: int, squares: Tensor) -> tuple[int, Tensor] | None:
-        """The last step whose |h|² the host can have without waiting for the device, and these, [k]."""
+        """Returns the last step whose |h|² the host can have without waiting for the device, and these |h|², [k]."""
         if not squares.is_cuda:
             return step, squares
         before = self._late
@@ -133,7 +133,7 @@ class Series:
         return before[0], before[1]
 
     def _last_known(self) -> tuple[int, Tensor] | None:
-        """Those of the last step, if they are not known yet."""
+        """Waits for the |h|² of the last step, and returns them, if they are not known yet."""
         if self._late is None:
             return None
         step, answer, event = self._late
@@ -142,7 +142,7 @@ class Series:
         return step, answer
 
     def _judge(self, h: Tensor, known: tuple[int, Tensor] | None) -> None:
-        """Takes off the rows that have failed: |h_t| <= |b| + |h_{t-1}|, hence (t + 1)|b|, if no step expands."""
+        """Marks rows that have failed: if no step expands, |h_t| <= |b| + |h_{t-1}|, and so |h_t| <= (t + 1)|b|."""
         if known is None:
             return
         step, squares = known
@@ -165,23 +165,23 @@ class Series:
     # -- the estimate -------------------------------------------------------------------------------------------------
 
     def solution(self) -> Tensor:
-        """The mean over runs, [k, d]; NaN in rows that have failed."""
+        """Computes the mean over runs, [k, d]; NaN in rows that have failed."""
         mean = self.total / max(1, self.runs)
         if self.failed.any():
             mean[self.failed.to(mean.device)] = torch.nan
         return mean
 
     def standard_error(self) -> Tensor:
-        """Of the mean over runs: √(Σ |x - mean|² / (runs - 1) / runs) / |mean|, [k]; NaN for one run."""
+        """Computes that of the mean over runs, √(Σ |x - mean|² / (runs - 1) / runs) / |mean|, [k]; NaN for one run."""
         error = (self.spread / (self.runs - 1) / self.runs).sqrt() if self.runs > 1 else self.spread * torch.nan
         relative = torch.where(error == 0, 0.0, error * self.runs / norms(self.total)).cpu()
         return torch.where(self.failed, torch.nan, relative)
 
     def noise(self) -> Tensor:
-        """The standard error; of a single run a guess, [k].
+        """Returns the standard error, [k]; for a single run it estimates one.
 
-        Two h of one run that are far apart differ by √2 times their standard deviation, and by what is not noise, which
-        is half their size at most.
+        Two h of one run that are far apart differ by √2 times their standard deviation, and by a part that is not noise
+        and is at most half their size.
         """
         if self.runs > 1:
             return self.standard_error()
@@ -190,29 +190,29 @@ class Series:
         return self._relative((noise / 2).clamp(min=0).sqrt())
 
     def within(self, rtol: float) -> bool:
-        """Whether the standard errors of all rows at work are."""
+        """Tells whether the standard errors of all rows at work are within ``rtol``."""
         return self.runs > 1 and bool((self.failed | (self.standard_error() <= rtol)).all())
 
     def residual(self) -> Tensor:
-        """|b - A x̄| / |b| of x̄, the mean over the steps of the segments and over runs, noise included: [k]."""
+        """Estimates |b - A x̄| / |b|, [k], of x̄, the mean over the segments' steps and over runs, noise included."""
         steps = max(1, self.runs) * self.segments * self.length
         absolute = norms(self.change).cpu() / steps
         relative = torch.where(self.size > 0, absolute / self.size, absolute)
         return torch.where(self.failed, torch.nan, relative)
 
     def still_changing(self) -> Tensor:
-        """By how much of its size the estimate changes over the second half of the steps, beyond noise: [k].
+        """Computes by what share the estimate changes over the second half of the steps, without noise: [k].
 
-        A half is the most that is possible without negative curvature, where the steps have led nowhere near an end:
-        h_t is (t + 1) b then.
+        Without negative curvature it is a half at most, namely where the steps have come nowhere near the solution:
+        then h_t is (t + 1) b.
         """
         half = (self.depth + 1) / (2 * self.segments * self.length)  # in as few segments as fit
         return half * self._relative(self._drift())
 
     def _drift(self) -> Tensor:
-        """|Σ δ| without noise, of the m changes δ of h over single segments, of all runs: [k].
+        """Estimates |Σ δ| without noise, [k], for the m changes δ of h over single segments, of all runs.
 
-        |Σ δ|² - Σ |δ|² is the sum of products of two different ones. Noise has no part in its mean, except that a run
+        |Σ δ|² - Σ |δ|² is the sum of products of two different δ. Noise does not change its mean, except that a run
         that noise has driven away comes back, which lowers it.
         """
         m = max(1, self.runs) * self.segments
@@ -222,5 +222,5 @@ class Series:
         return square.clamp(min=0).sqrt()
 
     def _relative(self, change: Tensor) -> Tensor:
-        """A sum over runs, |Σ Δh|, by the size of the sum of their estimates."""
+        """Divides a sum over runs, |Σ Δh|, by the norm of the sum of their estimates."""
         return torch.where(change == 0, 0.0, change / (self.scale * norms(self.total))).cpu()

@@ -14,7 +14,7 @@ from torch_influence.verification._results import Check, Refits, check
 
 WORST = 0.1  # relative error of a solution beyond which it is wrong, however loose the tolerance was
 SAMPLED = 0.5  # of an estimate from minibatches; zero, which knows nothing, has an error of 1
-UNKNOWN = 0.01  # relative residual that a solver which reports none is believed to reach
+UNKNOWN = 0.01  # relative residual that a solver is assumed to reach if it reports none
 CORRELATION = 0.9  # of predicted and actual changes, at least
 FACTOR = 2.0  # between them, at most
 NOISE = 0.2  # of refits, in units of the changes
@@ -22,18 +22,18 @@ OTHER_MODEL = 0.1  # relative difference of the mean test loss that makes a refi
 
 
 def half_of_the_digits(dtype: torch.dtype) -> float:
-    """√ε: rounding in another order stays well below it, another meaning does not."""
+    """Returns √ε: rounding in another order stays well below it, a product that means something else does not."""
     return torch.finfo(dtype).eps ** 0.5
 
 
 def deviation(actual: Tensor, expected: Tensor, scale: Tensor | float) -> float:
-    """The largest |actual - expected| of rows, in units of ``scale``; 0 where both are the same."""
+    """Computes the largest |actual - expected| of rows, in units of ``scale``; 0 where both are the same."""
     apart = (actual.double() - expected.double()).norm(dim=-1)
     return float(torch.where(apart == 0, 0.0, apart / scale).max())
 
 
 def symmetric(u: Tensor, Hu: Tensor, v: Tensor, Hv: Tensor, dtype: torch.dtype) -> Check:
-    """u·Hv = v·Hu, for random rows u and v with entries of size 1, whose product with an unrelated w is about |w|."""
+    """Checks u·Hv = v·Hu for random rows u, v of entries of size 1, whose product with an unrelated w is about |w|."""
     apart = float(((u.double() * Hv.double()).sum() - (v.double() * Hu.double()).sum()).abs())
     size = float(Hu.double().norm() + Hv.double().norm())
     # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
@@ -58,10 +58,10 @@ def solutions(
     dense: Tensor | None = None,
     ends: Spectrum | None = None,
 ) -> Check:
-    """Solutions X of A x = b for rows b [k, d], judged by a dense solve in float64, else by their residuals.
+    """Checks solutions X of A x = b for rows b [k, d] against a dense solve in float64, else by their residuals.
 
-    A residual r means an error of |x - x*| <= |r| / min|λ|. Allowed is what the solver says its residual is, and what
-    rounding makes of A x, u (|A||x| + |b|); up to ``WORST`` of |x*|.
+    A residual r means an error of |x - x*| <= |r| / min|λ|. It allows the residual that the solver reports, and the
+    rounding of A x, u (|A||x| + |b|); up to ``WORST`` of |x*|.
 
     Args:
         A: the damped curvature.
@@ -69,9 +69,9 @@ def solutions(
         X: [k, d].
         report: the solver's, of these rows; None if it made none.
         dtype: in which products are computed.
-        sampled: whether it is an estimate from minibatches.
-        dense: of the undamped curvature, [d, d], if that is not too large.
-        ends: of its spectrum, otherwise.
+        sampled: whether the solutions are estimates from minibatches.
+        dense: the undamped curvature, [d, d], if that is not too large.
+        ends: the ends of its spectrum, otherwise.
     """
     method = "inverse_hvp" if report is None else report.method
     size = _norms(B)
@@ -99,7 +99,7 @@ def solutions(
 def _against_dense(
     A: Damped, dense: Tensor, B: Tensor, X: Tensor, residuals: Tensor, noise: float
 ) -> tuple[Tensor, Tensor, str]:
-    """|x - x*| / |x*|, what is allowed of it, and the condition in words."""
+    """Computes |x - x*| / |x*| by a dense solve, the errors that are allowed, and a text on the condition."""
     matrix = dense.double()
     matrix = matrix + A.shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     values = torch.linalg.eigvalsh(matrix).abs()
@@ -115,7 +115,7 @@ def _against_dense(
 def _by_residuals(
     A: Damped, ends: Spectrum, B: Tensor, X: Tensor, claimed: Tensor, noise: float
 ) -> tuple[Tensor, Tensor, str]:
-    """|b - Ax| / |b|, what is allowed of it, and what it means for x, in words."""
+    """Computes |b - Ax| / |b|, the residuals that are allowed, and a text on what they mean for x."""
     size, length, residual = _norms(B), _norms(X), _norms(B - A.product(X))
     most = max(abs(float(ends.smallest[0]) + A.shift), abs(float(ends.largest[-1]) + A.shift))
     allowed = claimed + noise * (most * length / size + 1)
@@ -139,7 +139,7 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
 
 
 def to_leave_out(scores: Tensor, count: int) -> list[int]:
-    """Positions of the most helpful, of the most harmful, and of some others at random: a third each."""
+    """Picks the positions of the most helpful, the most harmful, and some other examples at random: a third each."""
     order = scores.argsort(descending=True, stable=True).tolist()
     if len(order) <= count:
         return sorted(order)
@@ -151,11 +151,11 @@ def to_leave_out(scores: Tensor, count: int) -> list[int]:
 
 
 def refitted(refits: Refits, dtype: torch.dtype) -> list[Check]:
-    """Whether refits can be compared with the model, and whether they show what was predicted.
+    """Checks whether refits can be compared with the model, and whether they show what was predicted.
 
     Args:
         refits: with at least three examples.
-        dtype: in which the losses were computed.
+        dtype: the dtype in which the losses were computed.
     """
     base, changes = refits.base, refits.actual
     typical, largest = float(changes.square().mean().sqrt()), float(changes.abs().max())
