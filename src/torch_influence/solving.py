@@ -11,7 +11,7 @@ from torch_influence.arguments import check_flag
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.curvature import Kind, check_kind
 from torch_influence.plan import Step
-from torch_influence.solvers import Solver
+from torch_influence.solvers import Solver, solved
 
 
 class SolvingModule(BaseInfluenceModule):
@@ -42,7 +42,7 @@ class SolvingModule(BaseInfluenceModule):
             solver = self._solver
             operator = problem.curvature(not solver.sampled).damped(problem.damp)
             options: dict[str, Any] = {"on_failure": problem.on_failure, "progress": problem.bar}
-            return self._solved(solver.solve, operator, rows, **options).reshape(vec.shape)
+            return self._solved(solved, solver, operator, rows, **options).reshape(vec.shape)
 
     def _solve_step(self, queries: int) -> Step:
         problem, solver = self._problem, self._solver

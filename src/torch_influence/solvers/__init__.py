@@ -22,7 +22,7 @@ from torch_influence.solvers._minibatches import AutoScale
 from torch_influence.solvers._minres import Minres, minres
 from torch_influence.solvers._preconditioners import Jacobi, Nystrom, Preconditioner, is_recipe
 from torch_influence.solvers._report import SolveReport
-from torch_influence.solvers._solver import Cost, Memo, Solver, own_or_ours
+from torch_influence.solvers._solver import Cost, Memo, Solved, Solver, own_or_ours, solved
 
 __all__ = [
     "CG",
@@ -49,6 +49,7 @@ __all__ = [
     "RitzValues",
     "SolveError",
     "SolveReport",
+    "Solved",
     "Solver",
     "block_cg",
     "cg",
@@ -64,4 +65,5 @@ __all__ = [
     "own_or_ours",
     "refuse_if_too_large",
     "rounding",
+    "solved",
 ]

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 
 from torch_influence import memory
-from torch_influence.failures import OnFailure
 from torch_influence.linop import LinearOperator
 from torch_influence.plan import NotPossible, Step
-from torch_influence.solvers._base import Progress
 from torch_influence.solvers._block_cg import BlockCG
 from torch_influence.solvers._cg import CG
 from torch_influence.solvers._closed_form import ClosedForm
 from torch_influence.solvers._direct import Direct
 from torch_influence.solvers._dual import DualDirect
 from torch_influence.solvers._minres import Minres
-from torch_influence.solvers._report import SolveReport
-from torch_influence.solvers._solver import Cost, Solver
+from torch_influence.solvers._solver import Cost, Solved, Solver
 
 
 class Auto(Solver):
@@ -58,14 +55,7 @@ class Auto(Solver):
             del candidates["minres"]
         self.candidates = candidates
 
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport | None]:
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> Solved:
         """A⁻¹ b for each row b of [k, d], and the report."""
         solver = self.candidates[self.chosen(operator, len(rows))]
         if isinstance(solver, DualDirect):
@@ -73,8 +63,8 @@ class Auto(Solver):
                 solver.factor(operator)
             except torch.linalg.LinAlgError as why:  # type: ignore[attr-defined]  # too little damping for it
                 solver.refuse(operator, str(why))
-                return self.solve(operator, rows, on_failure=on_failure, progress=progress)
-        return solver.solve(operator, rows, on_failure=on_failure, progress=progress)
+                return self.solve(operator, rows, **how)
+        return solver.solve(operator, rows, **how)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """The cost of the solver that would be taken."""

@@ -29,12 +29,11 @@ from torch_influence.solvers._base import (
 from torch_influence.solvers._block_tridiagonal import BlockTridiagonal
 from torch_influence.solvers._cg import DIGITS_OF_RITZ, iterate
 from torch_influence.solvers._report import Extremes, Seen, SolveReport
-from torch_influence.solvers._solver import Cost, Solver, iterations, row_bytes
+from torch_influence.solvers._solver import Cost, Krylov, iterations
 
 # A block of k rows takes about k^-0.4 of what one row does: 14, 10 and 7 products for 16, 64 and 256 rows where one row
 # takes 30.
 _BLOCK_EXPONENT = 0.4
-_VECTOR_WORK = 12  # operations per k² d in an iteration
 _TILE = 1 << 20  # entries of the float64 copy of a part of the rows: 8 MB
 
 
@@ -437,7 +436,8 @@ def _multiply(matrix: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tenso
     return product
 
 
-class BlockCG(Solver):
+@dataclasses.dataclass(kw_only=True, eq=False)
+class BlockCG(Krylov):
     """Solves by block conjugate gradients: all rows share one Krylov space; see ``block_cg``.
 
     Args:
@@ -453,42 +453,13 @@ class BlockCG(Solver):
         [1.0, 0.5, 0.25]
     """
 
-    title = "block conjugate gradients"
+    title, vectors, work = "block conjugate gradients", 7, 12
 
-    def __init__(
-        self,
-        *,
-        rtol: float = 1e-5,
-        atol: float = 0.0,
-        maxiter: int | None = None,
-        x0: Any = None,
-        history: bool = False,
-    ) -> None:
-        self.rtol, self.atol, self.maxiter, self.x0, self.history = rtol, atol, maxiter, x0, history
-
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport]:
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        return block_cg(
-            operator,
-            rows,
-            x0=self.x0,
-            rtol=self.rtol,
-            atol=self.atol,
-            maxiter=self.maxiter,
-            history=self.history,
-            on_failure=on_failure,
-            progress=progress,
-        )
+        return block_cg(operator, rows, **self.options(), **how)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """A guess: the spectrum is not known."""
+        """A guess: the spectrum is not known. Vectors are multiplied by k others each."""
         steps = max(iterations(self.rtol, operator.size) * k**-_BLOCK_EXPONENT, 2.0) + 1
-        work = steps * k * (operator.operations + _VECTOR_WORK * k * operator.size)
-        return Cost(work, 7 * k * row_bytes(operator), f"{steps:.0f} products, a guess")
+        return self._cost(operator, k, steps, self.work * k)

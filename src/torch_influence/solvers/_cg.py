@@ -26,10 +26,10 @@ from torch_influence.solvers._base import (
     tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
-from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, rows_of
+from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rows import RowIteration, StepLog
-from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
+from torch_influence.solvers._solver import Cost, Krylov, Memo
 
 DIGITS_OF_RITZ = 0.1  # a Lanczos matrix ends where rounding may have changed a step's length or entry by more
 
@@ -285,7 +285,8 @@ class _Log(StepLog[CGScalars]):
         return Tridiagonals(diagonal, squares).extremes_of_each()
 
 
-class CG(Solver):
+@dataclasses.dataclass(kw_only=True, eq=False)
+class CG(Krylov):
     """Solves by conjugate gradients, each row on its own, one product an iteration for all of them; see ``cg``.
 
     Args:
@@ -303,45 +304,16 @@ class CG(Solver):
         ([1.0, 0.5, 0.25], [1])
     """
 
-    def __init__(
-        self,
-        *,
-        rtol: float = 1e-5,
-        atol: float = 0.0,
-        maxiter: int | None = None,
-        M: Any = None,
-        x0: Any = None,
-        callback: Callable[[np.ndarray], object] | None = None,
-        truncate: bool = False,
-        history: bool = False,
-    ) -> None:
-        self.rtol, self.atol, self.maxiter, self.M = rtol, atol, maxiter, M
-        self.x0, self.callback, self.truncate, self.history = x0, callback, truncate, history
-        self._made: Memo[LinearOperator] = Memo()
+    M: Any = None
+    callback: Callable[[np.ndarray], object] | None = None
+    truncate: bool = False
+    _made: Memo[LinearOperator] = dataclasses.field(default_factory=Memo, init=False, repr=False)
 
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport]:
+    vectors, work = 5, 12
+
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        return cg(
-            operator,
-            rows,
-            x0=self.x0,
-            rtol=self.rtol,
-            atol=self.atol,
-            maxiter=self.maxiter,
-            M=made_once(self.M, operator, self._made),
-            callback=self.callback,
-            truncate=self.truncate,
-            history=self.history,
-            on_failure=on_failure,
-            progress=progress,
-        )
+        return cg(operator, rows, **self.options(M=made_once(self.M, operator, self._made)), **how)
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -349,7 +321,5 @@ class CG(Solver):
         return "conjugate gradients, all rows at once" + preconditioned(self.M)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """A guess: the spectrum is not known."""
-        steps = iterations(self.rtol, operator.size)
-        nbytes = (5 * k + rows_of(self.M)) * row_bytes(operator)
-        return Cost(steps * k * (operator.operations + 12 * operator.size), nbytes, f"{steps:.0f} products, a guess")
+        """With what M keeps."""
+        return with_rows(super().cost(operator, k), self.M, operator)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +12,12 @@ from torch import Tensor
 from torch_influence.failures import OnFailure
 from torch_influence.linop import LinearOperator, base_and_shift
 from torch_influence.plan import NotPossible
-from torch_influence.solvers._base import Progress, conclude, norms, reachable
+from torch_influence.solvers._base import conclude, norms, reachable
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._solver import Cost, Memo, Solver
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class ClosedForm(Solver):
     """Multiplies by (A + σI)⁻¹ where the operator knows it: ``LinearOperator.inverse(shift)``.
 
@@ -37,18 +40,12 @@ class ClosedForm(Solver):
         [[0.25, 0.25]]
     """
 
+    _inverse: Memo[LinearOperator] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+
     title, exact = "the operator's own inverse", True
 
-    def __init__(self) -> None:
-        self._inverse: Memo[LinearOperator] = Memo()
-
     def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
+        self, operator: LinearOperator, rows: Tensor, *, on_failure: OnFailure = "warn", progress: Any = None
     ) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
         start = time.perf_counter()

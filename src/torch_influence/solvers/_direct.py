@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_influence import memory
 from torch_influence.failures import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, check_on_failure, fail
 from torch_influence.linop import LinearOperator, as_tensor
-from torch_influence.solvers._base import Progress, conclude, norms, reachable, rounding, system
+from torch_influence.solvers._base import conclude, norms, reachable, rounding, system
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._solver import SLOWNESS_OF_DENSE, Cost, Memo, Solver, row_bytes
 
@@ -175,6 +175,7 @@ class Factor:
         return torch.linalg.lu_solve(*self._factor, rows.mT).mT.contiguous()
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Direct(Solver):
     """Solves by a dense matrix, factored once for all solves with one operator; see ``direct`` and ``Factor``.
 
@@ -192,18 +193,12 @@ class Direct(Solver):
         [[1.0, 0.5, 0.25]]
     """
 
+    _factor: Memo[Factor] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+
     title, exact = "dense matrix, factored once", True
 
-    def __init__(self) -> None:
-        self._factor: Memo[Factor] = Memo()
-
     def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
+        self, operator: LinearOperator, rows: Tensor, *, on_failure: OnFailure = "warn", progress: Any = None
     ) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
         return self.factor(operator, on_failure).solve(rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch_influence import memory
 from torch_influence.failures import OnFailure
 from torch_influence.linop import Damped, Dual, LinearOperator, base_and_shift
 from torch_influence.plan import NotPossible
-from torch_influence.solvers._base import Progress, conclude, norms, reachable
+from torch_influence.solvers._base import conclude, norms, reachable
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._solver import SLOWNESS_OF_DENSE, Cost, Memo, Solver
 
@@ -144,6 +146,7 @@ class DualFactor:
         return (rows - self.dual.pull(inner)).div_(self.sigma)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class DualDirect(Solver):
     """Solves by the small matrix that the examples' outputs span, factored once; see ``DualFactor``.
 
@@ -171,28 +174,23 @@ class DualDirect(Solver):
         ... )
     """
 
+    rtol: float = 1e-5
+    atol: float = 0.0
+    # A Dual is good for any damping, a factor and a refusal for one.
+    _dual: Memo[Dual] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+    _factor: Memo[DualFactor] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+    _refused: Memo[str] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+
     title = "dual system of the outputs of all examples, factored once"
 
-    def __init__(self, *, rtol: float = 1e-5, atol: float = 0.0) -> None:
-        self.rtol, self.atol = rtol, atol
-        self._dual: Memo[Dual] = Memo()  # good for any damping
-        self._factor: Memo[DualFactor] = Memo()
-        self._refused: Memo[str] = Memo()
-
     def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
+        self, operator: LinearOperator, rows: Tensor, *, on_failure: OnFailure = "warn", progress: Any = None
     ) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
         try:
-            factor = self.factor(operator)
+            return self.factor(operator).solve(rows, **self.options(), on_failure=on_failure)
         except NotPossible as why:
             raise ValueError(f'solver="dual": {why}') from None
-        return factor.solve(rows, rtol=self.rtol, atol=self.atol, on_failure=on_failure)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """What the operator says of its dual; raises ``NotPossible`` where there is none, as far as is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -311,6 +312,7 @@ def _shortcomings(
     return found
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class LiSSA(Solver):
     """Estimates by LiSSA, a Neumann series with one minibatch a term; see ``lissa``.
 
@@ -328,46 +330,22 @@ class LiSSA(Solver):
         [1.0, 0.5]
     """
 
+    depth: int
+    repeat: int = 1
+    scale: float | Literal["auto"] = "auto"
+    rtol: float | None = None
+    generator: torch.Generator | None = None
+    callback: Callable[[int, int, Tensor], None] | None = None
+    after_repeat: Callable[[int, Tensor], None] | None = None
+    _auto_scale: Memo[AutoScale] = dataclasses.field(default_factory=Memo, init=False, repr=False)
+
     symmetric, sampled = False, True
 
-    def __init__(
-        self,
-        *,
-        depth: int,
-        repeat: int = 1,
-        scale: float | Literal["auto"] = "auto",
-        rtol: float | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callable[[int, int, Tensor], None] | None = None,
-        after_repeat: Callable[[int, Tensor], None] | None = None,
-    ) -> None:
-        self.depth, self.repeat, self.scale, self.rtol = depth, repeat, scale, rtol
-        self.generator, self.callback, self.after_repeat = generator, callback, after_repeat
-        self._auto_scale: Memo[AutoScale] = Memo()
-
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport]:
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """An estimate of A⁻¹ b for each row b of [k, d], and the report; rows share the minibatches."""
         base = base_and_shift(operator)[0]
-        return lissa(
-            operator,
-            rows,
-            repeat=self.repeat,
-            depth=self.depth,
-            scale=self._auto_scale.of(base, AutoScale) if self.scale == "auto" else self.scale,
-            rtol=self.rtol,
-            generator=self.generator,
-            callback=self.callback,
-            after_repeat=self.after_repeat,
-            on_failure=on_failure,
-            progress=progress,
-        )
+        scale = self._auto_scale.of(base, AutoScale) if self.scale == "auto" else self.scale
+        return lissa(operator, rows, **self.options(scale=scale), **how)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """All steps of all repeats, without the scale's."""

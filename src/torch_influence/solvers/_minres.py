@@ -24,11 +24,11 @@ from torch_influence.solvers._base import (
     tolerances,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
-from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, rows_of
+from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rotations import Rotations, rotate
 from torch_influence.solvers._rows import RowIteration, StepLog
-from torch_influence.solvers._solver import Cost, Memo, Solver, iterations, row_bytes
+from torch_influence.solvers._solver import Cost, Krylov, Memo
 
 _M_EXPECTED = "M: expected a symmetric positive definite preconditioner, got one with r'Mr <= 0 for a residual r"
 # If |Ar| / |A||r| falls below this number times eps^½, it is tested whether a system is inconsistent. For those that
@@ -362,7 +362,8 @@ def _dot(a: Tensor, b: Tensor, spare: Tensor) -> Tensor:
     return torch.mul(a, b, out=spare).sum(dim=1).double()
 
 
-class Minres(Solver):
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Minres(Krylov):
     """Solves by minimal residuals, for matrices that are indefinite or singular; see ``minres``.
 
     Args:
@@ -379,40 +380,14 @@ class Minres(Solver):
         [1.0, -0.5, 0.25]
     """
 
-    def __init__(
-        self,
-        *,
-        rtol: float = 1e-5,
-        atol: float = 0.0,
-        maxiter: int | None = None,
-        M: Any = None,
-        x0: Any = None,
-        history: bool = False,
-    ) -> None:
-        self.rtol, self.atol, self.maxiter, self.M, self.x0, self.history = rtol, atol, maxiter, M, x0, history
-        self._made: Memo[LinearOperator] = Memo()
+    M: Any = None
+    _made: Memo[LinearOperator] = dataclasses.field(default_factory=Memo, init=False, repr=False)
 
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport]:
+    vectors, work = 6, 18
+
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        return minres(
-            operator,
-            rows,
-            x0=self.x0,
-            rtol=self.rtol,
-            atol=self.atol,
-            maxiter=self.maxiter,
-            M=made_once(self.M, operator, self._made),
-            history=self.history,
-            on_failure=on_failure,
-            progress=progress,
-        )
+        return minres(operator, rows, **self.options(M=made_once(self.M, operator, self._made)), **how)
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -420,7 +395,5 @@ class Minres(Solver):
         return "MINRES, all rows at once" + preconditioned(self.M)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """A guess: the spectrum is not known."""
-        steps = iterations(self.rtol, operator.size)
-        nbytes = (6 * k + rows_of(self.M)) * row_bytes(operator)
-        return Cost(steps * k * (operator.operations + 18 * operator.size), nbytes, f"{steps:.0f} products, a guess")
+        """With what M keeps."""
+        return with_rows(super().cost(operator, k), self.M, operator)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_influence.linop import Damped, LinearOperator, as_tensor, base_and_shift
 from torch_influence.solvers._base import rounding
-from torch_influence.solvers._solver import Memo
+from torch_influence.solvers._solver import Cost, Memo, row_bytes
 
 _ENTRIES = 1 << 24  # of the rows that are multiplied at once, and of float64 copies
 
@@ -179,9 +179,9 @@ def preconditioned(M: Any) -> str:
     return "" if M is None else f", preconditioned by {M if is_recipe(M) else 'M'}"
 
 
-def rows_of(M: Any) -> int:
-    """How many rows [d] a preconditioner keeps, as far as it says so."""
-    return getattr(M, "rank", 0)
+def with_rows(cost: Cost, M: Any, operator: LinearOperator) -> Cost:
+    """A cost with the rows [d] that a preconditioner keeps, as far as it says how many."""
+    return dataclasses.replace(cost, nbytes=cost.nbytes + getattr(M, "rank", 0) * row_bytes(operator))
 
 
 def is_recipe(M: Any) -> bool:

@@ -9,7 +9,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from torch_influence.failures import ConvergenceWarning, OnFailure, fail
 from torch_influence.linop import LinearOperator, base_and_shift
 from torch_influence.plan import Step
-from torch_influence.solvers._base import Progress, norms
+from torch_influence.solvers._base import norms
 from torch_influence.solvers._report import SolveReport
 
 _Made = TypeVar("_Made")
 _Solver = TypeVar("_Solver", bound="Solver")
+Solved: TypeAlias = tuple[Tensor, SolveReport | None]
 
 # Weighting, mirroring and the narrow parts of Cholesky run at about half the rate of products with many rows.
 SLOWNESS_OF_DENSE = 2
@@ -70,21 +71,16 @@ class Solver(abc.ABC):
         [[0.5, 0.25]]
     """
 
-    title: str = ""
-    exact: bool = False
-    symmetric: bool = True
-    sampled: bool = False
-    batched: bool = True
+    title: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
+    sampled: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     @abc.abstractmethod
     def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport | None]:
+        self, operator: LinearOperator, rows: Tensor, *, on_failure: OnFailure = "warn", progress: Any = None
+    ) -> Solved:
         """Solves for each row b of [k, d].
 
         Args:
@@ -103,8 +99,7 @@ class Solver(abc.ABC):
 
     def describe(self, operator: LinearOperator, k: int) -> Step:
         """The solver's line of ``explain()``, for k rows."""
-        cost = self.cost(operator, k)
-        title = self.title or type(self).__name__
+        cost, title = self.cost(operator, k), self.title or type(self).__name__
         return Step("solver", f"{title}; about {cost.operations:.1e} operations ({cost.note})", cost.nbytes)
 
     def forget(self) -> None:
@@ -113,11 +108,44 @@ class Solver(abc.ABC):
             if isinstance(value, Memo):
                 value.forget()
 
+    def options(self, **others: Any) -> dict[str, Any]:
+        """The options that it was made with, and others, or these in their place."""
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return {field.name: getattr(self, field.name) for field in fields if field.init} | others
+
     def with_options(self: _Solver, **options: Any) -> _Solver:
         """The same solver with other options, of those that it has; what it keeps is shared."""
         twin = copy.copy(self)
         vars(twin).update({name: value for name, value in options.items() if name in vars(self)})
         return twin
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Krylov(Solver):
+    """An iteration with one product for all rows a step, by a function of this package.
+
+    Attributes:
+        rtol, atol, maxiter, x0, history: options of the function.
+        vectors: how many it keeps for each row.
+        work: operations on a row's vectors in a step, divided by d.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    maxiter: int | None = None
+    x0: Any = None
+    history: bool = False
+
+    vectors: ClassVar[int]
+    work: ClassVar[int]
+
+    def cost(self, operator: LinearOperator, k: int) -> Cost:
+        """What a solve would take, a guess: the spectrum is not known."""
+        return self._cost(operator, k, iterations(self.rtol, operator.size), self.work)
+
+    def _cost(self, operator: LinearOperator, k: int, steps: float, work: float) -> Cost:
+        nbytes = self.vectors * k * row_bytes(operator)
+        return Cost(steps * k * (operator.operations + work * operator.size), nbytes, f"{steps:.0f} products, a guess")
 
 
 class Memo(Generic[_Made]):
@@ -188,35 +216,21 @@ class Own(Solver):
                 f"{type(own).__name__}{hint}"
             )
         self.own = own
-        for fact in ("exact", "symmetric", "sampled", "batched"):
-            setattr(self, fact, bool(getattr(own, fact, fact == "batched")))
-        self.title = str(getattr(own, "title", "") or type(own).__name__)
+        facts = {
+            fact: bool(getattr(own, fact, fact == "batched")) for fact in ("exact", "symmetric", "sampled", "batched")
+        }
+        vars(self).update(facts, title=str(getattr(own, "title", "") or type(own).__name__))
 
-    def solve(
-        self,
-        operator: LinearOperator,
-        rows: Tensor,
-        *,
-        on_failure: OnFailure = "warn",
-        progress: Progress | None = None,
-    ) -> tuple[Tensor, SolveReport]:
+    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> Solved:
         """What the object returns, checked; residuals are measured where it does not report them."""
         takes = inspect.signature(self.own.solve).parameters
-        options = {"on_failure": on_failure, "progress": progress}
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
-            options = {name: value for name, value in options.items() if name in takes}
-        found = self.own.solve(operator, rows, **options)
+            how = {name: value for name, value in how.items() if name in takes}
+        found = self.own.solve(operator, rows, **how)
         x, report = found if isinstance(found, tuple) else (found, None)
         if not isinstance(x, Tensor) or x.shape != rows.shape:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{self.title}.solve: expected it to return rows {list(rows.shape)}, got {got}")
-        silent = report is None or "on_failure" not in options
-        report = measured(operator, rows, x, self.title) if report is None else report
-        failed = ~(report.converged | report.precision_limit)
-        if silent and failed.any():
-            worst = float(report.residual[failed].nan_to_num(math.inf).max())
-            text = f"{self.title} did not converge for {int(failed.sum())} of {len(rows)} right-hand sides"
-            fail([ConvergenceWarning(f"{text}: |b - Ax| / |b| is {worst:.1e}")], on_failure, x, report)
         return x, report
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
@@ -235,6 +249,22 @@ class Own(Solver):
         """Passes it on."""
         if hasattr(self.own, "forget"):
             self.own.forget()
+
+
+def solved(solver: Solver, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
+    """A solver's answer and its report, measured where it makes none.
+
+    Of failures of somebody else's solver the user is told here; those of this package tell by themselves.
+    """
+    x, report = solver.solve(operator, rows, **how)
+    report = measured(operator, rows, x, solver.title or type(solver).__name__) if report is None else report
+    failed = ~(report.converged | report.precision_limit)
+    if isinstance(solver, Own) and failed.any():
+        worst = float(report.residual[failed].nan_to_num(math.inf).max())
+        text = f"{solver.title} did not converge for {int(failed.sum())} of {len(rows)} right-hand sides"
+        found = ConvergenceWarning(f"{text}: |b - Ax| / |b| is {worst:.1e}")
+        fail([found], how.get("on_failure", "warn"), x, report)
+    return x, report
 
 
 def measured(operator: LinearOperator, rows: Tensor, x: Tensor, method: str) -> SolveReport:
