@@ -110,7 +110,7 @@ class Solver(abc.ABC):
 
     def options(self, **others: Any) -> dict[str, Any]:
         """The options that it was made with, and others, or these in their place."""
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         return {field.name: getattr(self, field.name) for field in fields if field.init} | others
 
     def with_options(self: _Solver, **options: Any) -> _Solver:
