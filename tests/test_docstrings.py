@@ -4,7 +4,8 @@
   Cost, an example;
 - a class that users construct: Args with every parameter of the constructor, an example;
 - a class of results: Attributes with every field;
-- an error, a warning, a protocol, a property: a sentence.
+- an error, a warning, a protocol, a property: a sentence;
+- what is not public: plain sentences with a verb, never fragments whose subject is the function's name.
 
 Formulas, Raises, Warns and Source are where there is something to say. That they are true is for reviews, and that
 examples run for test_docs.py. Sections name parameters in groups ("rtol, atol: ..."), which is enough.
@@ -12,10 +13,11 @@ examples run for test_docs.py. Sections name parameters in groups ("rtol, atol: 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ OBJECTIVE = {name for name in vars(BaseObjective) if not name.startswith("_")}
 # Of these the user writes the body, or they do next to nothing.
 WITHOUT_COST = {"backend_info", "clear_cache", "flat_parameters", "inverse_hvp", "solve", "inverse"} | OBJECTIVE
 WITHOUT_EXAMPLE = {"inverse_hvp", "solve", "inverse"} | OBJECTIVE  # their classes have one
+
+# The first words of docstrings without a verb.
+FRAGMENT = r"(Of|What|Those|So many|At)\b"
 
 
 def sections(documented: Any) -> dict[str, str]:
@@ -157,8 +162,41 @@ def test_the_page_on_choosing_has_cures_for_every_warning() -> None:
     assert all(f"| {name}" in page for name in found), "a row of its table begins with it"
 
 
+def private_docstrings(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    """Yields (line, name, docstring) of each function, method and class in a module that users don't call."""
+    exported = public().keys() - PLUMBING
+    documented = methods().keys()
+
+    def walk(node: ast.AST, outer: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+                yield from walk(child, outer)
+                continue
+            names = (*outer, child.name)
+            name = ".".join(names)
+            shown = names[0] in exported and not any(part.startswith("_") for part in names[1:])
+            if (text := ast.get_docstring(child)) and not shown and name not in documented:
+                yield child.lineno, name, text
+            yield from walk(child, names)
+
+    return walk(tree, ())
+
+
+def test_private_docstrings_are_no_fragments() -> None:
+    package = Path(torch_influence.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{line} {name}: {text.splitlines()[0]}"
+        for path in sorted(package.rglob("*.py"))
+        for line, name, text in private_docstrings(ast.parse(path.read_text()))
+        if re.match(FRAGMENT, text)
+    ]
+    assert not found, "begin them with a verb, as in 'Returns ...' or 'Tells whether ...':\n" + "\n".join(found)
+
+
 def test_the_rules_see_something() -> None:
     assert {"cg", "lissa", "self_test"} <= FUNCTIONS.keys()
     assert {"SolveReport", "Ranking", "RitzValues"} <= RESULTS.keys()
     assert {"Nystrom", "InfluenceModule", "Factor"} <= CONSTRUCTED.keys()
     assert {"InfluenceMethods.influences", "CheckMethods.verify", "Factor.solve"} <= FIRST.keys()
+    assert re.match(FRAGMENT, "What is kept.")
+    assert not re.match(FRAGMENT, "Offers what is kept.")

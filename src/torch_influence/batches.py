@@ -26,7 +26,7 @@ from torch_influence.resident import Resident
 from torch_influence.source import Source, device_of
 from torch_influence.turns import RANDOM_STATES, alone_with
 
-_DRAWN_AT_ONCE = 32  # by torch's RandomSampler: more would be too early for others that draw from its generator
+_DRAWN_AT_ONCE = 32  # as by torch's RandomSampler: drawing more in advance would change what others draw from it
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 

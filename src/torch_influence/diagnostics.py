@@ -126,7 +126,7 @@ def spectrum(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
-    """The k smallest and k largest eigenvalues of H, each with a bound of its error.
+    """Finds the k smallest and k largest eigenvalues of H, each with a bound of its error.
 
     With d <= ``maxiter`` they are those of the dense matrix, so that multiple ones show as such. Beyond, they are Ritz
     values of the Lanczos process with full reorthogonalisation, for which another product shows the residuals |Hy - θy|
@@ -248,7 +248,7 @@ class Damping:
 
 
 def suggest_damping(found: Spectrum) -> Damping:
-    """The least damping with which A = H + damp·I is safely positive definite and solves keep half of their digits.
+    """Finds the least damping that makes A = H + damp·I safely positive definite, and solves keep half their digits.
 
         damp >= -1.1 (λ_min - error)                       where that is positive
         (λ_max + error + damp) / (λ_min - error + damp) <= κ = 1 / √ε,   ε of the dtype

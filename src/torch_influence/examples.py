@@ -23,12 +23,12 @@ from torch_influence.leaves import alike, put_together, stands_alone, take_apart
 from torch_influence.switches import quiet_vmap
 
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
-_MANY_EXAMPLES = 2048  # in one whose gradients are not formed
+_MANY_EXAMPLES = 2048  # examples in one vmapped pass that forms no gradients
 _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
 _BYTES_OF_A_PASS = 8 * 2**20  # inputs and output gradients in one pass: more fall out of cache
 _ROWS_OF_A_PRODUCT = 64  # examples in one pass at least: vectors are read once for all of them
 _ONE_BY_ONE = "examples one at a time"
-_ROUNDINGS = 32  # in the product of a gradient with a vector
+_ROUNDINGS = 32  # roundings in the product of a gradient with a vector
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
 
@@ -236,7 +236,7 @@ class ExampleGradients:
         one: Callable[[Any], Tensor],
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Reads examples that the objective has edited in place again, and gives it copies of them from now on."""
-        if not all(self._evaluation.edits.values()):  # seen here alone: inside vmap it can't be
+        if not all(self._evaluation.edits.values()):  # only seen here: inside vmap an edit can't be seen
             self._evaluation.distrust()
         with self._batches.quietly():
             chunks = list(self._chunks(indices, at_once, ways, one))
@@ -260,7 +260,7 @@ class ExampleGradients:
                 continue
             try:
                 fast, holds = self._tied(group, many, one)
-            except Exception as error:  # whatever vmap can't do; a mistake of the user's shows in the loop of ones
+            except Exception as error:  # what vmap can't do; a mistake of the user shows again in the plain loop
                 self.why_not[way] = f"many examples at once failed: {error}"
                 continue
             if not holds:

@@ -23,8 +23,8 @@ LossOfBatch: TypeAlias = Callable[[Sequence[Tensor], Any], Tensor]
 
 NOT_A_MEAN = "the loss of a batch is not the mean of the losses of its examples"
 
-_ROUNDINGS = 32  # by which two evaluations may differ where the device adds in any order
-_DRAWS = 16  # evaluations of a loss that draws random numbers, to see a difference: a rare one hides in a few
+_ROUNDINGS = 32  # roundings by which two evaluations may differ where the device adds in any order
+_DRAWS = 16  # evaluations of a loss that draws random numbers: with few of them a rare difference would not show
 _ROWS_AT_ONCE = 32  # cotangents in one batched backward: enough to amortise it, few enough to bound its memory
 
 
@@ -102,7 +102,7 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
     gradients = [loss_gradient(loss, evaluation.space, leaves, stacked.batch(part)) for part in parts]
     mean = weighted_mean(zip([g.clone() for g in gradients], map(len, parts), strict=True))
     whole = loss_gradient(loss, evaluation.space, leaves, stacked.batch([i for part in parts for i in part]))
-    # At a minimum the mean is nearly zero: rounding is as large as the parts make it.
+    # At a minimum the mean is nearly zero, so rounding is measured relative to the parts.
     scale = weighted_mean((g.norm(), len(part)) for g, part in zip(gradients, parts, strict=True))
     if not (whole - mean).norm() <= torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * scale:
         return None, NOT_A_MEAN
@@ -217,7 +217,7 @@ class PullBack:
         plain = [backward(j, False) for j in (0, 1)]
         try:
             fast = backward(slice(0, 2), True)
-        except Exception as error:  # whatever vmap can't do; a mistake of the user's has shown in the plain backward
+        except Exception as error:  # what vmap can't do; a mistake of the user has shown in the plain backward
             self.why_plain[stage] = f"a backward of many rows at once failed: {error}"
             return False
         for j in (0, 1):

@@ -19,7 +19,7 @@ from torch_influence.leaves import is_dense, map_leaves, put_together, take_apar
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.switches import quiet_vmap
 
-_ROUNDINGS = 64  # by which two means of the same losses may differ, at least
+_ROUNDINGS = 64  # roundings by which two means of the same losses may differ, at least
 _BATCHES_HELD = 16  # batches of unknown examples between two looks at what was found
 
 
@@ -41,7 +41,7 @@ def in_double(evaluation: Evaluation, loss: str, batch: Any) -> tuple[Evaluation
         with torch.no_grad():
             here = float(getattr(evaluation, loss)(evaluation.leaves(), batch).detach())
             there = getattr(twin, loss)(twin.leaves(), cast).detach()
-    except Exception:  # a layer, an operator or a constant that insists on its dtype
+    except Exception:  # a layer, an operator or a constant takes only its own dtype
         return evaluation, batch
     close = torch.finfo(evaluation.space.pass_dtype).eps ** 0.5 * (1 + abs(here))
     same = there.dtype == torch.float64 and abs(float(there) - here) <= close
@@ -61,7 +61,7 @@ def in_one_batch(batches: Batches, count: int = 8) -> tuple[list[int], Any] | No
     for some in ([i * (n - 1) // (count - 1) for i in range(count)], list(range(count))):
         try:
             return some, batches.peek(some)
-        except Exception:  # whatever a collate_fn says of ragged examples; mistakes show in the loader's own batches
+        except Exception:  # a collate_fn may refuse ragged examples; a mistake shows again in the loader's own batches
             continue
     return None
 
@@ -179,8 +179,8 @@ class Means:
             size: number of its examples.
             together: its loss.
             where: the examples; a batch that was compared before is skipped. None: they were drawn at random. Then the
-                batch is compared if it can be cut into its examples, and all data are read as soon as so many examples
-                have been drawn, or something seems wrong.
+                batch is compared if it can be cut into its examples; once as many examples have been drawn as there
+                are, or something seems wrong, all data are read.
         """
         if self._ended or size < 2 or (where is not None and where[0] in self._looked_at):
             return
@@ -245,7 +245,7 @@ class Means:
             try:
                 with quiet_vmap():
                     return torch.vmap(lambda parts: loss(leaves, put_together(template, parts)))(ones)
-            except Exception:  # whatever vmap can't do; a mistake of the user's has shown in the batch
+            except Exception:  # what vmap can't do; a mistake of the user has shown in the batch
                 self._vmaps = False
         return torch.stack([loss(leaves, put_together(template, [t[j] for t in ones])) for j in range(size)])
 
@@ -254,7 +254,7 @@ class Means:
 
         It uses float64 if the model runs in it, so that it reports no rounding, no larger batch and no wrong cut.
         """
-        assert entry.where is not None  # data are read anew where examples were drawn
+        assert entry.where is not None  # where examples were drawn, all data are read again
         step, device = self._batches.batch_size or 1, entry.together.device
         for first in range(0, len(entry.where), step):
             some = entry.where[first : first + step]

@@ -19,7 +19,7 @@ from torch_influence.source import Source, Watched, holdings, unchanged
 _KINDS = 16  # kinds of examples (lengths, shapes) that a stacked data set may have; one of each is compared
 _OTHER = "the data set gives other data each time it is read"
 _DRAWS = "the data set draws random numbers when it is read"
-_REREADS = 16  # of data that draw random numbers, to see a difference: a flip hides in 1 of 2^16 cases
+_REREADS = 16  # reads of data that draw random numbers: a random flip shows no difference in 1 of 2^16 cases
 
 
 @dataclasses.dataclass
@@ -114,7 +114,7 @@ class Resident:
         if self._outlook is None:
             try:
                 self._outlook, differs = self._look()
-            except Exception as error:  # it shows again, where it belongs, when the data are read in earnest
+            except Exception as error:  # it is raised again, in its place, when the data are used
                 self.why_not = f"reading the first, the middle and the last example failed: {error}"
                 return False
             if differs and not self._warned:
@@ -283,7 +283,7 @@ class Resident:
         try:
             with quiet():
                 return not (outlook.frozen or same(outlook.probe, self._source.probe()))
-        except Exception:  # it shows when the data are read in earnest
+        except Exception:  # it is raised again when the data are used
             return True
 
     def _warn_of_randomness(self) -> None:

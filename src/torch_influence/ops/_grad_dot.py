@@ -12,7 +12,7 @@ from torch_influence.ops._native import register_fake, runs_natively
 
 
 def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
-    r"""Dot products ⟨Gᵢ, vⱼ⟩ of the gradients of n examples with k vectors, for a linear layer y = W x + b.
+    r"""Computes the dot products ⟨Gᵢ, vⱼ⟩ of n examples' gradients with k vectors, for a linear layer y = W x + b.
 
     The gradient of example i with respect to W is Gᵢ = Σₜ gᵢₜ aᵢₜᵀ, with respect to b Σₜ gᵢₜ; neither is kept:
 

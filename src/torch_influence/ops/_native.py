@@ -22,7 +22,7 @@ _CSRC_RUN_ON_GPU: str | None = None
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What runs natively here; ``str()`` says it in words.
+    """The native ops that run here, and why not others; ``str()`` says it in words.
 
     Attributes:
         ops: Names of the native ops that are loaded.

@@ -142,13 +142,13 @@ class RowIteration(abc.ABC, Generic[S]):
         """Tells which rows have met a product, or a right-hand side, that is not finite."""
 
     def judged(self, which: Tensor, r: Tensor) -> None:
-        """Called after rows at work (``which`` is a mask) have been judged by their true residuals r."""
+        """Is called after rows at work (``which`` is a mask) have been judged by their true residuals r."""
 
     def given_up(self, which: Tensor, r: Tensor) -> None:
-        """Called with the rows (by number) that ran out of iterations or broke down, and their true residuals r."""
+        """Is called with the rows (by number) that ran out of iterations or broke down, and their true residuals r."""
 
     def resume(self) -> bool:
-        """Called when no row is left at work; returns whether some rows begin again."""
+        """Is called when no row is left at work; returns whether some rows begin again."""
         return False
 
     def start(self) -> None:

@@ -13,11 +13,11 @@ from torch_influence.solvers import SolveReport, norms, rounding
 from torch_influence.verification._results import Check, Refits, check
 
 WORST = 0.1  # relative error of a solution beyond which it is wrong, however loose the tolerance was
-SAMPLED = 0.5  # of an estimate from minibatches; zero, which knows nothing, has an error of 1
+SAMPLED = 0.5  # relative error allowed of an estimate from minibatches; x = 0 has an error of 1
 UNKNOWN = 0.01  # relative residual that a solver is assumed to reach if it reports none
-CORRELATION = 0.9  # of predicted and actual changes, at least
-FACTOR = 2.0  # between them, at most
-NOISE = 0.2  # of refits, in units of the changes
+CORRELATION = 0.9  # correlation of predicted and actual changes, at least
+FACTOR = 2.0  # factor between predicted and actual changes, at most
+NOISE = 0.2  # difference of two equal refits, in units of the changes, at most
 OTHER_MODEL = 0.1  # relative difference of the mean test loss that makes a refit another model
 
 
@@ -36,7 +36,7 @@ def symmetric(u: Tensor, Hu: Tensor, v: Tensor, Hv: Tensor, dtype: torch.dtype) 
     """Checks u·Hv = v·Hu for random rows u, v of entries of size 1, whose product with an unrelated w is about |w|."""
     apart = float(((u.double() * Hv.double()).sum() - (v.double() * Hu.double()).sum()).abs())
     size = float(Hu.double().norm() + Hv.double().norm())
-    # The rounding of a product has |H||v| = |H| √d to grow from, and |Hv| may be |H| alone.
+    # The rounding of a product is relative to |H||v| = |H| √d, while |Hv| may be as small as |H|.
     allowed = half_of_the_digits(dtype) + torch.finfo(dtype).eps * len(u) ** 0.5
     return check(
         "symmetric",
