@@ -37,6 +37,7 @@ PLUMBING = {
     "Memo",
     "named",
     "own_or_ours",
+    "solved",
     "refuse_if_too_large",
     "check_on_failure",
     "fail",
@@ -104,7 +105,8 @@ def methods() -> dict[str, Any]:
     return found
 
 
-RECIPES = {"Jacobi", "Nystrom"}  # dataclasses, but users construct them
+# Dataclasses, but users construct them.
+RECIPES = {"Jacobi", "Nystrom", "CG", "BlockCG", "Minres", "LiSSA", "DualDirect", "Direct", "ClosedForm", "Auto"}
 FUNCTIONS = {name: it for name, it in public().items() if inspect.isfunction(it) and name not in PLUMBING}
 RESULTS = {name: it for name, it in public().items() if is_class(it) and is_result(it) and name not in RECIPES}
 CONSTRUCTED = {
@@ -115,7 +117,9 @@ CONSTRUCTED = {
 METHODS = {name: it for name, it in methods().items() if inspect.isfunction(it)}
 # A method that a mixin or a base class has already explained says only what is different.
 FIRST = {
-    name: it for name, it in METHODS.items() if not name.startswith(("CGI", "Autograd", "LiSSA", "InfluenceModule."))
+    name: it
+    for name, it in METHODS.items()
+    if not name.startswith(("CGI", "Autograd", "LiSSA", "InfluenceModule.", "EstimatingModule.inverse_hvp"))
 }
 
 
@@ -144,7 +148,7 @@ def test_functions_explain_parameters_results_and_cost(name: str) -> None:
 @pytest.mark.parametrize("name", CONSTRUCTED)
 def test_classes_explain_the_parameters_of_their_constructors(name: str) -> None:
     found = sections(CONSTRUCTED[name])
-    assert named(found["Args"]) == parameters(CONSTRUCTED[name])
+    assert named(found.get("Args", "")) == parameters(CONSTRUCTED[name])
     assert ">>>" in found["Examples"]
 
 
@@ -197,6 +201,6 @@ def test_the_rules_see_something() -> None:
     assert {"cg", "lissa", "self_test"} <= FUNCTIONS.keys()
     assert {"SolveReport", "Ranking", "RitzValues"} <= RESULTS.keys()
     assert {"Nystrom", "InfluenceModule", "Factor"} <= CONSTRUCTED.keys()
-    assert {"InfluenceMethods.influences", "CheckMethods.verify", "Factor.solve"} <= FIRST.keys()
+    assert {"BaseInfluenceModule.influences", "BaseInfluenceModule.verify", "Factor.solve"} <= FIRST.keys()
     assert re.match(FRAGMENT, "What is kept.")
     assert not re.match(FRAGMENT, "Offers what is kept.")

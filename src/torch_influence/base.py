@@ -779,7 +779,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             FileNotFoundError: the folder does not exist. Known, as are the others, before anything is computed.
 
         Warns:
-            what ``influence_matrix`` warns of; the page lists it, too.
+            UserWarning: and whatever else ``influence_matrix`` warns of; the page lists it, too.
 
         Cost:
             that of ``explain()``, of ``influence_matrix`` with its memory, n_train n_query numbers, and, if asked for,
@@ -852,7 +852,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         return x
 
     def _reported(self, compute: Callable[[], _Result]) -> tuple[_Result, SolveReport | None]:
-        """What is computed, and the report of the solves that took."""
+        """Computes something; returns it with the report of the solves that it took."""
         call, before, self._reports = self._call_of_reports, self._reports, []
         try:
             result = compute()

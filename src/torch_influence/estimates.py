@@ -159,13 +159,13 @@ class EstimatingModule(SolvingModule):
         return super().inverse_hvp(vec)
 
     def _after_repeat(self) -> Callable[[int, Tensor], None] | None:
-        """What the solver is to call after each repeat, with its estimate."""
+        """Returns the function that the solver is to call after each repeat, with its estimate."""
         return None if self._spreads is None else self._score_repeat
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _estimate(self, compute: Callable[[], Tensor], train_idxs: Sequence[int] | None) -> Estimate:
-        """What ``compute`` gives, and the spread of what the repeats of its solves would have given."""
+        """Computes scores, and the spread of those that the repeats of the solves would have given."""
         if self.repeat < 2:
             raise ValueError(f"standard_error: expected a module with repeat of at least 2, got repeat={self.repeat}")
         with self._problem.evaluation.alone():
@@ -212,7 +212,7 @@ class _Spread:
         self.squares.addcmul_(before, scores - self.mean)
 
     def standard_error(self) -> Tensor:
-        """Of the mean, [n, q]."""
+        """Returns the standard error of the mean, [n, q]."""
         if self.runs < 2:
             return torch.full_like(self.squares, torch.nan)
         return (self.squares / (self.runs - 1) / self.runs).sqrt()

@@ -93,7 +93,7 @@ class LinearOperator(abc.ABC):
         raise NotPossible("it is not known as GᵀG plus a multiple of the identity")
 
     def dual_cost(self, shift: float) -> DualCost:
-        """What solves by ``dual`` take, before anything is computed; raises ``NotPossible`` as far as that is seen."""
+        """Tells what solves by ``dual`` take, before it is made; raises ``NotPossible`` where that is seen already."""
         raise NotPossible("it is not known as GᵀG plus a multiple of the identity")
 
 
@@ -242,7 +242,7 @@ def _declared_dtype(A: Any) -> torch.dtype | None:
 
 @dataclasses.dataclass(frozen=True)
 class DualCost:
-    """What solves by a ``Dual`` take, known before anything is computed.
+    """The cost of solves by a ``Dual``, known before anything is computed.
 
     Attributes:
         rank: m, the outputs of all examples; fewer where the curvature at the outputs is singular.

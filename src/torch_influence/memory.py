@@ -14,7 +14,7 @@ Cache: TypeAlias = bool | int | str
 
 
 def check_cache(cache: Any) -> None:
-    """True, False, "auto" or a number of bytes."""
+    """Checks that ``cache`` is True, False, "auto" or a number of bytes."""
     if isinstance(cache, int):
         if cache < 0:
             raise ValueError(f"cache: expected a number of bytes >= 0, got {cache}; cache=False keeps nothing")
@@ -29,7 +29,7 @@ def check_cache(cache: Any) -> None:
 
 
 def budget(cache: Cache, device: torch.device) -> float:
-    """Bytes that may be kept on this device: for "auto" a quarter of what is free on it now."""
+    """Returns the bytes that may be kept on this device: for "auto" a quarter of what is free on it now."""
     if isinstance(cache, bool):
         return math.inf if cache else 0
     return cache if isinstance(cache, int) else free_memory(device) // 4
@@ -56,9 +56,9 @@ def _free_in_machine(root: Path) -> int:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """What the limits of this process's control groups, and of those around them, leave; of either version.
+    """Yields the bytes left by the limits of this process's control groups (version 1 or 2) and those around them.
 
-    Files that have been read count as used, but make room when it is wanted.
+    Cached files that have not been used lately count as free: the system drops them when memory is needed.
     """
     for line in _lines(root / "proc/self/cgroup"):
         _, kinds, path = line.split(":", 2)
@@ -87,7 +87,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is none, or "max"."""
+    """Reads the number in a file; None if there is none, or "max"."""
     text = "".join(_lines(path))
     return int(text) if text.isdecimal() else None
 

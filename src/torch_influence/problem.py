@@ -27,7 +27,7 @@ from torch_influence.turns import Once, alone_with
 
 
 class Problem:
-    """What influence is asked of. It knows no solver and no score.
+    """All that a question of influence is about. It knows no solver and no score.
 
     Everything may be set at any time. ``version`` moves whenever the model, the objective, the data or the parameters
     are not what they were, and not with the damping: curvatures are kept by it, undamped.
@@ -346,5 +346,5 @@ class Problem:
         return Batches(loader, name, self._to_device, self.bar, self._cache)
 
     def _opened(self) -> list[Batches]:
-        """Those of the two data sets that are in use so far."""
+        """Lists the data sets that are in use so far."""
         return [batches for name in ("train", "test") if (batches := vars(self).get(name)) is not None]

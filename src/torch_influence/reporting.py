@@ -112,7 +112,7 @@ def _asked(
 
 
 class _Shown:
-    """What is shown of examples of a data set, and their labels."""
+    """The exhibits of examples of a data set, and their labels."""
 
     def __init__(self, show: Callable[[Any], Any] | None, feature_names: Sequence[str] | None) -> None:
         self._show, self._feature_names = show, feature_names
@@ -125,7 +125,7 @@ class _Shown:
 
 
 def _best(scores: Tensor, indices: list[int], k: int) -> TopInfluences:
-    """Of scores [n, q], as if they had been ranked while they were computed."""
+    """Ranks scores [n, q], as ``influence_matrix(top_k=k)`` does."""
     n, q = scores.shape
     return top([Tile(range(n), range(q), scores)], indices, q, k, scores.dtype, scores.device)
 

@@ -35,7 +35,14 @@ class SolvingModule(BaseInfluenceModule):
         return self._solver.symmetric
 
     def inverse_hvp(self, vec: Tensor) -> Tensor:
-        """A⁻¹ v for [d] or rows [k, d], by the solver; LiSSA's is an estimate, whose rows share the minibatches."""
+        """A⁻¹ v for [d] or rows [k, d], by the solver.
+
+        Args:
+            vec: v, [d] or [k, d], in the order of ``params_names``.
+
+        Returns:
+            A⁻¹ v, of the same shape; by LiSSA an estimate, whose rows share the minibatches.
+        """
         problem = self._problem
         rows = problem.as_rows(vec, "vec")
         with self._session():

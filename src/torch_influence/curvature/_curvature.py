@@ -73,7 +73,7 @@ class Curvature(LinearOperator):
             yield self
 
     def doubts(self, room: float) -> list[Warning]:
-        """What of it is doubtful, for the user; ``room`` is how many bytes the look may take."""
+        """Lists warnings of what is doubtful in it; ``room`` is how many bytes the look may take."""
         return []
 
     # -- for verify() ---------------------------------------------------------------------------------------------

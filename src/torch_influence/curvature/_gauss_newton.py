@@ -179,7 +179,7 @@ def _rows(plain: GaussNewton, root: Tensor) -> Tensor:
 
 
 def _blocks_of_batches(plain: GaussNewton) -> list[Tensor]:
-    """Of every batch [rows, c, c], with its share in the mean."""
+    """Returns the blocks [rows, c, c] of every batch, with its share in the mean."""
     blocks: list[Tensor] = []
     for batch, size in plain.batches.read(None, plain.batch_size):
         blocks.append(plain.output_blocks(plain.leaves, batch).mul_(size / plain.batches.n))

@@ -55,7 +55,7 @@ class LinearHead(Curvature):
 
     @property
     def operations_of_dense(self) -> float:
-        """Those of ``dense``."""
+        """Counts the additions and multiplications of ``dense``."""
         if not self.at_outputs.explicit:
             return super().operations_of_dense
         n, f = self.x.shape
@@ -63,7 +63,7 @@ class LinearHead(Curvature):
 
     @property
     def operations_of_minibatch(self) -> float:
-        """Those of a minibatch's product with one row."""
+        """Counts the additions and multiplications of a minibatch's product with one row."""
         return self.operations * min(self.batches.batch_size or 1, self.batches.n) / self.batches.n
 
     def describe(self) -> str:

@@ -175,7 +175,7 @@ def made_once(M: Any, operator: LinearOperator, made: Memo[LinearOperator]) -> A
 
 
 def preconditioned(M: Any) -> str:
-    """What M adds to a solver's title."""
+    """Returns the words that M adds to a solver's title."""
     return "" if M is None else f", preconditioned by {M if is_recipe(M) else 'M'}"
 
 

@@ -32,7 +32,7 @@ _ITERATIONS_PER_DIGIT = 15
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a solver would take.
+    """The cost of a solve.
 
     Attributes:
         operations: additions and multiplications, about, at the rate of products with the operator.
@@ -95,7 +95,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """What a solve for k rows would take; raises ``NotPossible`` where it can't be done."""
+        """Estimates a solve for k rows; raises ``NotPossible`` where it can't be done."""
 
     def describe(self, operator: LinearOperator, k: int) -> Step:
         """The solver's line of ``explain()``, for k rows."""
@@ -140,7 +140,7 @@ class Krylov(Solver):
     work: ClassVar[int]
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """What a solve would take, a guess: the spectrum is not known."""
+        """Guesses: the spectrum is not known."""
         return self._cost(operator, k, iterations(self.rtol, operator.size), self.work)
 
     def _cost(self, operator: LinearOperator, k: int, steps: float, work: float) -> Cost:
@@ -175,11 +175,11 @@ class Memo(Generic[_Made]):
         return self._base is not None and self._base() is base and self._shift == shift and self._of is of
 
     def get(self, operator: LinearOperator, of: Any = None) -> _Made | None:
-        """What was made for this operator; None if nothing was."""
+        """Returns what was made for this operator; None if nothing was."""
         return self._made if self.has(operator, of) else None
 
     def of(self, operator: LinearOperator, make: Callable[[], _Made], of: Any = None) -> _Made:
-        """What was made for this operator, or is made now; what was made for another is dropped before."""
+        """Returns what was made for this operator, or makes it now, after what was made for another is dropped."""
         if not self.has(operator, of):
             self.forget()
             made = make()
@@ -222,7 +222,7 @@ class Own(Solver):
         vars(self).update(facts, title=str(getattr(own, "title", "") or type(own).__name__))
 
     def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> Solved:
-        """What the object returns, checked; residuals are measured where it does not report them."""
+        """Checks what the object returns."""
         takes = inspect.signature(self.own.solve).parameters
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
             how = {name: value for name, value in how.items() if name in takes}
@@ -234,11 +234,11 @@ class Own(Solver):
         return x, report
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """What the object says, or that nothing is known."""
+        """Asks the object, if it says that."""
         return self.own.cost(operator, k) if hasattr(self.own, "cost") else Cost(math.nan, k * row_bytes(operator), "")
 
     def describe(self, operator: LinearOperator, k: int) -> Step:
-        """What the object says, or its cost if it says that."""
+        """Asks the object, or describes it by its cost."""
         if hasattr(self.own, "describe"):
             return self.own.describe(operator, k)
         if hasattr(self.own, "cost"):

@@ -37,7 +37,7 @@ _EXAMPLES_OF_A_BATCH = 32  # of which differences of gradients are made
 
 
 class Evidence:
-    """What the checks look at, each thing computed when it is first asked for. Inside a session.
+    """The things that checks look at, each computed when it is first asked for. Inside a session.
 
     Attributes:
         module: the module that is verified; its public methods are, as they may be overridden.
@@ -185,7 +185,7 @@ def gradients(evidence: Evidence) -> Check:
 
 
 def mean(evidence: Evidence) -> Check:
-    """Of both losses, the gradient of the batch that departs most is the mean of those of its examples."""
+    """The gradient of the batch that departs most is the mean of its examples', for both losses."""
     evaluation, worst, tested = evidence.problem.evaluation, 0.0, 0
     leaves = evaluation.leaves()
     for loss in ("train_loss", "test_loss"):

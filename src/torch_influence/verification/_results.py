@@ -109,7 +109,7 @@ class Verification:
 
 
 def check(name: str, value: float, allowed: float, text: str, otherwise: str = "") -> Check:
-    """Of a value; NaN fails. ``otherwise`` is added to the text where it does."""
+    """Compares a value with what is allowed; NaN fails. ``otherwise`` is added to the text where it does."""
     passed = value <= allowed
     return Check(name, passed, value, allowed, text if passed or not otherwise else f"{text}: {otherwise}")
 
