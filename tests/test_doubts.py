@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import CurvatureWarning, InfluenceModule, LiSSAInfluenceModule, SolveError
 from torch_influence.curvature import Hessian
-from torch_influence.curvature import doubts as doubts_of
 
 N, BATCH, INPUTS, CLASSES = 36, 9, 5, 3
 
@@ -350,7 +349,7 @@ def test_looks_take_a_few_passes_over_as_many_examples_whatever_the_data() -> No
         data = DataLoader(TensorDataset(x, y), 50)
         it = InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0)
         plain = Hessian(it._problem.evaluation, it._problem.train, it.device)
-        assert not doubts_of(plain, plain, 1e9)
+        assert not plain.doubts(1e9)
         handle.remove()
         spent[n] = counts
     assert spent[200] == spent[400] == [32] * len(spent[200])

@@ -153,7 +153,7 @@ def test_warnings_are_on_the_page_and_given_all_the_same(tmp_path: Path) -> None
 
 def test_warnings_are_given_when_it_fails_too(tmp_path: Path) -> None:
     it = module(rtol=1e-12, maxiter=1)
-    it._mean_test_loss = lambda *_: 1 / 0
+    it._problem.mean_test_loss = lambda *_: 1 / 0
     with pytest.warns(ConvergenceWarning), pytest.raises(ZeroDivisionError):
         it.report(tmp_path / "page.html", [0])
     assert os.listdir(tmp_path) == []

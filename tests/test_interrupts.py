@@ -118,7 +118,7 @@ def test_an_interrupted_solve_leaves_no_report_of_another(kind: str, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(it, "_bar", interrupt)  # at the first step of the solver
+        patch.setattr(it._problem, "bar", interrupt)  # at the first step of the solver
         with pytest.raises(KeyboardInterrupt):
             it.inverse_hvp(torch.ones(43, dtype=torch.float64))
     assert it.last_report is None

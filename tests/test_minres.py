@@ -341,7 +341,7 @@ def test_absolute_tolerance_and_progress() -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    assert doctest.testmod(_minres) == (0, 5)
+    assert doctest.testmod(_minres) == (0, 6)
 
 
 # -- preconditioners --------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_reports_of_parts_join_into_one() -> None:
 def test_last_report_is_of_the_whole_public_call(monkeypatch: pytest.MonkeyPatch) -> None:
     it = module(CGInfluenceModule)
     assert it.last_report is None
-    monkeypatch.setattr(it, "_rows_that_fit", lambda: 2)  # queries in tiles of two
+    monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)  # tiles of two queries
     it.influence_matrix()
     assert len(it.last_report.iterations) == 7
     it.influences([0, 1], [0])

@@ -217,4 +217,4 @@ def test_a_linear_head_whose_loss_joins_the_examples_of_some_batch() -> None:
     module = InfluenceModule(net, objective, data, data, "cpu", 1.0)
     rows = torch.randn(2, module._problem.space.size, dtype=torch.float64)
     assert_right(module.hvp(rows), rows @ dense_hessian(net, objective, loader_batches(data)))
-    assert "joins the outputs" in module._why_no_head
+    assert "joins the outputs" in module._problem.curvature().why_no_head

@@ -121,6 +121,11 @@ class Factor:
                 )
             fail([found], on_failure)
 
+    @property
+    def method(self) -> str:
+        """Which factorisation it is."""
+        return "Cholesky" if self.definite else "LU"
+
     def solve(self, rows: Tensor) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report.
 
@@ -141,7 +146,7 @@ class Factor:
         converged = residual <= rtol * size
         limit = reachable(self._largest, x, size)
         report = SolveReport(
-            method="Cholesky" if self.definite else "LU",
+            method=self.method,
             iterations=torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
             residual=torch.where(size > 0, residual / size, residual),
             converged=converged,
@@ -216,9 +221,9 @@ class Direct(Solver):
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """Forming the matrix and a Cholesky factor, unless there is one."""
-        d, factored = operator.size, self._factor.has(operator)
-        once = 0.0 if factored else SLOWNESS_OF_DENSE * (operator.operations_of_dense + d**3 / 3)
-        note = "factored before" if factored else "matrix and Cholesky factor"
+        d, factor = operator.size, self._factor.get(operator)
+        once = 0.0 if factor else SLOWNESS_OF_DENSE * (operator.operations_of_dense + d**3 / 3)
+        note = f"factored before by {factor.method}" if factor else "matrix and Cholesky factor"
         return Cost(once + 4.0 * d**2 * k, 3 * d * row_bytes(operator), note)
 
 
