@@ -11,60 +11,46 @@ _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """A floating-point tensor that no graph is recorded for."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    """Accepts a floating-point tensor that no graph is recorded for."""
+    _check_tensor(op, name, tensor)
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name}: expected dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_no_graph(op, name, tensor)
 
 
 def check_rows(op: str, name: str, tensor: Tensor) -> None:
-    """A floating-point tensor [rows, columns] that no graph is recorded for."""
+    """Accepts a floating-point tensor [rows, columns] that no graph is recorded for."""
     check_floating(op, name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name}: expected 2 dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """A tensor like another one: shape, dtype, device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    """Accepts a tensor like another one (shape, dtype, device) that no graph is recorded for."""
+    _check_tensor(op, name, tensor)
     if tensor.dtype != like.dtype:
         raise TypeError(f"{op}: {name}: expected dtype {like.dtype}, as {like_name} has, got {tensor.dtype}")
     if tensor.shape != like.shape:
         raise ValueError(
             f"{op}: {name}: expected shape {tuple(like.shape)}, as {like_name} has, got {tuple(tensor.shape)}"
         )
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name}: expected device {like.device}, as {like_name} has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_device(op, name, tensor, like_name, like)
+    _check_no_graph(op, name, tensor)
 
 
 def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
-    """A tensor on the device of another one, with a dtype that goes with the other's, and no graph; of any shape."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    """Accepts a tensor of any shape on the device of another one, with a dtype that goes with the other's; no graph."""
+    _check_tensor(op, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(
             f"{op}: {name}: expected dtype {dtype}, since {other_name} has {other.dtype}, got {tensor.dtype}"
         )
-    if tensor.device != other.device:
-        raise ValueError(f"{op}: {name}: expected device {other.device}, as {other_name} has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_device(op, name, tensor, other_name, other)
+    _check_no_graph(op, name, tensor)
 
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:
-    """A tensor that can be written to: an expanded one holds the same memory several times."""
+    """Accepts a tensor that can be written to: an expanded one holds the same memory several times."""
     if 0 not in tensor.stride() or not tensor.numel():  # the usual case, quickly
         return
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
@@ -72,8 +58,25 @@ def check_written(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_number(op: str, name: str, value: float, nonzero: bool = False) -> None:
-    """A finite number, not zero if so asked."""
+    """Accepts a finite number, not zero if so asked."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or (nonzero and value == 0):
         raise ValueError(f"{op}: {name}: expected a finite {'nonzero ' if nonzero else ''}number, got {value}")
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device}, as {like_name} has, got {tensor.device}")
+
+
+def _check_no_graph(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
