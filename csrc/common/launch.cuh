@@ -50,6 +50,11 @@ __device__ inline double block_sum(double value) {
   return value;
 }
 
+// Cuts the number of blocks that would do all at once down to the most that a grid may have, along x and along y. Where it
+// cuts, a block goes on by gridDim to what is left.
+inline unsigned grid_x(int64_t blocks) { return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff); }
+inline unsigned grid_y(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
+
 // null, or what went wrong with the launch just made.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

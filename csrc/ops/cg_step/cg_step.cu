@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class T, int width>
 const char* launch(const CgStep& s, double* scratch, cudaStream_t stream) {
   const int64_t columns = columns_of<T>(s.d), blocks = blocks_of<T>(s.d);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(s.k < 65535 ? s.k : 65535));
+  const dim3 grid(static_cast<unsigned>(blocks), grid_y(s.k));
   auto* const plans = reinterpret_cast<CgPlan*>(scratch);
   auto* const dots = reinterpret_cast<CgDots*>(plans + s.k);
   auto* const sums = reinterpret_cast<double*>(dots + s.k * blocks);

@@ -36,14 +36,12 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const GradDotSums s, int
 }  // namespace
 
 const char* grad_dot_sums_cuda(const GradDotSums& s, void* stream) {
-  constexpr int64_t kMostBlocks = 0x7fffffff;
   int group_bits = 0;
   while (group_bits < 5 && (int64_t(2) << group_bits) <= s.o) ++group_bits;
   const int64_t groups_per_block = kThreads >> group_bits;
   const int64_t blocks = (s.examples * s.k + groups_per_block - 1) / groups_per_block;
-  const auto grid = static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
   with_element_type(s.dtype, [&](auto element) {
-    sums_kernel<decltype(element)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, group_bits);
+    sums_kernel<decltype(element)><<<grid_x(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, group_bits);
   });
   return launch_error();
 }

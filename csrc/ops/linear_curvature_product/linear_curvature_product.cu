@@ -6,12 +6,7 @@
 namespace torch_influence {
 namespace {
 
-constexpr int64_t kMostBlocks = 0x7fffffff, kMostRows = 65535;
-
-unsigned blocks_for(int64_t threads, int64_t most) {
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < most ? blocks : most);
-}
+unsigned grid_for(int64_t threads) { return grid_x((threads + kThreads - 1) / kThreads); }
 
 // t[row][j] += v_b[j]. A thread owns every gridDim.x * kThreads-th element of the tile. Reads and writes t once, the biases
 // from the cache: 2 * sizeof(W) bytes per element.
@@ -44,15 +39,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class W>
 const char* launch_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, void* stream) {
   const int64_t size = tile.rows * s.columns();
-  bias_kernel<<<blocks_for(size, kMostBlocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<W*>(tile.t),
-                                                                                                 size);
+  bias_kernel<<<grid_for(size), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<W*>(tile.t), size);
   return launch_error();
 }
 
 template <class W>
 const char* launch_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first, void* stream) {
-  const unsigned rows = static_cast<unsigned>(s.columns() < kMostRows ? s.columns() : kMostRows);
-  const dim3 grid(blocks_for(s.f > 0 ? s.f : 1, kMostBlocks), rows);
+  const dim3 grid(grid_for(s.f > 0 ? s.f : 1), grid_y(s.columns()));
   add_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<const W*>(tile.product),
                                                                        static_cast<const W*>(tile.bias_sums), first);
   return launch_error();

@@ -91,7 +91,7 @@ int64_t lissa_step_cuda_blocks(DType dtype, int64_t d) {
 const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int64_t blocks = lissa_step_cuda_blocks(p.dtype, p.d);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.k < 65535 ? p.k : 65535));
+  const dim3 grid(static_cast<unsigned>(blocks), grid_y(p.k));
   with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     const bool packed =

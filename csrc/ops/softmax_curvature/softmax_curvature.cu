@@ -194,11 +194,9 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
 template <class T, int width, int group, int registers, bool any_length = false>
 bool launch_rows(const SoftmaxCurvature& s, cudaStream_t stream) {
   constexpr int kBlock = group > kThreads ? group : kThreads, kKept = kPacksIn<T, width>(registers);
-  constexpr int64_t kMostBlocks = 0x7fffffff;
   if (!any_length && s.c > group * kKept * width) return false;
   const int64_t blocks = (s.n * s.k + kBlock / group - 1) / (kBlock / group);
-  const auto grid = static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
-  rows_kernel<T, width, group, kKept, any_length><<<grid, kBlock, 0, stream>>>(s);
+  rows_kernel<T, width, group, kKept, any_length><<<grid_x(blocks), kBlock, 0, stream>>>(s);
   return true;
 }
 

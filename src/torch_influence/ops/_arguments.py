@@ -12,14 +12,10 @@ _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     """Checks that this is a floating-point tensor that no graph is recorded for."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    _check_tensor(op, name, tensor)
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name}: expected dtype float32, float64, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_no_graph(op, name, tensor)
 
 
 def check_rows(op: str, name: str, tensor: Tensor) -> None:
@@ -31,36 +27,26 @@ def check_rows(op: str, name: str, tensor: Tensor) -> None:
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Checks that a tensor has the shape, dtype and device of another one, and no graph."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    _check_tensor(op, name, tensor)
     if tensor.dtype != like.dtype:
         raise TypeError(f"{op}: {name}: expected dtype {like.dtype}, as {like_name} has, got {tensor.dtype}")
     if tensor.shape != like.shape:
         raise ValueError(
             f"{op}: {name}: expected shape {tuple(like.shape)}, as {like_name} has, got {tuple(tensor.shape)}"
         )
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name}: expected device {like.device}, as {like_name} has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_device(op, name, tensor, like_name, like)
+    _check_no_graph(op, name, tensor)
 
 
 def check_beside(op: str, name: str, tensor: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
     """Checks that a tensor of any shape has this dtype, which goes with another's, the other's device, and no graph."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    _check_tensor(op, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(
             f"{op}: {name}: expected dtype {dtype}, since {other_name} has {other.dtype}, got {tensor.dtype}"
         )
-    if tensor.device != other.device:
-        raise ValueError(f"{op}: {name}: expected device {other.device}, as {other_name} has, got {tensor.device}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
-        )
+    _check_device(op, name, tensor, other_name, other)
+    _check_no_graph(op, name, tensor)
 
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:
@@ -77,3 +63,20 @@ def check_number(op: str, name: str, value: float, nonzero: bool = False) -> Non
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or (nonzero and value == 0):
         raise ValueError(f"{op}: {name}: expected a finite {'nonzero ' if nonzero else ''}number, got {value}")
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device}, as {like_name} has, got {tensor.device}")
+
+
+def _check_no_graph(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {name}: expected a tensor without gradient, since {op} isn't differentiable; detach() it"
+        )
