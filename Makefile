@@ -23,7 +23,7 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test dev lint types docs links bench bench-all bench-peers gpu wheel check-wheel clean
+.PHONY: help demo test mutate dev lint types docs links bench bench-all bench-peers gpu wheel check-wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,9 @@ demo: dev ## build and run the main job on real data
 
 test: dev ## build what is missing and run the whole test suite
 	$(PY) -m pytest -n auto --dist worksteal
+
+mutate: dev ## change the package in a hundred wrong ways and expect the tests to notice each; minutes
+	$(PY) tests/mutate.py
 
 dev: $(BUILT) ## create .venv with an editable install
 

@@ -36,7 +36,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from torch_influence import BaseObjective, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
+from torch_influence import BaseObjective, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule, examples
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -762,3 +762,18 @@ def test_a_tensor_data_set_and_a_list_of_examples_are_the_same() -> None:
     data = Pairs()
     check(DataLoader(TensorDataset(data.x, data.y), batch_size=BATCH))
     check(DataLoader([data[i] for i in range(N)], batch_size=BATCH))
+
+
+def test_examples_that_are_edited_in_a_later_group_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "_EXAMPLES_AT_ONCE", 4)
+    monkeypatch.setattr(examples, "_MANY_EXAMPLES", 4)
+    loader = DataLoader(Rows(), batch_size=BATCH)  # the first that is edited is example 5
+    stest = torch.linspace(-1.0, 1.0, D, dtype=torch.float64)
+
+    def scores(objective: Unpacked) -> Tensor:
+        module = InfluenceModule(network(), objective, loader, None, "cpu", damp=1.0)
+        return module.influences(range(30), None, stest=stest)
+
+    with pytest.warns(UserWarning, match="edits some batches in place"):
+        found = scores(Rarely(by_name))
+    assert_close(found, scores(Unpacked(lowered)), operations=4 * D)

@@ -912,3 +912,11 @@ def test_progress_bars_count_what_they_announce(monkeypatch: pytest.MonkeyPatch)
         it.influences(range(600), None, torch.ones(D, dtype=torch.float64))
     assert [describe for describe, _, _ in bars] == ["scores"] * 2
     assert all(count == total for _, count, total in bars)
+
+
+def test_what_begins_and_ends_as_a_range_need_not_be_one() -> None:
+    data = Examples(pairs)
+    stacked = batches(DataLoader(data, batch_size=BATCH)).stacked()
+    assert stacked is not None
+    indices = [3, 6, 4, 5, 7]
+    assert same(stacked.batch(indices), [data.x[indices], data.y[indices]])
