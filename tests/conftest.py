@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -24,3 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason=f"no native CUDA ops: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make, not again and again among a million objects of torch's modules."""
+    gc.collect()
+    gc.freeze()

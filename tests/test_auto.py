@@ -192,8 +192,8 @@ def test_an_unknown_solver_is_named() -> None:
 
 
 def test_a_matrix_that_does_not_fit_is_refused_only_when_asked_for() -> None:
-    model = nn.Linear(100_000, 100)
-    data = DataLoader(TensorDataset(torch.zeros(2, 100_000), torch.zeros(2, dtype=torch.int64)), batch_size=2)
+    model = nn.Linear(10_000, 100)
+    data = DataLoader(TensorDataset(torch.zeros(2, 10_000), torch.zeros(2, dtype=torch.int64)), batch_size=2)
     with pytest.raises(MemoryError, match='InfluenceModule with solver="direct" needs three'):
         InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0, solver="direct")
     it = InfluenceModule(model, Supervised(F.cross_entropy), data, data, "cpu", 1.0)

@@ -35,7 +35,7 @@ TINY: dict[str, dict[str, Any]] = {
     "C": {"n": 70, "queries": 3, "features": 4, "hidden": 3, "classes": 3},
     "D": {"n": 70, "queries": 3, "side": 20, "channels": (2, 2), "classes": 3},
     "R": {"n": 70, "queries": 3, "side": 5, "widths": (2,), "blocks": 1, "classes": 3},
-    "T": {"n": 70, "queries": 3, "vocabulary": 5, "width": 2, "heads": 1, "layers": 1, "length": 3},
+    "T": {"n": 70, "queries": 3, "vocabulary": 3, "width": 2, "heads": 1, "layers": 1, "length": 2},
     "H": {"n": 70, "queries": 3, "features": 5, "classes": 3},
 }
 RTOL = 1e-12

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -51,10 +53,47 @@ def library(build_info):
     return Path(_C.__file__).with_name("libtorch_influence.so")
 
 
-def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+# Imports torch, which takes seconds, and then runs each program in a child of its own, where this package is not
+# imported yet: [[source, environment], ...] on standard input, [[exit status, output, errors], ...] on standard output.
+EACH = """
+import json, os, pathlib, sys, tempfile, traceback, torch
+found = []
+for source, environment in json.load(sys.stdin):
+    with tempfile.TemporaryDirectory() as folder:
+        files = [pathlib.Path(folder, name) for name in ("output", "errors")]
+        child = os.fork()
+        if not child:
+            try:
+                for number, file in enumerate(files, 1):
+                    os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
+                os.environ.update(environment)
+                exec(compile(source, "program", "exec"), {"__name__": "__main__"})
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found.append([status, *(file.read_text() for file in files)])
+json.dump(found, sys.stdout)
+"""
+
+
+@dataclasses.dataclass
+class Outcome:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_each(*programs: tuple[str, dict[str, str]]) -> list[Outcome]:
+    done = subprocess.run(
+        [sys.executable, "-c", EACH], input=json.dumps(programs), capture_output=True, text=True, timeout=240
     )
+    assert done.returncode == 0, done.stderr
+    return [Outcome(*found) for found in json.loads(done.stdout)]
 
 
 def test_build_info(build_info):
@@ -123,99 +162,96 @@ def test_rules_of_the_audit(symbol, problem):
     assert bool(said) == bool(problem)
 
 
-def test_references_give_the_same_answer(build_info):
-    for backend, words in (("native", OPS), ("reference", "TORCH_INFLUENCE_BACKEND=reference")):
-        result = run(PROGRAM, TORCH_INFLUENCE_BACKEND=backend)
+def test_references_give_the_same_answer_and_an_unknown_backend_is_named(build_info):
+    *answers, unknown = run_each(
+        *((PROGRAM, {"TORCH_INFLUENCE_BACKEND": it}) for it in ("native", "reference", "fast"))
+    )
+    for result, words in zip(answers, (OPS, "TORCH_INFLUENCE_BACKEND=reference"), strict=True):
         assert result.returncode == 0, result.stderr
         assert ANSWER in result.stdout
         assert words in result.stdout
         assert "Warning" not in result.stderr
+    assert unknown.returncode != 0
+    assert "ValueError: TORCH_INFLUENCE_BACKEND: expected auto, native or reference, got 'fast'" in unknown.stderr
 
 
-def test_unknown_backend_is_named():
-    result = run("import torch_influence", TORCH_INFLUENCE_BACKEND="fast")
-    assert "ValueError: TORCH_INFLUENCE_BACKEND: expected auto, native or reference, got 'fast'" in result.stderr
-
-
-@pytest.fixture
-def installed_copy(library, tmp_path):
-    """A copy of the package as a wheel would install it, for a process that sees this copy and not the original."""
-    package = tmp_path / "torch_influence"
-    source = Path(torch_influence.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+def installed_copy(folder: Path) -> Path:
+    """Of the package, as a wheel would install it."""
     from torch_influence import _C
 
-    shutil.copy(_C.__file__, package)
-    shutil.copy(library, package)
-
-    def run_copy(**environment: str) -> subprocess.CompletedProcess[str]:
-        # An editable install finds its package by an object among the finders; the interpreter's own are classes.
-        hide = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]\n"
-        where = "import torch_influence; print(torch_influence.__file__)\n"
-        return run(f"{hide}sys.path.insert(0, {str(tmp_path)!r})\n{where}{PROGRAM}", **environment)
-
-    return package, run_copy
+    package, compiled = folder / "torch_influence", Path(_C.__file__)
+    shutil.copytree(
+        Path(torch_influence.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
+    for file in (compiled, compiled.with_name("libtorch_influence.so")):
+        shutil.copy(file, package)
+    return package
 
 
-def test_a_whole_copy_is_native(installed_copy):
-    package, run_copy = installed_copy
-    result = run_copy()
-    assert result.returncode == 0, result.stderr
-    assert str(package) in result.stdout
-    assert ANSWER in result.stdout
-    assert OPS in result.stdout
+def program_of(package: Path) -> str:
+    """The program, for a process that sees this copy and not the original."""
+    # An editable install finds its package by an object among the finders; the interpreter's own are classes.
+    hide = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]\n"
+    where = "import torch_influence; print(torch_influence.__file__)\n"
+    return f"{hide}sys.path.insert(0, {str(package.parent)!r})\n{where}{PROGRAM}"
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        ("library missing", "libtorch_influence.so can't be loaded"),
-        ("library broken", "libtorch_influence.so can't be loaded"),
-        ("module missing", "torch_influence._C can't be imported"),
-    ],
-)
-def test_import_survives_a_damaged_native_part(installed_copy, damage, words):
-    package, run_copy = installed_copy
-    part, what = damage.split()
-    (file,) = package.glob("libtorch_influence.so" if part == "library" else "_C.*.so")
-    if what == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(b"\x7fELF, but no more than that")
-
-    result = run_copy()
-    assert result.returncode == 0, result.stderr
-    assert ANSWER in result.stdout
-    assert f"native ops: none, plain torch does their work, because {words}" in result.stdout
-    assert "RuntimeWarning: torch_influence runs without its native ops" in result.stderr
-
-    demanded = run_copy(TORCH_INFLUENCE_BACKEND="native")
-    assert demanded.returncode != 0
-    assert f"ImportError: TORCH_INFLUENCE_BACKEND=native, but the native ops are missing: {words}" in demanded.stderr
+def without(package: Path, pattern: str) -> None:
+    (file,) = package.glob(pattern)
+    file.unlink()
 
 
-def test_a_pure_python_build_says_why(installed_copy):
-    package, run_copy = installed_copy
+def broken(package: Path, pattern: str) -> None:
+    (file,) = package.glob(pattern)
+    file.write_bytes(b"\x7fELF, but no more than that")
+
+
+def pure_python(package: Path) -> None:
     for file in package.glob("*.so"):
         file.unlink()
     (package / "_no_native.py").write_text('REASON = "it was built with TORCH_INFLUENCE_NATIVE=OFF"\n')
-    result = run_copy()
-    assert result.returncode == 0, result.stderr
-    assert ANSWER in result.stdout
-    assert "because it was built with TORCH_INFLUENCE_NATIVE=OFF" in result.stdout
-    assert "Warning" not in result.stderr
 
 
-def test_a_torch_that_is_too_old_is_named(installed_copy):
-    package, run_copy = installed_copy
+def for_an_older_torch(package: Path) -> None:
     native = package / "ops" / "_native.py"
-    native.write_text(
-        native.read_text().replace("import torch\n", "import torch\ntorch.__version__ = '2.9.1+cpu'\n", 1)
-    )
-    result = run_copy()
-    assert result.returncode == 0, result.stderr
-    assert ANSWER in result.stdout
-    assert "it needs torch >= 2.10, found 2.9.1+cpu" in result.stdout
+    text = native.read_text()
+    native.write_text(text.replace("import torch\n", "import torch\ntorch.__version__ = '2.9.1+cpu'\n", 1))
+
+
+LIBRARY, MODULE = "libtorch_influence.so", "_C.*.so"
+# How a copy is changed, and why it says to have no native ops.
+DAMAGED = {
+    "library missing": (lambda package: without(package, LIBRARY), "libtorch_influence.so can't be loaded"),
+    "library broken": (lambda package: broken(package, LIBRARY), "libtorch_influence.so can't be loaded"),
+    "module missing": (lambda package: without(package, MODULE), "torch_influence._C can't be imported"),
+    "torch too old": (for_an_older_torch, "it needs torch >= 2.10, found 2.9.1+cpu"),
+    "pure Python": (pure_python, "it was built with TORCH_INFLUENCE_NATIVE=OFF"),
+}
+
+
+def test_a_whole_copy_is_native_and_a_damaged_one_says_why_it_is_not(build_info, tmp_path):
+    whole = installed_copy(tmp_path / "whole")
+    programs = [(program_of(whole), {})]
+    for name, (damage, _) in DAMAGED.items():
+        package = installed_copy(tmp_path / name)
+        damage(package)
+        programs += [(program_of(package), {}), (program_of(package), {"TORCH_INFLUENCE_BACKEND": "native"})]
+    native, *damaged = run_each(*programs)
+
+    assert native.returncode == 0, native.stderr
+    assert str(whole) in native.stdout
+    assert ANSWER in native.stdout
+    assert OPS in native.stdout
+    for (name, (_, words)), result, demanded in zip(DAMAGED.items(), damaged[::2], damaged[1::2], strict=True):
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+        assert str(tmp_path / name) in result.stdout
+        assert ANSWER in result.stdout, name
+        assert f"native ops: none, plain torch does their work, because {words}" in result.stdout, name
+        said = "RuntimeWarning: torch_influence runs without its native ops" in result.stderr
+        assert said == (name != "pure Python"), f"{name}: {result.stderr}"  # which is how it was built
+        assert demanded.returncode != 0, name
+        reason = f"ImportError: TORCH_INFLUENCE_BACKEND=native, but the native ops are missing: {words}"
+        assert reason in demanded.stderr, f"{name}: {demanded.stderr}"
 
 
 def test_info_command():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +41,15 @@ BY_CHANCE = 1e-6  # how likely a random ranking may find as many planted example
 
 
 def run(name: str, *flags: object) -> str:
-    command = [sys.executable, f"examples/{name}.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return done.stdout
+    """What it prints, run as a user runs it; but in this process, since to import torch takes longer than most do."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for of_others in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", of_others)  # as by default
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()
 
 
 @functools.cache
@@ -100,11 +107,10 @@ def test_every_example_is_tested_and_says_what_one_learns() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_what_is_missing_is_named(name: str) -> None:
-    hidden = f"import sys, runpy; sys.modules[{OPTIONAL[name]!r}] = None; runpy.run_path('examples/{name}.py')"
-    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(rf"this example needs {OPTIONAL[name]}: pip install [\w-]+\n", done.stderr)
+def test_what_is_missing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, OPTIONAL[name], None)
+    with pytest.raises(SystemExit, match=rf"^this example needs {OPTIONAL[name]}: pip install [\w-]+$"):
+        run(name)
 
 
 def test_mislabelled_digits(tmp_path: Path) -> None:

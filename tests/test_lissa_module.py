@@ -24,11 +24,14 @@ from torch_influence import (
 pytestmark = pytest.mark.filterwarnings("error")
 
 D = 43  # parameters of the small network
+REPEAT, DEPTH = 3, 15
 N, QUERIES = 23, 7
 
 
 def lissa_module(**changes: Any) -> LiSSAInfluenceModule:
-    return module(LiSSAInfluenceModule, **({"repeat": 3, "depth": 60, "scale": "auto", "on_failure": "warn"} | changes))
+    return module(
+        LiSSAInfluenceModule, **({"repeat": REPEAT, "depth": DEPTH, "scale": "auto", "on_failure": "warn"} | changes)
+    )
 
 
 # -- the scale --------------------------------------------------------------------------------------------------------
@@ -36,7 +39,7 @@ def lissa_module(**changes: Any) -> LiSSAInfluenceModule:
 
 def test_auto_is_the_default_and_equals_the_number_that_it_finds() -> None:
     arguments = network(), Classification(), loader(), loader(n=QUERIES), "cpu"
-    it = LiSSAInfluenceModule(*arguments, 1.0, 3, 60)
+    it = LiSSAInfluenceModule(*arguments, 1.0, REPEAT, DEPTH)
     assert it.scale == "auto"
     v = torch.linspace(-1, 1, D, dtype=torch.float64)
     assert "scale still to be found" in it.explain()["solver"].path
@@ -48,7 +51,7 @@ def test_auto_is_the_default_and_equals_the_number_that_it_finds() -> None:
     assert scale is not None
     assert report.method == f"LiSSA, scale {scale:.3g} (auto)"
     assert f"scale {scale:.3g} (auto)" in it.explain()["solver"].path
-    given = LiSSAInfluenceModule(*arguments, 1.0, 3, 60, scale)
+    given = LiSSAInfluenceModule(*arguments, 1.0, REPEAT, DEPTH, scale)
     torch.manual_seed(1)
     assert torch.equal(given.inverse_hvp(v), found)
     assert f"scale {scale}" in given.explain()["solver"].path
@@ -90,9 +93,9 @@ def test_the_scale_is_kept_until_the_curvature_changes(change: str) -> None:
     kept, found = it._lissa._auto_scale._made, it._lissa._auto_scale._made.scale(1.0)
     spent = kept.products
     assert it.last_report is not None
-    assert it.last_report.products == 3 * 60 + spent
+    assert it.last_report.products == REPEAT * DEPTH + spent
     it.inverse_hvp(v)
-    assert it.last_report.products == 3 * 60
+    assert it.last_report.products == REPEAT * DEPTH
     it.damp = 2.5  # is added to the eigenvalues
     it.inverse_hvp(v)
     assert it._lissa._auto_scale._made is kept
@@ -216,8 +219,8 @@ def test_standard_errors_are_those_of_the_scores_of_each_repeat(cache: bool, own
     assert torch.equal(torch.get_rng_state(), after)
     assert torch.equal(estimate.scores, expected)
     size = float(of_repeats.abs().max())
-    assert_close(estimate.scores, of_repeats.mean(0), operations=D * 60, scale=size)
-    assert_close(estimate.standard_error, of_repeats.std(0) / 3**0.5, operations=D * 60, scale=size)
+    assert_close(estimate.scores, of_repeats.mean(0), operations=D * DEPTH, scale=size)
+    assert_close(estimate.standard_error, of_repeats.std(0) / REPEAT**0.5, operations=D * DEPTH, scale=size)
     assert (estimate.standard_error > 0).all()
 
 
@@ -235,7 +238,7 @@ def test_standard_errors_of_a_set_of_queries() -> None:
     torch.manual_seed(1)
     one = lissa_module(on_failure="ignore").influences([5, 0, 9], [1], standard_error=True)
     assert single.standard_error.shape == (3, 1)
-    assert_close(single.standard_error.squeeze(1), one.standard_error, operations=D * 60 * 3)
+    assert_close(single.standard_error.squeeze(1), one.standard_error, operations=D * DEPTH * REPEAT)
 
 
 def test_queries_in_tiles_and_repeats_that_rtol_spares(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +251,7 @@ def test_queries_in_tiles_and_repeats_that_rtol_spares(monkeypatch: pytest.Monke
         results.append(it.influence_matrix(None, None, standard_error=standard_error))
         assert it.last_report is not None
         assert len(it.last_report.iterations) == QUERIES
-        assert it.last_report.iterations.max() < 30 * 60
+        assert it.last_report.iterations.max() < 30 * DEPTH
         assert len(set(it.last_report.iterations.tolist())) <= 3
     assert torch.equal(results[1].scores, results[0])
     assert results[1].standard_error.shape == (N, QUERIES)

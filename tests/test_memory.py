@@ -18,7 +18,7 @@ from torch_influence.solvers import lissa
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-TILE = 16  # queries solved for at once, and examples scored at once
+TILE = 8  # queries solved for at once, and examples scored at once
 
 
 def peak(function: Callable[[], Any]) -> int:

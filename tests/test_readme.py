@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from torch_influence.__main__ import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    return done.stdout
 
 
 def test_quickstart_is_the_example_word_for_word() -> None:
@@ -26,8 +21,11 @@ def test_quickstart_is_the_example_word_for_word() -> None:
 
 
 def test_quickstart_runs() -> None:
-    output = run("examples/quickstart.py")
-    assert re.fullmatch(r"most helpful: \[\d+, \d+, \d+\]\nmost harmful: \[\d+, \d+, \d+\]\n", output)
+    command = [sys.executable, "examples/quickstart.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert re.fullmatch(r"most helpful: \[\d+, \d+, \d+\]\nmost harmful: \[\d+, \d+, \d+\]\n", done.stdout)
 
 
 def test_meaning_of_a_score_comes_first() -> None:
@@ -41,13 +39,11 @@ def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_info_says_what_runs_natively() -> None:
-    assert "lissa_step" in run("-m", "torch_influence", "info")
-
-
-def test_demo_finds_the_wrong_labels_and_draws_them(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_demo_finds_the_wrong_labels_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "digits.png"
-    output = run("-m", "torch_influence", "demo", "--out", str(picture))
+    assert main(["demo", "--out", str(picture)]) == 0
+    output = capsys.readouterr().out
     auc = float(re.search(r"by self-influence +([0-9.]+)", output).group(1))  # type: ignore[union-attr]
     assert auc > 0.9  # at random it is 0.5
     assert picture.read_bytes().startswith(b"\x89PNG")

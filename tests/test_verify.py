@@ -39,7 +39,6 @@ from torch_influence import (
     NondeterminismWarning,
     Refits,
     Verification,
-    checks,
 )
 from torch_influence.linop import Dense
 from torch_influence.solvers import cg
@@ -100,7 +99,7 @@ def test_good_modules_pass(kind: type, changes: dict[str, Any], capsys: pytest.C
 def test_good_modules_pass_by_residuals_where_there_are_many_parameters(
     kind: type, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_LARGEST_DENSE", 10)
+    monkeypatch.setattr("torch_influence.verification._checks._LARGEST_DENSE", 10)
     found = good(kind, **changes).verify(print=False)
     assert failed(found) == []
     assert "|b - Ax| / |b|" in found["solver"].text
@@ -280,7 +279,7 @@ def test_what_is_broken_on_purpose_fails(kind: type, expected: list[str], capsys
 
 @pytest.mark.parametrize("kind", [WrongEstimate, DampedTwice, OneByOneWrong])
 def test_wrong_solutions_fail_by_residuals_too(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_LARGEST_DENSE", 10)
+    monkeypatch.setattr("torch_influence.verification._checks._LARGEST_DENSE", 10)
     assert failed(good(kind).verify(print=False)) == ["solver"]
 
 
