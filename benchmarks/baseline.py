@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import data
 
 from torch_influence import BaseObjective
-from torch_influence.batches import to_device
+from torch_influence.batches._batches import to_device
 
 Loss = Callable[[nn.Module, Tensor, Any], Tensor]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, LiSSAInfluenceModule, contraction
-from torch_influence.scores import from_stests, whole
+from torch_influence.scores._tiles import from_stests, whole
 
 LAYERS, DIRECTIONS, ROWS, ONES = (
     "inputs and output gradients of layers",
@@ -321,7 +321,7 @@ def test_a_group_of_many_examples_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     it = module(model=build(), objective=objective)
     vectors = torch.randn(20, it.flat_parameters().numel(), dtype=torch.float64)
     whole, _ = scores_of(it, vectors)
-    monkeypatch.setattr("torch_influence.examples._BYTES_OF_ROWS", 1000)  # 5 examples
+    monkeypatch.setattr("torch_influence.gradients._examples._BYTES_OF_ROWS", 1000)  # 5 examples
     parts, path = scores_of(it, vectors)
     assert path == LAYERS
     assert ((whole - parts).abs() <= 1e-13).all()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from torch_influence import BaseInfluenceModule, CGInfluenceModule, ConvergenceWarning
-from torch_influence.page import png
+from torch_influence.pages._page import png
 
 pytestmark = pytest.mark.filterwarnings("error")
 VOID = {"meta", "img", "br"}

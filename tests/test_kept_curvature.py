@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from torch_influence import CGInfluenceModule, LiSSAInfluenceModule
 from torch_influence.curvature import Curvature, GaussNewton, Hessian, LinearHead
-from torch_influence.gradients import saved_bytes
+from torch_influence.gradients._mean import saved_bytes
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.* over the batch, got something else")

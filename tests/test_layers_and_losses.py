@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import BaseInfluenceModule, CGInfluenceModule
-from torch_influence.composed import Composed
-from torch_influence.examples import ExampleGradients
+from torch_influence.evaluation._composed import Composed
+from torch_influence.gradients._examples import ExampleGradients
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
-from torch_influence.evaluation import Evaluation
+from torch_influence.evaluation._evaluation import Evaluation
 from torch_influence.losses import Means, in_one_batch, precision
 from torch_influence.parameters import ParameterSpace
 

@@ -86,7 +86,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return most - matrix[0].nbytes - it._problem.train.kept_bytes - it._problem.test.kept_bytes
 
     for name in ("_EXAMPLES_AT_ONCE", "_MANY_EXAMPLES"):
-        monkeypatch.setattr(f"torch_influence.examples.{name}", TILE)
+        monkeypatch.setattr(f"torch_influence.gradients._examples.{name}", TILE)
     return extra
 
 

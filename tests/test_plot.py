@@ -14,7 +14,7 @@ import torch
 from problems import module
 
 from torch_influence import Check, Refits, TopInfluences, Verification, plot
-from torch_influence.ranking import Ranking
+from torch_influence.scores._ranking import Ranking
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 
 from torch_influence import BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
-from torch_influence.batches import Batches
-from torch_influence.leaves import same
+from torch_influence.batches._batches import Batches
+from torch_influence.batches._containers import same
 from torch_influence.memory import free_memory
 
 # Losses that couple the examples of a batch are among the cases; test_errors.py has what is said of them.

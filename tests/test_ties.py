@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_influence import CGInfluenceModule, InfluenceModule
-from torch_influence.examples import ExampleGradients
+from torch_influence.gradients._examples import ExampleGradients
 
 FIRST, LATER = 270, 50  # examples of either kind: the first group, of 256, has but one of them
 INPUTS, CLASSES = 4, 3

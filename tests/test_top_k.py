@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, ConvergenceWarning, Ranking
-from torch_influence.ranking import top
-from torch_influence.scores import Tile
+from torch_influence.scores._ranking import top
+from torch_influence.scores._tiles import Tile
 
 NAN, INF = float("nan"), float("inf")
 
@@ -61,7 +61,7 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 @pytest.mark.parametrize("name", MATRICES)
 def test_any_tiles_in_any_order(name: str, k: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples are named in no order, tiles are of chance sizes and places, as where batches differ in their shapes."""
-    monkeypatch.setattr("torch_influence.ranking._RANKED_AT_ONCE", at_once)
+    monkeypatch.setattr("torch_influence.scores._ranking._RANKED_AT_ONCE", at_once)
     n, q = 37, 6
     matrix = MATRICES[name](n, q)
     indices = (3 * torch.randperm(n) + 1).tolist()
@@ -104,8 +104,8 @@ def test_against_dense_float64(kind: Any, train_idxs: Any, test_idxs: Any, monke
     whole = it.influence_matrix(train_idxs, test_idxs, top_k=5)
     # Two right-hand sides at once, five examples in a tile.
     monkeypatch.setattr("torch_influence.memory.free_memory", lambda device: 2 * 4 * 8 * 8 * 43)
-    monkeypatch.setattr("torch_influence.examples._EXAMPLES_AT_ONCE", 5)
-    monkeypatch.setattr("torch_influence.examples._MANY_EXAMPLES", 5)
+    monkeypatch.setattr("torch_influence.gradients._examples._EXAMPLES_AT_ONCE", 5)
+    monkeypatch.setattr("torch_influence.gradients._examples._MANY_EXAMPLES", 5)
     tiled = it.influence_matrix(train_idxs, test_idxs, top_k=5)
     for result in (whole, tiled):
         for ranking, sign in ((result.helpful, 1), (result.harmful, -1)):

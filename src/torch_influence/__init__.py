@@ -16,7 +16,7 @@ from torch_influence.solvers import (
 )
 from torch_influence.diagnostics import Damping, Spectrum
 from torch_influence.verification import Check, Refits, Verification
-from torch_influence.ranking import Ranking, TopInfluences
+from torch_influence.scores import Ranking, TopInfluences
 from torch_influence.estimates import Estimate
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule

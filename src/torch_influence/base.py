@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import data
 
-from torch_influence import memory, reporting, verification
+from torch_influence import memory, verification
 from torch_influence.arguments import check_device, check_places
 from torch_influence.diagnostics import Damping, Spectrum, ends_of, suggest_damping
 from torch_influence.failures import OnFailure, SolveError, check_on_failure
@@ -24,8 +24,16 @@ from torch_influence.objective import BaseObjective
 from torch_influence.parameters import Selection
 from torch_influence.plan import Plan, Step
 from torch_influence.problem import Problem
-from torch_influence.ranking import Ranking, TopInfluences, check_top_k, top
-from torch_influence.scores import Tile, from_stests, from_training_rows, whole
+from torch_influence.scores import (
+    Ranking,
+    Tile,
+    TopInfluences,
+    check_top_k,
+    from_stests,
+    from_training_rows,
+    top,
+    whole,
+)
 from torch_influence.solvers import SolveReport
 from torch_influence.verification import Verification
 
@@ -789,7 +797,9 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             >>> path = module.report("why.html", test_idxs=[3, 4])
             >>> path = module.report("why.html", [3, 4], show=lambda example: (example[0].reshape(2, 2), example[1]))
         """
-        return reporting.report(
+        from torch_influence.pages import report  # when asked to write one
+
+        return report(
             self,
             self._problem,
             path,

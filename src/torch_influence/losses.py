@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.batches import Batches
+from torch_influence.batches import Batches, is_dense, map_leaves, put_together, take_apart
+from torch_influence.batches import leaves as leaves_of
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import nodes_behind, undisturbed
-from torch_influence.leaves import is_dense, map_leaves, put_together, take_apart
-from torch_influence.leaves import leaves as leaves_of
 from torch_influence.switches import quiet_vmap
 
 _ROUNDINGS = 64  # roundings by which two means of the same losses may differ, at least

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from torch_influence.diagnostics import Spectrum
-    from torch_influence.ranking import TopInfluences
+    from torch_influence.scores import TopInfluences
     from torch_influence.solvers import SolveReport
     from torch_influence.verification import Refits, Verification
 

@@ -16,9 +16,14 @@ from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.curvature import Curvature, Kind, check_kind, fastest, made
 from torch_influence.evaluation import Evaluation
-from torch_influence.examples import ExampleGradients
 from torch_influence.failures import OnFailure, fail
-from torch_influence.gradients import NondeterminismWarning, mean_gradient, randomness, regularizer_gradient
+from torch_influence.gradients import (
+    ExampleGradients,
+    NondeterminismWarning,
+    mean_gradient,
+    randomness,
+    regularizer_gradient,
+)
 from torch_influence.losses import Means, not_a_mean, tell
 from torch_influence.memory import Cache, budget
 from torch_influence.objective import BaseObjective

@@ -16,7 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from torch_influence.agreement import agree
 from torch_influence.batches import Batches, weighted_mean
-from torch_influence.convolutions import Convolutions, channels_last, convolves
+from torch_influence.curvature._convolutions import Convolutions, channels_last, convolves
 from torch_influence.curvature._curvature import Curvature
 from torch_influence.curvature._doubts import SecondDerivative, doubts, second_derivative
 from torch_influence.curvature._plain import Tangents, plain_product

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_influence.agreement import agree
-from torch_influence.capture import Calls, cut, linear_layer
 from torch_influence.curvature._double_backward import DoubleBackward, Linearized
 from torch_influence.curvature._linear_head import LinearHead
 from torch_influence.curvature._output_curvature import Blocks, Graphs, OutputCurvature, Softmax
+from torch_influence.evaluation import Calls, cut, linear_layer
 from torch_influence.gradients import loss_gradient
 from torch_influence.linop import probe_rows
 from torch_influence.ops import softmax_curvature

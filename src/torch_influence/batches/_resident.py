@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from torch_influence.batches._containers import alike, leaves, same, take_apart
+from torch_influence.batches._draws import drawn_in_turn, generators, quiet, states
+from torch_influence.batches._source import Source, Watched, holdings, unchanged
+from torch_influence.batches._stores import Keeping, KeptBatches, Stacked, cannot_keep
 from torch_influence.caller import level_of_the_user
-from torch_influence.draws import drawn_in_turn, generators, quiet, states
-from torch_influence.kept import Keeping, KeptBatches, Stacked, cannot_keep
-from torch_influence.leaves import alike, leaves, same, take_apart
 from torch_influence.memory import Cache, budget, check_cache
-from torch_influence.source import Source, Watched, holdings, unchanged
 
 _KINDS = 16  # kinds of examples (lengths, shapes) that a stacked data set may have; one of each is compared
 _OTHER = "the data set gives other data each time it is read"

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from torch_influence.agreement import agree
-from torch_influence.batches import Batches
-from torch_influence.contraction import Contraction
+from torch_influence.batches import Batches, alike, put_together, stands_alone, take_apart, versions
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import LossOfBatch, differentiate, loss_gradient
-from torch_influence.leaves import alike, put_together, stands_alone, take_apart, versions
+from torch_influence.gradients._contraction import Contraction
+from torch_influence.gradients._mean import LossOfBatch, differentiate, loss_gradient
 from torch_influence.switches import quiet_vmap
 
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from torch_influence.batches import Batches
 from torch_influence.exhibits import Exhibit, binned, exhibit, split
-from torch_influence.page import Entry, Page, Query, write
+from torch_influence.pages._page import Entry, Page, Query, write
 from torch_influence.problem import Problem
-from torch_influence.ranking import Ranking, TopInfluences, check_top_k, top
-from torch_influence.scores import Tile
+from torch_influence.scores import Ranking, Tile, TopInfluences, check_top_k, top
 from torch_influence.solvers import SolveReport
 from torch_influence.turns import WARNINGS, alone_with
 

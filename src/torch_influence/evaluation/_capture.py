@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_influence.evaluation import Evaluation
+from torch_influence.evaluation._evaluation import Evaluation
 
 
 @dataclasses.dataclass

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_influence.capture import shifted
-from torch_influence.evaluation import Evaluation
+from torch_influence.evaluation import Evaluation, shifted
 from torch_influence.ops import grad_dot
 
 BatchOf = Callable[[Sequence[Tensor]], Any]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from torch_influence.draws import drawn_in_turn, quiet
-from torch_influence.kept import KeptBatches, Stacked, is_range
-from torch_influence.leaves import map_leaves
+from torch_influence.batches._containers import map_leaves
+from torch_influence.batches._draws import drawn_in_turn, quiet
+from torch_influence.batches._resident import Resident
+from torch_influence.batches._source import Source, device_of
+from torch_influence.batches._stores import KeptBatches, Stacked, is_range
 from torch_influence.memory import Cache
 from torch_influence.plan import Step
-from torch_influence.resident import Resident
-from torch_influence.source import Source, device_of
 from torch_influence.turns import RANDOM_STATES, alone_with
 
 _DRAWN_AT_ONCE = 32  # as by torch's RandomSampler: drawing more in advance would change what others draw from it

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_influence import composed, switches
+from torch_influence import switches
+from torch_influence.batches import copy_of, held, same, versions
+from torch_influence.batches import leaves as leaves_of
 from torch_influence.caller import level_of_the_user
-from torch_influence.leaves import copy_of, held, same, versions
-from torch_influence.leaves import leaves as leaves_of
+from torch_influence.evaluation import _composed as composed
+from torch_influence.evaluation._remembered import Remembered
 from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
-from torch_influence.remembered import Remembered
 from torch_influence.torch_errors import explained
 from torch_influence.turns import alone_with
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_influence.agreement import agree
-from torch_influence.batches import Batches, weighted_mean
+from torch_influence.batches import Batches, held, weighted_mean
+from torch_influence.batches import leaves as leaves_of
 from torch_influence.evaluation import Evaluation
-from torch_influence.leaves import held
-from torch_influence.leaves import leaves as leaves_of
 from torch_influence.parameters import ParameterSpace
 from torch_influence.switches import quiet_vmap
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import data
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from torch_influence.draws import States, generators, quiet, states
-from torch_influence.leaves import alike, copy_of, is_dense, same, take_apart, versions
-from torch_influence.loaders import check_loader, warn_of_iteration, warn_of_selection
+from torch_influence.batches._containers import alike, copy_of, is_dense, same, take_apart, versions
+from torch_influence.batches._draws import States, generators, quiet, states
+from torch_influence.batches._loaders import check_loader, warn_of_iteration, warn_of_selection
 
 _LONG = 16  # items of an example; a longer list is taken for a sequence of items of one kind
 _FEW = 1000  # a container of up to this many items is searched for tensors; of a longer one only the items are compared

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.caller import level_of_the_user
-from torch_influence.examples import ExampleGradients
+from torch_influence.gradients import ExampleGradients
 
 
 class Tile(NamedTuple):

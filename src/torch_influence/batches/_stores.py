@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.leaves import alike, held, leaves, map_leaves, put_together, take_apart, versions
+from torch_influence.batches._containers import alike, held, leaves, map_leaves, put_together, take_apart, versions
 
 _KNOWN = (Tensor, str, bytes, int, float, complex, type(None))  # leaves whose size is known and whose edits are seen
 

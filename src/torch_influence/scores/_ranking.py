@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_influence.scores import Tile, checked
+from torch_influence.scores._tiles import Tile, checked
 
 _RANKED_AT_ONCE = 2**20  # scores; each takes some 40 bytes meanwhile
 _NOWHERE = torch.iinfo(torch.int64).max  # the index of a free place: larger than all others

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils import data
 
+from torch_influence.batches._draws import quiet
 from torch_influence.caller import level_of_the_user
-from torch_influence.draws import quiet
 
 _NEEDED = (
     *("dataset", "collate_fn", "batch_size", "batch_sampler", "sampler", "num_workers"),
