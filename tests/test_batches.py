@@ -36,7 +36,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from torch_influence import BaseObjective, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule, examples
+from torch_influence import BaseObjective, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -765,8 +765,8 @@ def test_a_tensor_data_set_and_a_list_of_examples_are_the_same() -> None:
 
 
 def test_examples_that_are_edited_in_a_later_group_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "_EXAMPLES_AT_ONCE", 4)
-    monkeypatch.setattr(examples, "_MANY_EXAMPLES", 4)
+    monkeypatch.setattr("torch_influence.gradients._examples._EXAMPLES_AT_ONCE", 4)
+    monkeypatch.setattr("torch_influence.gradients._examples._MANY_EXAMPLES", 4)
     loader = DataLoader(Rows(), batch_size=BATCH)  # the first that is edited is example 5
     stest = torch.linspace(-1.0, 1.0, D, dtype=torch.float64)
 
