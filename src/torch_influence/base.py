@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -241,7 +242,7 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         """
         batches = self._train if train else self._test
         with self._evaluation.alone():
-            if not self._evaluation.is_open:
+            if not self._evaluation.is_open and not self._watch.is_frozen:
                 batches.refresh()
             indices = None if idxs is None else batches.indices(idxs, "idxs")
             if sample is None:
@@ -318,7 +319,41 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         with self._evaluation.alone():
             for batches in self._opened():
                 batches.clear()
+            self._watch.drop()
             self._forget()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """A block in which calls don't look for changes: for many short ones, of a loop or a service.
+
+        Whatever was changed before the block is seen when it begins. Inside nothing is looked at: neither parameters
+        and buffers, nor what the losses depend on, nor the data. So change none of it there: results would be of the
+        old, of the new or of both, and what is kept of them would be used afterwards. What is set on the module
+        (``module.objective = ...``, ``module.damp = ...``) and ``clear_cache()`` count at once, here too. When the
+        block ends everything is looked at again. Blocks may be nested; one thread's block holds for all threads.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError, TypeError: what any call says of a model or of data that can't be used.
+
+        Cost:
+            one look for changes when the block begins: a checksum of the parameters, and up to eight forward and
+            backward passes over one example. Each call in the block saves as much.
+
+        Examples:
+            >>> s = module.stest([0])
+            >>> with module.frozen():
+            ...     scores = [module.influences([i], None, stest=s) for i in range(10)]
+        """
+        holder = object()
+        try:
+            with self._evaluation.session():
+                self._watch.freeze(holder)
+            yield
+        finally:
+            self._watch.thaw(holder)
 
     # -- solves; the scores made of them are in influences.py ---------------------------------------------------------
 
@@ -461,6 +496,12 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         """Drops the curvature, and in subclasses what they have made of it."""
         super()._forget()
         self._operator = None
+
+    def _losses_hold(self) -> bool | None:
+        """Whether all training losses are those that the curvature was made of; None where that is not known."""
+        operator = self._operator
+        plain = operator.plain if isinstance(operator, LinearHead) else operator
+        return None if plain is None else plain.losses_hold()
 
     def _mean_gradient(self, loss: str, batches: Batches, indices: list[int]) -> Tensor:
         if not indices:

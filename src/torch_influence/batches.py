@@ -167,9 +167,12 @@ class Batches:
         """Takes the one int64 that a pass takes, instead of a pass over data of which all that is wanted is known."""
         _take_seed(None)
 
-    def quietly(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-        """A block that leaves the default random states as they were; tells, if asked, whether any number was drawn."""
-        return quiet()
+    def quietly(self, seed: int | None = None) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        """A block that leaves the default random states as they were; tells, if asked, whether any number was drawn.
+
+        Starts them at a seed if one is given.
+        """
+        return quiet(seed)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch_influence.losses import departs_most, not_a_mean, tell
 from torch_influence.parameters import ParameterSpace
 from torch_influence.resident import free_memory
 from torch_influence.solvers import OnFailure, SolveError, SolveReport, fail, norms, rounding
+from torch_influence.staleness import Watch, fingerprint
 from torch_influence.verification import Check, Refits, Verification
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class CheckMethods:
     _train: Batches
     _reports: list[SolveReport]
     _means_checked: dict[str, str]
+    _watch: Watch
     _randomness_checked: set[str]
 
     if TYPE_CHECKING:  # what BaseInfluenceModule has
@@ -412,11 +414,11 @@ class CheckMethods:
         )
 
     def _loss_of_refit(self, fit: Callable[[list[int]], nn.Module], indices: list[int], queries: list[int]) -> float:
-        before = self._evaluation.fingerprint()
+        before = fingerprint(self._evaluation)
         model = fit(indices)
         if not isinstance(model, nn.Module):
             raise TypeError(f"fit: expected it to return a torch.nn.Module, got {type(model).__name__}")
-        if model is self._evaluation.model or self._evaluation.fingerprint() != before:
+        if model is self._evaluation.model or fingerprint(self._evaluation) != before:
             raise ValueError(
                 "fit: expected a new model, got the module's own, or one that shares its parameters, which have been "
                 "trained further; build a model in fit, or start from copy.deepcopy of one"
@@ -448,6 +450,7 @@ class CheckMethods:
             why = randomness(loss, self._evaluation, batches)
             self._randomness_checked.add(loss)
             if why:
+                self._watch.told = True  # of what the looks for changes would say of it again
                 fail([NondeterminismWarning(why)], self.on_failure)
 
 

@@ -14,18 +14,16 @@ import operator
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torch_influence import composed, switches
 from torch_influence.caller import level_of_the_user
-from torch_influence.leaves import copy_of, held, same, versions
+from torch_influence.leaves import copy_of, same, versions
 from torch_influence.leaves import leaves as leaves_of
 from torch_influence.objective import BaseObjective, checked_loss, checked_outputs, checked_regularization
 from torch_influence.parameters import ParameterSpace
@@ -33,10 +31,7 @@ from torch_influence.remembered import Remembered
 from torch_influence.torch_errors import explained
 from torch_influence.turns import alone_with
 
-_DEPTH = 5  # from the objective to a list in a module in a list of it
-_ROOM = 2000  # containers and objects
-_LONGEST = 1000  # items of a container, beyond which it holds data and not settings
-_LARGEST_ARRAY = 2**16  # bytes, likewise
+_LONGEST = 1000  # items of a container, beyond which it holds data and no networks
 
 
 class _Host(nn.Module):
@@ -56,7 +51,9 @@ class Evaluation:
     Attributes:
         edits: by loss, whether it edits its batches in place; None while that is looked at. Each evaluation of a loss
             that does, or is not known not to, gets a copy of its batch.
-        on_open: called when a session opens, not for those inside it: the place to look for what has changed.
+        on_open: called when a session opens, not for those inside it, before the model is in eval mode.
+        on_ready: called then, when it is, inside the session: together the places to look for what has changed.
+        on_close: called when that session has ended, however it ended, and all is as it was before.
     """
 
     def __init__(self, model: nn.Module, objective: BaseObjective, space: ParameterSpace) -> None:
@@ -71,6 +68,8 @@ class Evaluation:
         self.edits: dict[str, bool | None] = {}
         self._opened_by: int | None = None  # a thread
         self.on_open: Callable[[], None] | None = None
+        self.on_ready: Callable[[], None] | None = None
+        self.on_close: Callable[[], None] | None = None
 
     def widened(self) -> Evaluation:
         """Returns the same losses in float64, in the present session: parameters and buffers are cast when used.
@@ -97,33 +96,6 @@ class Evaluation:
             return tuple(self._cast(p.detach()).requires_grad_() for p in here)
         pieces = zip(self.space.split(row.detach()), here, strict=True)
         return tuple(piece.to(p.dtype).requires_grad_() for piece, p in pieces)
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
-        places: list[tuple[int, ...]] = []
-        sums: dict[torch.device, list[Tensor]] = {}  # one wait for each device
-        with self.alone():
-            for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
-                for name, whole in tensors:
-                    for t in _dense_parts(whole.detach(), f"{kind} {name!r}"):
-                        sums.setdefault(t.device, []).append(_checksum(t))
-                        places.append((0 if whole.is_quantized else t.data_ptr(), *versions([whole])))
-            checksums = [torch.stack(some).tolist() for some in sums.values()]
-        return tuple(places), repr(checksums)  # a nan equals itself as text
-
-    def settings(self) -> tuple[Any, ...]:
-        """Numbers, texts and tensors that are attributes of the objective and of the model's modules.
-
-        Those of the objective may set its weight decay, say; they are looked for in containers, arrays and plain
-        objects, too, some levels deep.
-        """
-        inside = _Settings()
-        return inside.of(self.objective, _DEPTH), tuple(
-            (name, inside.of(value, 0))
-            for module in self.model.modules()
-            for name, value in vars(module).items()
-            if name != "training" and not (name.startswith("_") and isinstance(value, dict))
-        )
 
     # -- the objective --------------------------------------------------------------------------------------------
 
@@ -263,7 +235,7 @@ class Evaluation:
         cuDNN may use TF32 inside only where matrix products may, see ``switches.py``. Public calls open it once around
         all their work; nested ones cost nothing. Threads whose models share a module take turns.
 
-        What has changed is looked for before the mode is: a layer that merges weights in eval mode makes the same of
+        Parameters are looked at before the mode is changed: a layer that merges weights in eval mode makes the same of
         the same each time, but maybe in another place.
         """
         if self.is_open:
@@ -276,6 +248,8 @@ class Evaluation:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             networks = self._networks()
+            if self.on_close is not None:
+                stack.callback(self.on_close)
             remembered = Remembered(networks, self.objective)
             stack.callback(remembered.put_back)
             for switch in _twice_differentiable([m for network in networks for m in network.modules()]):
@@ -287,6 +261,8 @@ class Evaluation:
             remembered.to_eval_mode()
             _check_names(self.model, self.space)
             remembered.without_inference_tensors()
+            if self.on_ready is not None:
+                self.on_ready()
             yield
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
@@ -321,68 +297,6 @@ def _check_names(model: nn.Module, space: ParameterSpace) -> None:
             f"model: expected its trainable parameters in eval mode, too, got none named {', '.join(sorted(missing))}; "
             "where a layer replaces them in eval(), call model.eval() before the module is made"
         )
-
-
-def _dense_parts(t: Tensor, name: str) -> Sequence[Tensor]:
-    """Returns what a tensor is stored in: itself, or the tensors that make up a sparse, nested or quantized one."""
-    parts = [t.int_repr()] if t.is_quantized else held(t)
-    if not parts:
-        raise TypeError(
-            f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with "
-            f"layout {t.layout}; convert it with .to_dense()"
-        )
-    return parts
-
-
-def _checksum(t: Tensor) -> Tensor:
-    """A sum with another factor for every place, so that it tells permutations too; float64, without a copy of t."""
-    flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
-    width = 4096
-    whole = flat[: len(flat) // width * width].view(-1, width)
-    rest = flat[whole.numel() :].to(torch.float64)
-    across, down = (
-        torch.arange(1, size + 1, dtype=torch.float64, device=t.device).sqrt() for size in (width, len(whole))
-    )
-    by_column, by_row = whole.sum(0, dtype=torch.float64), whole.sum(1, dtype=torch.float64)
-    return by_column @ across + by_row @ down + rest @ across[: len(rest)]
-
-
-class _Settings:
-    """Turns values into something to compare later: plain ones as they are, others as their contents, down to a depth.
-
-    Attributes:
-        room: how many more containers and objects are looked into; the rest is told apart by identity.
-    """
-
-    def __init__(self) -> None:
-        self.room = _ROOM
-
-    def of(self, value: Any, depth: int) -> Any:
-        """Equal to what it was as long as nothing that is seen of the value has changed."""
-        if isinstance(value, Tensor):
-            return id(value), *versions([value])
-        if value is None or isinstance(value, int | float | str):
-            return value
-        if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY and not value.dtype.hasobject:
-            return id(value), value.tobytes()
-        inside = _inside(value) if depth and self.room > 0 else None
-        if inside is None:
-            return id(value)
-        self.room -= 1
-        return id(value), tuple((key, self.of(item, depth - 1)) for key, item in inside)
-
-
-def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Names or places, and what is there; None where nothing should be looked for."""
-    if isinstance(value, list | tuple | set | frozenset | dict) and len(value) > _LONGEST:
-        return None
-    if isinstance(value, dict):
-        return [(repr(key) if isinstance(key, int | float | str) else id(key), item) for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(enumerate(value))
-    if isinstance(value, type | ModuleType | FunctionType | MethodType) or not hasattr(value, "__dict__"):
-        return None
-    return [(name, item) for name, item in vars(value).items() if name != "training"]
 
 
 def _twice_differentiable(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[Any]]:

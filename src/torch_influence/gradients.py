@@ -263,12 +263,18 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 
 
 @contextlib.contextmanager
-def undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Leaves the default random states as they were, the device's too; yields whether numbers were drawn so far."""
+def undisturbed(batches: Batches, device: torch.device, seed: int | None = None) -> Iterator[Callable[[], bool]]:
+    """Leaves the default random states as they were, the device's too; yields whether numbers were drawn so far.
+
+    Starts them at a seed if one is given.
+    """
     if device.type != "cuda":
-        with batches.quietly() as drawn:
+        with batches.quietly(seed) as drawn:
             yield drawn
         return
-    with batches.quietly() as drawn, torch.random.fork_rng([device]):
+    with batches.quietly(seed) as drawn, torch.random.fork_rng([device]):
+        if seed is not None:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         start = torch.cuda.get_rng_state(device)
         yield lambda: drawn() or not torch.equal(start, torch.cuda.get_rng_state(device))

@@ -124,7 +124,7 @@ class AutogradInfluenceModule(BaseInfluenceModule):
     def _made_of(self) -> tuple[Any, ...]:
         """With the parameters as they were when the session opened: in eval mode a layer may have merged others."""
         with self._evaluation.session():
-            return self._valid_for[0], self._makes
+            return self._watch.fingerprint, self._watch.changes, self._makes
 
     def __getstate__(self) -> dict[str, Any]:
         """As for other modules; whether the Hessian was up to date, in place of when it was built."""

@@ -14,6 +14,7 @@ from torch_influence.evaluation import Evaluation
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
 from torch_influence.resident import Cache
+from torch_influence.staleness import Source, Watch
 from torch_influence.turns import Once, alone_with
 
 
@@ -26,6 +27,7 @@ class Parts:
         gnh: bool
 
         def clear_cache(self) -> None: ...  # noqa: D102
+        def _losses_hold(self) -> bool | None: ...
         def _transfer_to_device(self, batch: Any) -> Any: ...
         def _bar(self, iterable: Iterable[Any], describe: str, total: int | None) -> Iterable[Any]: ...
 
@@ -46,6 +48,7 @@ class Parts:
         self._means_checked: dict[str, str] = {}  # what was found
         self._randomness_checked: set[str] = set()
         self._valid_for: tuple[Any, ...] = ()
+        self._watch = Watch(self._watched, self._losses_hold)
         self._evaluate(model, objective)
         self.train_loader = train_loader
         self.test_loader = test_loader
@@ -104,7 +107,10 @@ class Parts:
         with alone_with(*model.modules()):  # no other thread has other tensors in it
             self._space = ParameterSpace(model.to(self.device), self._params)
         self._evaluation = Evaluation(model, objective, self._space)
+        self._watch.now_of(self._evaluation)
         self._evaluation.on_open = self._refresh
+        self._evaluation.on_ready = self._look
+        self._evaluation.on_close = self._watch.close
         self.params_names = self._space.names
         self.params_shape = self._space.shapes
         self._start_anew()
@@ -113,6 +119,7 @@ class Parts:
         """Nothing that was found out or kept holds any longer."""
         self._means_checked.clear()
         self._valid_for = ()
+        self._watch.drop()
         self._makes += 1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,14 +136,26 @@ class Parts:
         return [batches for name in ("_train", "_test") if (batches := vars(self).get(name)) is not None]
 
     def _refresh(self) -> None:
-        """Drops what is kept and is no longer true. Called when a public method begins."""
+        """Called when a public method begins, before the model is in eval mode."""
         self._calls += 1
-        for batches in self._opened():
-            batches.refresh()
-        now = (self._evaluation.fingerprint(), self._evaluation.settings(), self.gnh, self._train.generation)
+        if not self._watch.is_frozen:
+            for batches in self._opened():
+                batches.refresh()
+        self._watch.open()
+
+    def _look(self) -> None:
+        """Drops what is kept and is no longer true. Called when a public method begins, in eval mode."""
+        self._watch.look()
+        now = (self._watch.version, self.gnh, self._train.generation)
         if now != self._valid_for:
             self._forget()
             self._valid_for = now
+
+    def _watched(self) -> list[Source]:
+        """The losses that what is kept was made of: nothing that is made of test losses is."""
+        if not self._evaluation.overrides_train_loss:
+            return [("data_loss", self._train)]
+        return [("train_loss", self._train)] + ([("data_loss", self._train)] if self.gnh else [])
 
     def _forget(self) -> None:
         """Drops what was found out and kept; subclasses drop what they have made of it."""
