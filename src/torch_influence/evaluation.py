@@ -103,7 +103,7 @@ class Evaluation:
         """Mean regularised training loss of a batch."""
         batch = self.batch_for("train_loss", batch)
         with self._watching("train_loss", batch):
-            loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
+            loss = self._call(leaves, lambda model, flat: self._loss("train_loss", model, flat, batch))
         return checked_loss(loss, "train_loss")
 
     def data_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
@@ -114,14 +114,9 @@ class Evaluation:
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean test loss of a batch."""
         batch = self.batch_for("test_loss", batch)
-
-        def run(model: nn.Module, flat: Tensor) -> Any:
-            if self._test_loss_by_name:
-                return self.objective.test_loss(model=model, params=flat, batch=batch)
-            return self.objective.test_loss(model, flat, batch)
-
         with self._watching("test_loss", batch):
-            return checked_loss(self._call(leaves, run), "test_loss")
+            loss = self._call(leaves, lambda model, flat: self._loss("test_loss", model, flat, batch))
+        return checked_loss(loss, "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
         """Model outputs for a training batch, as ``batch_for`` gives it: both parts of a loss get the same."""
@@ -151,6 +146,38 @@ class Evaluation:
                 ".detach() and float(), and use torch's functions"
             )
         return value
+
+    def each_loss(self, loss: str, leaves: Sequence[Tensor], batches: Sequence[Any], use: Callable[..., None]) -> None:
+        """Calls ``use(loss, regularizer)`` for each batch, one after the other, all in one call: that takes most time.
+
+        Batches are copied. The regulariser comes with the first batch of "data_loss", else it is None, and so is what
+        ends with an error.
+        """
+
+        def losses(model: nn.Module, flat: Tensor) -> None:
+            regularizer: Tensor | float | None = None
+            if loss == "data_loss":
+                with contextlib.suppress(Exception):
+                    regularizer = checked_regularization(self.objective.train_regularization(flat))
+            for batch in map(copy_of, batches):
+                value = None
+                with contextlib.suppress(Exception):
+                    value = checked_loss(self._loss(loss, model, flat, batch), loss)
+                use(value, regularizer)
+                regularizer = None
+
+        self._call(leaves, losses)
+
+    def _loss(self, loss: str, model: nn.Module, flat: Tensor, batch: Any) -> Any:
+        """What the objective says, of the model as it stands."""
+        objective = self.objective
+        if loss == "data_loss":
+            return objective.train_loss_on_outputs(checked_outputs(objective.train_outputs(model, batch)), batch)
+        if loss == "train_loss":
+            return objective.train_loss(model, flat, batch)
+        if self._test_loss_by_name:
+            return objective.test_loss(model=model, params=flat, batch=batch)
+        return objective.test_loss(model, flat, batch)
 
     def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
         space = self.space

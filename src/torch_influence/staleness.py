@@ -30,6 +30,8 @@ _ROUNDINGS = 32  # by which two computations of the same may differ where the de
 _OF_NOISE = 8  # times the noise is a change: two draws of noise may be near one another, and a third one far
 _SEED = 0  # of what a loss draws from the default generators: the same in each probe, so that it is no noise
 
+_WIDTH = 4096  # of the rows in which numbers are summed
+
 _DEPTH = 5  # from the objective to a list in a module in a list of it
 _ROOM = 2000  # containers and objects
 _LONGEST = 1000  # items of a container, beyond which it holds data and not settings
@@ -246,46 +248,42 @@ class _Probe:
         if self._quietly is None:
             return _Measured((), (), 0.0)
         leaves = evaluation.leaves()
-        found: list[tuple[Tensor, Tensor]] = []
-        with undisturbed(self._quietly, leaves[0].device, _SEED):
+        device = leaves[0].device
+        values: list[Tensor | float] = []
+        slopes: list[Tensor] = []
+
+        def take(loss: Tensor | None, regularizer: Tensor | float | None) -> None:
+            for value in (loss, regularizer):
+                values.append(value.detach() if isinstance(value, Tensor) else math.nan if value is None else value)
+            slopes.extend(self._slope(loss, regularizer, leaves))
+
+        with undisturbed(self._quietly, device, _SEED):
             for loss, examples in self._some:
-                extra = self._regularizer(leaves, found) if loss == "data_loss" else None
-                for batch in examples:
-                    value, slope = self._loss(loss, leaves, batch, extra)
-                    found += [(value, value.abs()), slope]
-                    extra = None  # its gradient goes with that of the first example
-        numbers = torch.stack([torch.stack(pair) for pair in found]).tolist() if found else []
-        eps = torch.finfo(evaluation.space.pass_dtype).eps
-        return _Measured([value for value, _ in numbers], [size for _, size in numbers], eps)
+                evaluation.each_loss(loss, leaves, examples, take)
+        tensors = [t.to(torch.float64) for t in (*values, *slopes) if isinstance(t, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())  # one wait
+        plain = [next(numbers) if isinstance(value, Tensor) else value for value in values]
+        rest = list(numbers)
+        return _Measured(
+            [*plain, *rest[::2]], [*map(abs, plain), *rest[1::2]], torch.finfo(evaluation.space.pass_dtype).eps
+        )
 
-    def _regularizer(self, leaves: Sequence[Tensor], found: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        try:
-            value = self._evaluation.train_regularization(leaves)
-        except Exception:  # a mistake of the user's, or a value that is not finite
-            value = math.nan
-        plain = torch.as_tensor(value, dtype=torch.float64, device=leaves[0].device).detach()
-        found.append((plain, plain.abs()))
-        return value if isinstance(value, Tensor) and value.requires_grad else None
-
-    def _loss(
-        self, loss: str, leaves: Sequence[Tensor], batch: Any, extra: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The loss, and its gradient times a row, with the size of that."""
-        nothing = torch.tensor(math.nan, dtype=torch.float64, device=leaves[0].device)
-        try:
-            value: Tensor = getattr(self._evaluation, loss)(leaves, batch)
-        except Exception:
-            return nothing, (nothing, nothing)
-        plain = value.detach().to(nothing)
-        total = value if extra is None else value + extra
+    def _slope(
+        self, loss: Tensor | None, regularizer: Tensor | float | None, leaves: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient times a row, and the sum of the magnitudes of that, or a little more; NaN where there is none."""
+        unknown = torch.full((), math.nan, dtype=torch.float64, device=leaves[0].device)
+        if loss is None:
+            return unknown, unknown
+        total = loss if regularizer is None else loss + regularizer
         if not total.requires_grad:
-            return plain, (torch.zeros_like(nothing), torch.zeros_like(nothing))
+            return torch.zeros_like(unknown), torch.zeros_like(unknown)
         try:
-            slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-            flat = self._evaluation.space.flatten(slopes)
-        except Exception:
-            return plain, (nothing, nothing)
-        return plain, (checksum(flat), checksum(flat.abs()))
+            found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+            flat = self._evaluation.space.flatten(found)
+        except Exception:  # an operator without a derivative
+            return unknown, unknown
+        return checksum(flat), torch.linalg.vector_norm(flat, 1, dtype=torch.float64) * largest_factor(len(flat))
 
 
 def _collated(batches: Batches) -> list[Any]:
@@ -338,7 +336,7 @@ def _dense_parts(t: Tensor, name: str) -> Sequence[Tensor]:
 def checksum(t: Tensor) -> Tensor:
     """A sum with another factor for every place, so that it tells permutations too; float64, without a copy of t."""
     flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
-    width = 4096
+    width = _WIDTH
     if len(flat) < width:
         return flat.to(torch.float64) @ _factors(len(flat), t.device)
     whole = flat[: len(flat) // width * width].view(-1, width)
@@ -346,6 +344,11 @@ def checksum(t: Tensor) -> Tensor:
     across, down = _factors(width, t.device), _factors(len(whole), t.device)
     by_column, by_row = whole.sum(0, dtype=torch.float64), whole.sum(1, dtype=torch.float64)
     return by_column @ across + by_row @ down + rest @ across[: len(rest)]
+
+
+def largest_factor(size: int) -> float:
+    """The largest factor in a checksum of so many numbers, or a little more."""
+    return math.sqrt(min(size, _WIDTH)) + (math.sqrt(size // _WIDTH) if size >= _WIDTH else 0.0)
 
 
 def _factors(size: int, device: torch.device) -> Tensor:
