@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "turns",
     },
     "gradients": {"parameters", "batches", "leaves", "evaluation", "plan", "switches"},
+    "staleness": {"batches", "caller", "evaluation", "gradients", "leaves"},
     "losses": {"batches", "caller", "evaluation", "gradients", "leaves", "switches"},
     "capture": {"evaluation"},
     "contraction": {"capture", "evaluation", "ops"},
@@ -85,6 +86,7 @@ MAY_IMPORT = {
         "parameters",
         "resident",
         "solvers",
+        "staleness",
         "switches",
         "verification",
     },
@@ -101,7 +103,7 @@ MAY_IMPORT = {
         "turns",
     },
     "estimates": {"influences", "ranking"},
-    "parts": {"arguments", "batches", "evaluation", "objective", "parameters", "resident", "turns"},
+    "parts": {"arguments", "batches", "evaluation", "objective", "parameters", "resident", "staleness", "turns"},
     "legacy": {"objective", "parameters", "batches", "evaluation", "curvature"},
 }
 JOINS = {"base", "modules", "auto", "demo", "__init__", "__main__"}  # these may import everything above them

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from torch_influence.parameters import ParameterSpace
 from torch_influence.remembered import Remembered
 from torch_influence.torch_errors import explained
 from torch_influence.turns import alone_with
+
+_Value = TypeVar("_Value")
 
 _LONGEST = 1000  # items of a container, beyond which it holds data and no networks
 
@@ -150,21 +153,21 @@ class Evaluation:
     def each_loss(self, loss: str, leaves: Sequence[Tensor], batches: Sequence[Any], use: Callable[..., None]) -> None:
         """Calls ``use(loss, regularizer)`` for each batch, one after the other, all in one call: that takes most time.
 
-        Batches are copied. The regulariser comes with the first batch of "data_loss", else it is None, and so is what
-        ends with an error.
+        Batches are copied. The regulariser comes with the first batch of "data_loss", else it is None. None is also
+        what ends with an error, twice: it can't be had. An error that doesn't come again is raised.
         """
 
         def losses(model: nn.Module, flat: Tensor) -> None:
-            regularizer: Tensor | float | None = None
-            if loss == "data_loss":
-                with contextlib.suppress(Exception):
-                    regularizer = checked_regularization(self.objective.train_regularization(flat))
-            for batch in map(copy_of, batches):
-                value = None
-                with contextlib.suppress(Exception):
-                    value = checked_loss(self._loss(loss, model, flat, batch), loss)
-                use(value, regularizer)
-                regularizer = None
+            def regularizer() -> Tensor | float:
+                return checked_regularization(self.objective.train_regularization(flat))
+
+            def loss_of(batch: Any) -> Tensor:
+                return checked_loss(self._loss(loss, model, flat, copy_of(batch)), loss)
+
+            extra = _or_none(regularizer) if loss == "data_loss" else None
+            for batch in batches:
+                use(_or_none(functools.partial(loss_of, batch)), extra)
+                extra = None
 
         self._call(leaves, losses)
 
@@ -304,6 +307,18 @@ class Evaluation:
                 held += value.values() if isinstance(value, dict) else value
         found = [m for m in (self.model, self.objective, *held) if isinstance(m, nn.Module)]
         return list({id(m): m for m in found}.values())
+
+
+def _or_none(compute: Callable[[], _Value]) -> _Value | None:
+    """The value, or None where computing it ends with an error each time."""
+    try:
+        return compute()
+    except Exception:
+        try:
+            compute()
+        except Exception:
+            return None
+        raise
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -66,7 +66,8 @@ class Watch:
         version: moves with every change, and where it is not known whether there was one. It moves before anything else
             does, so that an interrupted look leaves nothing that is taken for new.
         fingerprint: of the parameters and buffers, when they were last looked at.
-        changes: how many changes of what the losses are were seen, those of parameters and buffers not counted.
+        changes: how many changes of what the losses are were seen, those of parameters and buffers not counted, nor
+            any between ``drop`` and the next look.
         told: whether the user has been told that the losses are random.
     """
 
@@ -235,6 +236,7 @@ class _Probe:
     """A few examples of each source, collated once, and what the losses make of them, by the plain way alone.
 
     What can't be read, collated or computed is left out: it shows where it belongs, when it is wanted in earnest.
+    Memory: the examples, and the graph of one of them.
     """
 
     def __init__(self, evaluation: Evaluation, sources: Sequence[Source]) -> None:
@@ -271,7 +273,7 @@ class _Probe:
     def _slope(
         self, loss: Tensor | None, regularizer: Tensor | float | None, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The gradient times a row, and the sum of the magnitudes of that, or a little more; NaN where there is none."""
+        """The gradient times a row, and the magnitudes that it is the sum of, about; NaN where there is none."""
         unknown = torch.full((), math.nan, dtype=torch.float64, device=leaves[0].device)
         if loss is None:
             return unknown, unknown
