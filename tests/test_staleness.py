@@ -572,20 +572,21 @@ def test_a_look_that_ends_where_the_version_moves(point: int, monkeypatch: pytes
 # -- examples of all sorts --------------------------------------------------------------------------------------------
 
 
-def test_examples_that_make_no_batch_alone() -> None:
+def test_examples_that_make_no_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def collate(rows: list[Any]) -> Any:
         if len(rows) < 2:
             raise ValueError("a pair at least")
         return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
 
-    global_decay = GlobalDecay()
-    data = DataLoader(loader(20).dataset, batch_size=5, collate_fn=collate)
-    it = new(global_decay, train_loader=data)
-    it.stest([0])
+    pairs = DataLoader(loader(20).dataset, batch_size=5, collate_fn=collate)
+    it = new(GlobalDecay(), train_loader=pairs)
+    versions = []
+    for scale in (0.05, 0.05, 0.5):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        with it._evaluation.session():
+            versions.append(it._watch.version)
     assert len(it._watch._base.probe._some[0][1]) == 1
-    version = it._watch.version
-    it.stest([0])
-    assert it._watch.version == version
+    assert versions[0] == versions[1] < versions[2]
 
 
 class Infinite(Classification):

@@ -311,7 +311,10 @@ class BaseInfluenceModule(InfluenceMethods, CheckMethods, ReportMethods, LegacyH
         )
 
     def clear_cache(self) -> None:
-        """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache).
+        """Drops what is kept: the next call reads the data again. For edits that are not noticed, see cache.
+
+        And of what losses depend on, those outside of the objective's and the model's attributes that touch none of the
+        four training examples that each call looks at.
 
         Examples:
             >>> module.clear_cache()
