@@ -15,7 +15,7 @@ ORDER = [
     ["batches"],
     ["evaluation"],
     ["gradients"],
-    ["losses"],
+    ["losses", "staleness"],
     ["curvature", "solvers"],
     ["scores"],
     ["problem"],

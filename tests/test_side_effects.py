@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule
+from torch_influence.staleness import fingerprint, settings
 
 ALL_MODULES = list(SOLVER_OPTIONS)
 
@@ -447,9 +448,9 @@ def test_what_a_forward_leaves_behind_is_as_before(kind: str) -> None:
     scores = it.influence_matrix()
     assert portrait(model.kept) == before
     assert list(vars(model)) == names
-    settings = it._problem.evaluation.settings()
+    before_the_second = settings(it._problem.evaluation)
     torch.testing.assert_close(it.influence_matrix(), scores)
-    assert it._problem.evaluation.settings() == settings  # what is kept of the curvature is not thrown away
+    assert settings(it._problem.evaluation) == before_the_second  # what is kept of the curvature is not thrown away
     torch.testing.assert_close(scores, module().influence_matrix())
     del it
     gc.collect()
@@ -698,7 +699,7 @@ def test_a_buffer_of_any_kind(kind: str) -> None:
     scores = it.influence_matrix()
     assert model.strange is before
     torch.testing.assert_close(scores, module().influence_matrix())
-    assert it._problem.evaluation.fingerprint() == it._problem.evaluation.fingerprint()
+    assert fingerprint(it._problem.evaluation) == fingerprint(it._problem.evaluation)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")

@@ -306,7 +306,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         problem = self._problem
         batches = problem.train if train else problem.test
         with problem.evaluation.alone():
-            if not problem.is_open:
+            if not problem.is_open and not problem.watch.is_frozen:
                 batches.refresh()
             indices = None if idxs is None else batches.indices(idxs, "idxs")
             if sample is None:
@@ -356,7 +356,10 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             return Plan((problem.train.step(), multiplied, solved, scored))
 
     def clear_cache(self) -> None:
-        """Drops the data that are kept: the next call reads them again. For edits that are not noticed (see cache).
+        """Drops what is kept: the next call reads the data again. For edits that are not noticed, see cache.
+
+        And of what losses depend on, those outside of the objective's and the model's attributes that touch none of the
+        four training examples that each call looks at.
 
         Examples:
             >>> module.clear_cache()
@@ -364,6 +367,34 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         with self._problem.evaluation.alone():
             self._problem.clear()
             self._forget()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """A block in which calls don't look for changes: for many short ones, of a loop or a service.
+
+        Whatever was changed before the block is seen when it begins. Inside nothing is looked at: neither parameters
+        and buffers, nor what the losses depend on, nor the data. So change none of it there: results would be of the
+        old, of the new or of both, and what is kept of them would be used afterwards. What is set on the module
+        (``module.objective = ...``, ``module.damp = ...``) and ``clear_cache()`` count at once, here too. When the
+        block ends everything is looked at again. Blocks may be nested; one thread's block holds for all threads.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError, TypeError: what any call says of a model or of data that can't be used.
+
+        Cost:
+            one look for changes when the block begins: a checksum of the parameters, and up to eight forward and
+            backward passes over one example. Each call in the block saves as much.
+
+        Examples:
+            >>> s = module.stest([0])
+            >>> with module.frozen():
+            ...     scores = [module.influences([i], None, stest=s) for i in range(10)]
+        """
+        with self._problem.frozen():
+            yield
 
     # -- solves and scores --------------------------------------------------------------------------------------------
 

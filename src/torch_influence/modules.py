@@ -85,7 +85,7 @@ class AutogradInfluenceModule(SolvingModule):
         refuse_if_too_large(problem.space.size, problem.space.dtype, self.device, type(self).__name__)
         with self._session():
             self.hess = problem.curvature().dense()
-            self._built_at = problem.version
+            self._built_at = problem.seen
         self._hessian = Dense(self.hess)
         self._direct = Direct()
         self._inverse: tuple[float, Tensor] | None = None
@@ -110,7 +110,7 @@ class AutogradInfluenceModule(SolvingModule):
         problem = self._problem
         rows = problem.as_rows(vec, "vec")
         with self._session():
-            if problem.version != self._built_at:
+            if problem.seen != self._built_at:
                 warnings.warn(
                     "parameters or buffers of the model, or what this module is made of, have changed since it was "
                     "built: its Hessian is that of the construction; build a new module for what is new",
@@ -119,6 +119,17 @@ class AutogradInfluenceModule(SolvingModule):
                 )
             operator = self._hessian.damped(problem.damp)
             return self._solved(self._direct.solve, operator, rows, on_failure=problem.on_failure).reshape(vec.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for other modules; whether the Hessian was up to date, in place of when it was built."""
+        with self._session():
+            up_to_date = self._problem.seen == self._built_at
+        return {**super().__getstate__(), "_built_at": up_to_date}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        with self._session():
+            self._built_at = self._problem.seen if state["_built_at"] else ()
 
     @property
     def inverse_hess(self) -> Tensor:

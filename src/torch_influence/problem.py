@@ -28,6 +28,7 @@ from torch_influence.losses import Means, not_a_mean, tell
 from torch_influence.memory import Cache, budget
 from torch_influence.objective import BaseObjective
 from torch_influence.parameters import ParameterSpace, Selection
+from torch_influence.staleness import Source, Watch
 from torch_influence.turns import Once, alone_with
 
 
@@ -43,7 +44,7 @@ class Problem:
         to_device: moves a batch to the device.
 
     Attributes:
-        version: a number; what was made under another one is out of date.
+        watch: looks for changes.
         space: the selected parameters.
         evaluation: the objective as a function of them.
         train: the training data.
@@ -68,8 +69,7 @@ class Problem:
         self._params, self._cache, self._to_device = params, cache, to_device
         self._damp = 0.0
         self._kind: Kind = "hessian"
-        self.version = 0
-        self._seen: tuple[Any, ...] | None = None  # what ``version`` is the version of
+        self.watch = Watch()
         self._curvature: tuple[Any, Curvature] | None = None
         self.findings: dict[str, str] = {}  # of ``check_loss``, by loss; "" for none
         self._looked_for_randomness: set[str] = set()
@@ -160,6 +160,16 @@ class Problem:
     # -- sessions, and whether anything has changed -------------------------------------------------------------------
 
     @property
+    def version(self) -> int:
+        """Moves whenever something has changed: what was made under another one is out of date."""
+        return self.watch.version
+
+    @property
+    def seen(self) -> tuple[Any, ...]:
+        """What is another thing after a change that was seen, and not after ``clear``."""
+        return self.watch.fingerprint, self.watch.changes
+
+    @property
     def is_open(self) -> bool:
         """Whether this thread has a session open."""
         return self.evaluation.is_open
@@ -175,37 +185,43 @@ class Problem:
             yield False
             return
         with self.evaluation.opened():
-            moved = self.refresh()
-            with self.evaluation.in_eval_mode():
-                yield moved
+            self.refresh_data()
+            self.watch.open(self.evaluation)
+            try:
+                with self.evaluation.in_eval_mode():
+                    yield self._look()
+            finally:
+                self.watch.close(self.evaluation)
 
-    def refresh(self) -> bool:
-        """Drops data that have changed; tells whether the version has moved, with what was kept by it."""
-        for batches in self._opened():
-            batches.refresh()
-        now = self.evaluation.fingerprint(), self.evaluation.settings(), self.train.generation
-        version, *before = (self.version, *now) if self._seen is None else self._seen
-        if tuple(before) != now:
-            self._move()
-        self._seen = self.version, *now
-        return self.version != version
+    def refresh_data(self) -> None:
+        """Drops data that have changed."""
+        if not self.watch.is_frozen:
+            for batches in self._opened():
+                batches.refresh()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """A block in which nothing is looked at, once everything has been."""
+        holder = object()
+        try:
+            with self.session():
+                self.watch.freeze(holder)
+            yield
+        finally:
+            self.watch.thaw(holder)
 
     def clear(self) -> None:
-        """Drops the data that are kept, and the curvature."""
+        """Drops the data that are kept, and all that was made of them."""
         for batches in self._opened():
             batches.clear()
-        self._curvature = None
-        self._looked_for_randomness.clear()
-        if self._seen is not None:
-            self._seen = *self._seen[:-1], self.train.generation
+        self.watch.drop()
+        self._drop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drops what is kept; a copy is of the same version, wherever its tensors are."""
-        with self.evaluation.opened():
-            if self._seen is not None:
-                self.refresh()
+        """Drops what is kept."""
+        with self.evaluation.alone():
             self.clear()
-        return {**vars(self), "_seen": None}
+        return vars(self)
 
     # -- the curvature and gradients ----------------------------------------------------------------------------------
 
@@ -314,6 +330,7 @@ class Problem:
             why = randomness(loss, self.evaluation, self.data(loss))
             self._looked_for_randomness.add(loss)
             if why:
+                self.watch.told = True  # of what the looks for changes would say of it again
                 fail([NondeterminismWarning(why)], self.on_failure)
 
     def warn_if_train_loss_is_overridden(self) -> None:
@@ -340,10 +357,29 @@ class Problem:
     def _start_anew(self) -> None:
         """Moves the version, and forgets what users have been told."""
         self.findings.clear()
-        self._move()
+        self.watch.start_anew()
+        self._drop()
 
-    def _move(self) -> None:
-        self.version += 1
+    def _look(self) -> bool:
+        """Looks for changes; tells whether there were any, with what was kept dropped."""
+        before = self.version
+        self.watch.look(self.evaluation, self._sources(), self._losses_hold)
+        if self.version == before:
+            return False
+        self._drop()
+        return True
+
+    def _sources(self) -> list[Source]:
+        """Lists the losses that what is kept was made of: nothing that is made of test losses is kept."""
+        if not self.evaluation.overrides_train_loss:
+            return [("data_loss", self.train)]
+        return [("train_loss", self.train)] + ([("data_loss", self.train)] if self.kind != "hessian" else [])
+
+    def _losses_hold(self) -> bool | None:
+        """Tells whether all training losses are those that the curvature was made of; None where that is not known."""
+        return None if self._curvature is None else self._curvature[1].losses_hold()
+
+    def _drop(self) -> None:
         self._curvature = None
         self._looked_for_randomness.clear()
 

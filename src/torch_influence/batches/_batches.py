@@ -169,9 +169,12 @@ class Batches:
         """Draws the one int64 that a pass draws, in place of a pass that is not needed since its results are kept."""
         _take_seed(None)
 
-    def quietly(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-        """Returns a context that puts the default random states back; inside, it tells whether any number was drawn."""
-        return quiet()
+    def quietly(self, seed: int | None = None) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        """Returns a context that puts the default random states back; inside, it tells whether any number was drawn.
+
+        The states start at a seed if one is given.
+        """
+        return quiet(seed)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 

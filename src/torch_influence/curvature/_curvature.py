@@ -76,6 +76,10 @@ class Curvature(LinearOperator):
         """Lists warnings of what is doubtful in it; ``room`` is how many bytes the look may take."""
         return []
 
+    def losses_hold(self) -> bool | None:
+        """Tells whether all training losses are still those that it was made of; None where that is not known."""
+        return None
+
     # -- for verify() ---------------------------------------------------------------------------------------------
 
     def from_definition(self, row: Tensor, batches: Batches) -> tuple[Tensor, float]:

@@ -21,7 +21,7 @@ from torch_influence.curvature._curvature import Curvature
 from torch_influence.curvature._doubts import SecondDerivative, doubts, second_derivative
 from torch_influence.curvature._plain import Tangents, plain_product
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate, grouping, saved_bytes
+from torch_influence.gradients import NOT_A_MEAN, Graph, PullBack, differentiate, grouping, saved_bytes, undisturbed
 from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import Means
 from torch_influence.plan import Step
@@ -31,6 +31,7 @@ from torch_influence.turns import Once
 # busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
 _BYTES_OF_GRAPH = 16 * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
+_ROUNDINGS = 32  # by which two evaluations of the same loss may differ where the device adds in any order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ class DoubleBackward(Curvature):
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation)
+        self._losses: dict[range, Tensor] = {}  # of the examples of each batch that was differentiated
         self.means = Means("train_loss" if self.regularized_loss else "data_loss", evaluation, batches, told)
 
     # -- for modules and verify() -------------------------------------------------------------------------------------
@@ -279,6 +281,34 @@ class DoubleBackward(Curvature):
             if self.concluded():
                 return product if self.regularizer is None else self.regularizer(product, rows)
 
+    def saw(self, batch: Any, size: int, loss: Tensor, start: int) -> None:
+        """Takes note of the loss of a batch, whose examples are ``size`` from ``start`` on, in a pass over the data."""
+        some = range(start, start + size)
+        self._losses.setdefault(some, loss.detach())
+        self.means.add(batch, size, loss, some)
+
+    def losses_hold(self) -> bool | None:
+        """Tells whether the losses of all batches are still what they were when they were differentiated.
+
+        None where not all of them were, or the question ends with an error. Costs one forward pass over the data; the
+        random states are left as they were.
+        """
+        if sum(map(len, self._losses)) != self.batches.n:
+            return None
+        start, pairs = 0, []
+        try:
+            with torch.no_grad(), undisturbed(self.batches, self.device), self.convolutions(fixed=False):
+                for batch, size in self.batches.read(None, self.batch_size):
+                    now = self.loss(self.leaves, batch).double()
+                    pairs.append(torch.stack([now, self._losses[range(start, start + size)].double()]))
+                    start += size
+                now, before = torch.stack(pairs, dim=-1)
+        except Exception:  # an edit that breaks the loss, or the data, say so themselves
+            return None
+        close = _ROUNDINGS * torch.finfo(self.evaluation.space.pass_dtype).eps * torch.maximum(now.abs(), before.abs())
+        same = (now == before) | (now.isnan() & before.isnan())
+        return bool((same | (now.isfinite() & before.isfinite() & ((now - before).abs() <= close))).all())
+
     def concluded(self) -> bool:
         """Tells, after a pass over the data, whether its result can be used; if not, the pass must be made again.
 
@@ -288,6 +318,7 @@ class DoubleBackward(Curvature):
         if self.means.conclude() or self.batch_size is None:
             return True
         self.batch_size, self.why_not_grouped = None, NOT_A_MEAN
+        self._losses = {}
         self._kept, self.kept_bytes, self.kept_examples = [], 0, 0
         return False
 
@@ -309,7 +340,7 @@ class DoubleBackward(Curvature):
             linearized = self.linearize(batch, self.leaves)
             if self.evaluation.edits.get("train_loss") != copies:  # an edit of data that earlier graphs may share
                 self._kept, self.kept_bytes, self.kept_examples, keep = [], 0, 0, False
-            self.means.add(batch, size, linearized.loss, range(start, start + size))
+            self.saw(batch, size, linearized.loss, start)
             start += size
             keep = keep and not self.batches.why_not_kept
             if keep:

@@ -79,7 +79,7 @@ class _Capture:
         shared = not plain.batches.why_not_kept
         for batch, size in plain.batches.read(None, plain.batch_size):
             calls, linearized = self._cut(batch, size)
-            plain.means.add(batch, size, linearized.loss, range(done, done + size))
+            plain.saw(batch, size, linearized.loss, done)
             if not linearized.roots:
                 raise NotPossible("the loss of a batch depends on the parameters by the regulariser alone")
             (x,), (z,) = calls.inputs, calls.outputs

@@ -152,6 +152,9 @@ class LinearHead(Curvature):
     def doubts(self, room: float) -> list[Warning]:
         return doubts(self.plain, self, room)
 
+    def losses_hold(self) -> bool | None:
+        return self.plain.losses_hold()
+
     def from_definition(self, row: Tensor, batches: Batches) -> tuple[Tensor, float]:
         return self.plain.from_definition(row, batches)
 

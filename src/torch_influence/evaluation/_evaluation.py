@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torch_influence import switches
-from torch_influence.batches import copy_of, held, same, versions
+from torch_influence.batches import copy_of, same, versions
 from torch_influence.batches import leaves as leaves_of
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import _composed as composed
@@ -34,10 +33,9 @@ from torch_influence.parameters import ParameterSpace
 from torch_influence.torch_errors import explained
 from torch_influence.turns import alone_with
 
-_DEPTH = 5  # from the objective to a list in a module in a list of it
-_ROOM = 2000  # containers and objects
-_LONGEST = 1000  # items of a container, beyond which it holds data and not settings
-_LARGEST_ARRAY = 2**16  # bytes, likewise
+_Value = TypeVar("_Value")
+
+_LONGEST = 1000  # items of a container, beyond which it holds data and no networks
 
 
 class _Host(nn.Module):
@@ -97,40 +95,13 @@ class Evaluation:
         pieces = zip(self.space.split(row.detach()), here, strict=True)
         return tuple(piece.to(p.dtype).requires_grad_() for piece, p in pieces)
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Changes whenever parameters or buffers do; the checksum sees ``.data`` edits, which bump no version."""
-        places: list[tuple[int, ...]] = []
-        sums: dict[torch.device, list[Tensor]] = {}  # one wait for each device
-        with self.alone():
-            for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
-                for name, whole in tensors:
-                    for t in _dense_parts(whole.detach(), f"{kind} {name!r}"):
-                        sums.setdefault(t.device, []).append(_checksum(t))
-                        places.append((0 if whole.is_quantized else t.data_ptr(), *versions([whole])))
-            checksums = [torch.stack(some).tolist() for some in sums.values()]
-        return tuple(places), repr(checksums)  # a nan equals itself as text
-
-    def settings(self) -> tuple[Any, ...]:
-        """Numbers, texts and tensors that are attributes of the objective and of the model's modules.
-
-        Those of the objective may set its weight decay, say; they are looked for in containers, arrays and plain
-        objects, too, some levels deep.
-        """
-        inside = _Settings()
-        return inside.of(self.objective, _DEPTH), tuple(
-            (name, inside.of(value, 0))
-            for module in self.model.modules()
-            for name, value in vars(module).items()
-            if name != "training" and not (name.startswith("_") and isinstance(value, dict))
-        )
-
     # -- the objective --------------------------------------------------------------------------------------------
 
     def train_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean regularised training loss of a batch."""
         batch = self.batch_for("train_loss", batch)
         with self._watching("train_loss", batch):
-            loss = self._call(leaves, lambda model, flat: self.objective.train_loss(model, flat, batch))
+            loss = self._call(leaves, lambda model, flat: self._loss("train_loss", model, flat, batch))
         return checked_loss(loss, "train_loss")
 
     def data_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
@@ -141,14 +112,9 @@ class Evaluation:
     def test_loss(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """Mean test loss of a batch."""
         batch = self.batch_for("test_loss", batch)
-
-        def run(model: nn.Module, flat: Tensor) -> Any:
-            if self._test_loss_by_name:
-                return self.objective.test_loss(model=model, params=flat, batch=batch)
-            return self.objective.test_loss(model, flat, batch)
-
         with self._watching("test_loss", batch):
-            return checked_loss(self._call(leaves, run), "test_loss")
+            loss = self._call(leaves, lambda model, flat: self._loss("test_loss", model, flat, batch))
+        return checked_loss(loss, "test_loss")
 
     def train_outputs(self, leaves: Sequence[Tensor], batch: Any) -> Any:
         """Model outputs for a training batch, as ``batch_for`` gives it: both parts of a loss get the same."""
@@ -178,6 +144,38 @@ class Evaluation:
                 ".detach() and float(), and use torch's functions"
             )
         return value
+
+    def each_loss(self, loss: str, leaves: Sequence[Tensor], batches: Sequence[Any], use: Callable[..., None]) -> None:
+        """Calls ``use(loss, regularizer)`` for each batch, one after the other, all in one call: that takes most time.
+
+        Batches are copied. The regulariser comes with the first batch of "data_loss", else it is None. None is also
+        what ends with an error, twice: it can't be had. An error that doesn't come again is raised.
+        """
+
+        def losses(model: nn.Module, flat: Tensor) -> None:
+            def regularizer() -> Tensor | float:
+                return checked_regularization(self.objective.train_regularization(flat))
+
+            def loss_of(batch: Any) -> Tensor:
+                return checked_loss(self._loss(loss, model, flat, copy_of(batch)), loss)
+
+            extra = _or_none(regularizer) if loss == "data_loss" else None
+            for batch in batches:
+                use(_or_none(functools.partial(loss_of, batch)), extra)
+                extra = None
+
+        self._call(leaves, losses)
+
+    def _loss(self, loss: str, model: nn.Module, flat: Tensor, batch: Any) -> Any:
+        """What the objective says, of the model as it stands."""
+        objective = self.objective
+        if loss == "data_loss":
+            return objective.train_loss_on_outputs(checked_outputs(objective.train_outputs(model, batch)), batch)
+        if loss == "train_loss":
+            return objective.train_loss(model, flat, batch)
+        if self._test_loss_by_name:
+            return objective.test_loss(model=model, params=flat, batch=batch)
+        return objective.test_loss(model, flat, batch)
 
     def _call(self, leaves: Sequence[Tensor], function: Callable[[nn.Module, Tensor], Any]) -> Any:
         space = self.space
@@ -309,6 +307,18 @@ class Evaluation:
         return list({id(m): m for m in found}.values())
 
 
+def _or_none(compute: Callable[[], _Value]) -> _Value | None:
+    """The value, or None where computing it ends with an error each time."""
+    try:
+        return compute()
+    except Exception:
+        try:
+            compute()
+        except Exception:
+            return None
+        raise
+
+
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All places of parameters and buffers, each once: of a tied weight several, of a layer with two names one.
 
@@ -327,68 +337,6 @@ def _check_names(model: nn.Module, space: ParameterSpace) -> None:
             f"model: expected its trainable parameters in eval mode, too, got none named {', '.join(sorted(missing))}; "
             "where a layer replaces them in eval(), call model.eval() before the module is made"
         )
-
-
-def _dense_parts(t: Tensor, name: str) -> Sequence[Tensor]:
-    """Returns what a tensor is stored in: itself, or the tensors that make up a sparse, nested or quantized one."""
-    parts = [t.int_repr()] if t.is_quantized else held(t)
-    if not parts:
-        raise TypeError(
-            f"model: expected parameters and buffers that are strided, sparse, nested or quantized, got {name} with "
-            f"layout {t.layout}; convert it with .to_dense()"
-        )
-    return parts
-
-
-def _checksum(t: Tensor) -> Tensor:
-    """A sum with another factor for every place, so that it tells permutations too; float64, without a copy of t."""
-    flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
-    width = 4096
-    whole = flat[: len(flat) // width * width].view(-1, width)
-    rest = flat[whole.numel() :].to(torch.float64)
-    across, down = (
-        torch.arange(1, size + 1, dtype=torch.float64, device=t.device).sqrt() for size in (width, len(whole))
-    )
-    by_column, by_row = whole.sum(0, dtype=torch.float64), whole.sum(1, dtype=torch.float64)
-    return by_column @ across + by_row @ down + rest @ across[: len(rest)]
-
-
-class _Settings:
-    """Turns values into something to compare later: plain ones as they are, others as their contents, down to a depth.
-
-    Attributes:
-        room: how many more containers and objects are looked into; the rest is told apart by identity.
-    """
-
-    def __init__(self) -> None:
-        self.room = _ROOM
-
-    def of(self, value: Any, depth: int) -> Any:
-        """Equal to what it was as long as nothing that is seen of the value has changed."""
-        if isinstance(value, Tensor):
-            return id(value), *versions([value])
-        if value is None or isinstance(value, int | float | str):
-            return value
-        if isinstance(value, np.ndarray) and value.nbytes <= _LARGEST_ARRAY and not value.dtype.hasobject:
-            return id(value), value.tobytes()
-        inside = _inside(value) if depth and self.room > 0 else None
-        if inside is None:
-            return id(value)
-        self.room -= 1
-        return id(value), tuple((key, self.of(item, depth - 1)) for key, item in inside)
-
-
-def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Names or places, and what is there; None where nothing should be looked for."""
-    if isinstance(value, list | tuple | set | frozenset | dict) and len(value) > _LONGEST:
-        return None
-    if isinstance(value, dict):
-        return [(repr(key) if isinstance(key, int | float | str) else id(key), item) for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(enumerate(value))
-    if isinstance(value, type | ModuleType | FunctionType | MethodType) or not hasattr(value, "__dict__"):
-        return None
-    return [(name, item) for name, item in vars(value).items() if name != "training"]
 
 
 def _twice_differentiable(modules: Sequence[nn.Module]) -> list[contextlib.AbstractContextManager[Any]]:

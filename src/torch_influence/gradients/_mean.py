@@ -262,12 +262,18 @@ def randomness(loss: str, evaluation: Evaluation, batches: Batches) -> str:
 
 
 @contextlib.contextmanager
-def undisturbed(batches: Batches, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Leaves the random states, the device's too, as they were; yields a function that tells if numbers were drawn."""
+def undisturbed(batches: Batches, device: torch.device, seed: int | None = None) -> Iterator[Callable[[], bool]]:
+    """Leaves the random states, the device's too, as they were; yields a function that tells if numbers were drawn.
+
+    The states start at a seed if one is given.
+    """
     if device.type != "cuda":
-        with batches.quietly() as drawn:
+        with batches.quietly(seed) as drawn:
             yield drawn
         return
-    with batches.quietly() as drawn, torch.random.fork_rng([device]):
+    with batches.quietly(seed) as drawn, torch.random.fork_rng([device]):
+        if seed is not None:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         start = torch.cuda.get_rng_state(device)
         yield lambda: drawn() or not torch.equal(start, torch.cuda.get_rng_state(device))

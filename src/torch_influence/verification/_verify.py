@@ -12,6 +12,7 @@ from torch import nn
 from torch_influence.evaluation import Evaluation
 from torch_influence.parameters import ParameterSpace
 from torch_influence.problem import Problem
+from torch_influence.staleness import fingerprint
 from torch_influence.verification._checks import CHECKS, AsCheck, Evidence
 from torch_influence.verification._comparisons import refitted, to_leave_out
 from torch_influence.verification._results import Check, Refits, Verification
@@ -108,11 +109,11 @@ class _Fits:
     def _loss(self, indices: list[int]) -> float:
         """The mean test loss of a model that is trained on these examples."""
         evaluation = self._problem.evaluation
-        before = evaluation.fingerprint()
+        before = fingerprint(evaluation)
         model = self._fit(indices)
         if not isinstance(model, nn.Module):
             raise TypeError(f"fit: expected it to return a torch.nn.Module, got {type(model).__name__}")
-        if model is evaluation.model or evaluation.fingerprint() != before:
+        if model is evaluation.model or fingerprint(evaluation) != before:
             raise ValueError(
                 "fit: expected a new model, got the module's own, or one that shares its parameters, which have been "
                 "trained further; build a model in fit, or start from copy.deepcopy of one"
