@@ -1,5 +1,5 @@
-// Calls of torch's own operators through the dispatcher, for the products of matrices that BLAS does best. From the thread that called
-// the op only: autograd's modes do not reach the workers of parallel_for.
+// Calls of torch's own operators through the dispatcher, for the products of matrices that BLAS does best. From the thread
+// that called the op only: autograd's modes do not reach the workers of parallel_for.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

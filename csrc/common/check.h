@@ -6,9 +6,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/element.h"
 
@@ -25,25 +27,61 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-inline std::string shape_text(const Tensor& t) {
+// Returns "[2, 3]" for a matrix of two rows and three columns.
+inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::ostringstream text;
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "[") << t.size(i);
-  return t.dim() ? text.str() + "]" : "[]";
+  text << "[";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "]";
+  return text.str();
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::vector<int64_t> shape(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+  return shape_text(shape);
 }
 
 inline void check_dim(const char* op, const char* argument, const Tensor& t, int64_t dim) {
   if (t.dim() != dim) fail(op, argument, "expected ", dim, " dimensions, got shape ", shape_text(t));
 }
 
-// t has the shape, dtype and device of `like`, which the message calls `name`.
+inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];
+  if (!same) fail(op, argument, "expected shape ", shape_text(shape), ", got ", shape_text(t));
+}
+
+// The checks below compare t with `like`, another argument, which the message calls `name`.
+
+inline void check_device(const char* op, const char* argument, const Tensor& t, const char* name, const Tensor& like) {
+  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index()) {
+    fail(op, argument, "expected the device of ", name, ", got another");
+  }
+}
+
+// Checks dtype and device.
+inline void check_beside(const char* op, const char* argument, const Tensor& t, const char* name, const Tensor& like) {
+  if (t.scalar_type() != like.scalar_type()) fail(op, argument, "expected the dtype of ", name, ", got another");
+  check_device(op, argument, t, name, like);
+}
+
+// Checks shape, dtype and device.
 inline void check_like(const char* op, const char* argument, const Tensor& t, const char* name, const Tensor& like) {
   bool same = t.dim() == like.dim();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
   if (!same) fail(op, argument, "expected the shape of ", name, ", ", shape_text(like), ", got ", shape_text(t));
-  if (t.scalar_type() != like.scalar_type()) fail(op, argument, "expected the dtype of ", name, ", got another");
-  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index()) {
-    fail(op, argument, "expected the device of ", name, ", got another");
+  check_beside(op, argument, t, name, like);
+}
+
+// Checks that t has the dtype that arithmetic with elements of `like` is done in (Wide<T>), and the device of `like`.
+inline void check_wide(const char* op, const char* argument, const Tensor& t, const char* name, const Tensor& like) {
+  using torch::headeronly::ScalarType;
+  const bool is_double = like.scalar_type() == ScalarType::Double;
+  if (t.scalar_type() != (is_double ? ScalarType::Double : ScalarType::Float)) {
+    fail(op, argument, "expected dtype ", is_double ? "float64" : "float32", ", got another");
   }
+  check_device(op, argument, t, name, like);
 }
 
 inline DType floating_dtype(const char* op, const char* argument, const Tensor& t) {

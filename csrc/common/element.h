@@ -18,6 +18,22 @@ namespace torch_influence {
 
 enum class DType { float32, float64, float16, bfloat16 };
 
+// Returns the dtype that arithmetic with elements of `dtype` is done in, as Wide<T> says for types.
+TORCH_INFLUENCE_INLINE DType wide_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// Returns the bytes of an element.
+TORCH_INFLUENCE_INLINE int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Returns the address of the element `index` places after the one that `elements` points to.
+TORCH_INFLUENCE_INLINE const void* element_at(const void* elements, int64_t index, DType dtype) {
+  return static_cast<const char*>(elements) + index * element_size(dtype);
+}
+TORCH_INFLUENCE_INLINE void* element_at(void* elements, int64_t index, DType dtype) {
+  return static_cast<char*>(elements) + index * element_size(dtype);
+}
+
 struct Half {
   uint16_t bits;
 };

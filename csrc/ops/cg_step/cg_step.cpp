@@ -1,6 +1,5 @@
 #include "ops/cg_step/cg_step.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/rows.h"
 #include "common/stream.h"
 
 namespace torch_influence {
@@ -18,18 +18,15 @@ namespace {
 namespace st = torch::stable;
 constexpr const char* kName = "cg_step";
 
-// Every row is cut into blocks of this many columns, so that one long row keeps all threads busy; 64 KiB of float32, enough
-// to make handing out a block cheap.
-constexpr int64_t kBlock = 16384;
 // Rows up to this length are handed out whole, a row to a thread, in whose own cache it stays from phase to phase.
-constexpr int64_t kShortRow = 2 * kBlock;
+constexpr int64_t kShortRow = 2 * kRowBlock;
 
 // Calls f(block, begin, end) for every block of a row of d columns, in parallel unless the calling thread is at work for a
 // parallel_for already. A thread gets the same blocks every time.
 template <class F>
 void for_blocks(int64_t d, F f) {
-  st::parallel_for(0, (d + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, i * kBlock, std::min((i + 1) * kBlock, d));
+  st::parallel_for(0, row_blocks(d), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i, i * kRowBlock, std::min((i + 1) * kRowBlock, d));
   });
 }
 
@@ -45,7 +42,7 @@ void run_row(const CgStep& s, int64_t row, CgDots* partials) {
   static const auto iterate_and_direction_block = TORCH_INFLUENCE_SIMD_PICK(cg_iterate_and_direction_block);
   static const auto direction_block = TORCH_INFLUENCE_SIMD_PICK(cg_direction_block);
   if (cg_scalar(s, kActive, row) == 0) return;
-  const int64_t blocks = (s.d + kBlock - 1) / kBlock;
+  const int64_t blocks = row_blocks(s.d);
   const double rho_before = cg_scalar(s, kRho, row);
   auto total = [&] {
     CgDots sum{0, 0, 0};
@@ -89,10 +86,10 @@ void run_row(const CgStep& s, int64_t row, CgDots* partials) {
 }
 
 void run_cpu(const CgStep& s) {
-  const int64_t blocks = (s.d + kBlock - 1) / kBlock;
+  const int64_t blocks = row_blocks(s.d);
   std::vector<CgDots> partials(s.k * blocks);
   // Long rows come one after the other, so that the phases of one find in the shared cache what fits there.
-  const int64_t rows_at_once = s.d > kShortRow ? s.k : std::max<int64_t>(kBlock / std::max<int64_t>(s.d, 1), 1);
+  const int64_t rows_at_once = s.d > kShortRow ? s.k : std::max<int64_t>(kRowBlock / std::max<int64_t>(s.d, 1), 1);
   with_element_type(s.dtype, [&](auto element) {
     st::parallel_for(0, s.k, rows_at_once, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) run_row<Wide<decltype(element)>>(s, row, partials.data() + row * blocks);
@@ -100,29 +97,16 @@ void run_cpu(const CgStep& s) {
   });
 }
 
-void run(const CgStep& s, const Tensor& scalars) {
+void run(const CgStep& s, [[maybe_unused]] const Tensor& scalars) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
   if (scalars.is_cuda()) {
-    const int32_t device = scalars.get_device_index();
-    const st::accelerator::DeviceGuard guard(device);
-    const Tensor scratch = st::new_empty(scalars, {cg_step_cuda_scratch(s.dtype, s.k, s.d)});
-    const char* error = cg_step_cuda(s, static_cast<double*>(scratch.mutable_data_ptr()), current_stream(device));
-    if (error) throw std::runtime_error(std::string(kName) + ": CUDA: " + error);
-    return;
+    return launch_on_device_of(kName, scalars, [&](void* stream) {
+      const Tensor scratch = st::new_empty(scalars, {cg_step_cuda_scratch(s.dtype, s.k, s.d)});
+      return cg_step_cuda(s, static_cast<double*>(scratch.mutable_data_ptr()), stream);
+    });
   }
 #endif
-  (void)scalars;
   run_cpu(s);
-}
-
-Tensor adjacent_columns(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : st::contiguous(t); }
-
-// Writes back what was computed on a copy.
-void keep(const Tensor& given, const Tensor& used) {
-  if (used.mutable_data_ptr() != given.mutable_data_ptr()) {
-    Tensor target = given;
-    st::copy_(target, used);
-  }
 }
 
 void cg_step(Tensor x, Tensor r, Tensor p, Tensor scalars, const std::optional<Tensor>& q, const std::optional<Tensor>& z,
@@ -133,13 +117,9 @@ void cg_step(Tensor x, Tensor r, Tensor p, Tensor scalars, const std::optional<T
   check_like(kName, "p", p, "x", x);
   const int64_t k = x.size(0), d = x.size(1);
   check_dim(kName, "scalars", scalars, 2);
-  if (scalars.size(0) != kCgScalars || scalars.size(1) != k) {
-    fail(kName, "scalars", "expected shape [", int64_t(kCgScalars), ", ", k, "], got ", shape_text(scalars));
-  }
+  check_shape(kName, "scalars", scalars, {kCgScalars, k});
   if (floating_dtype(kName, "scalars", scalars) != DType::float64) fail(kName, "scalars", "expected float64, got another");
-  if (scalars.is_cuda() != x.is_cuda() || scalars.get_device_index() != x.get_device_index()) {
-    fail(kName, "scalars", "expected the device of x, got another");
-  }
+  check_device(kName, "scalars", scalars, "x", x);
   if (q.has_value() == z.has_value()) fail(kName, "q, z", "expected one of them, got ", q ? "both" : "none");
   if (z && !preconditioned) fail(kName, "z", "expected none without a preconditioner, got one");
   if (q) check_like(kName, "q", *q, "x", x);
@@ -149,14 +129,26 @@ void cg_step(Tensor x, Tensor r, Tensor p, Tensor scalars, const std::optional<T
   const CgCall call = z ? CgCall::turn : preconditioned ? CgCall::move : CgCall::whole;
   const Tensor x_rows = adjacent_columns(x), r_rows = adjacent_columns(r), p_rows = adjacent_columns(p);
   const Tensor given = adjacent_columns(z ? *z : *q), all_scalars = st::contiguous(scalars);
-  run({call, dtype, x_rows.mutable_data_ptr(), r_rows.mutable_data_ptr(), p_rows.mutable_data_ptr(), given.const_data_ptr(),
-       x_rows.stride(0), r_rows.stride(0), p_rows.stride(0), given.stride(0),
-       static_cast<double*>(all_scalars.mutable_data_ptr()), k, d},
-      all_scalars);
-  keep(x, x_rows);
-  keep(r, r_rows);
-  keep(p, p_rows);
-  keep(scalars, all_scalars);
+  const CgStep step{
+      .call = call,
+      .dtype = dtype,
+      .x = x_rows.mutable_data_ptr(),
+      .r = r_rows.mutable_data_ptr(),
+      .p = p_rows.mutable_data_ptr(),
+      .given = given.const_data_ptr(),
+      .x_stride = x_rows.stride(0),
+      .r_stride = r_rows.stride(0),
+      .p_stride = p_rows.stride(0),
+      .given_stride = given.stride(0),
+      .scalars = static_cast<double*>(all_scalars.mutable_data_ptr()),
+      .k = k,
+      .d = d,
+  };
+  run(step, all_scalars);
+  write_back(x, x_rows);
+  write_back(r, r_rows);
+  write_back(p, p_rows);
+  write_back(scalars, all_scalars);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "ops/grad_dot/grad_dot.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +9,7 @@
 
 #include "common/aten.h"
 #include "common/check.h"
+#include "common/rows.h"
 #include "common/stream.h"
 
 namespace torch_influence {
@@ -25,16 +25,27 @@ constexpr int64_t kProducts = int64_t(1) << 21, kCopies = int64_t(1) << 21, kGra
 struct GradDot {
   Tensor a, g, v, out;  // [n, s, f], [n, s, o], [k, o * f (+ o)], [n, k]; elements of a row adjacent
   int64_t n, s, f, o, k;
-  DType dtype;  // of a and g
-  bool wide;    // it is the type that the arithmetic is done in, and so that of v and out
+  DType dtype;       // of a and g
+  DType wide_dtype;  // of v and out: what the arithmetic is done in
   bool bias;
+
+  bool wide() const { return dtype == wide_dtype; }
+
+  const void* a_at(int64_t example, int64_t position) const {
+    return element_at(a.const_data_ptr(), example * a.stride(0) + position * a.stride(1), dtype);
+  }
+  const void* g_at(int64_t example, int64_t position) const {
+    return element_at(g.const_data_ptr(), example * g.stride(0) + position * g.stride(1), dtype);
+  }
+  const void* v_at(int64_t vector, int64_t column) const {
+    return element_at(v.const_data_ptr(), vector * v.stride(0) + column, wide_dtype);
+  }
+  void* out_at(int64_t example, int64_t vector) const {
+    return element_at(out.mutable_data_ptr(), example * out.stride(0) + vector, wide_dtype);
+  }
 };
 
 // ---- tensors ----
-
-Tensor part(Tensor t, int64_t dim, int64_t start, int64_t length) {
-  return start == 0 && length == t.size(dim) ? t : st::narrow(t, dim, start, length);
-}
 
 // Memory for so many elements of the type of the arithmetic; where there are none, any tensor.
 Tensor scratch_for(const GradDot& x, int64_t elements) { return elements ? st::new_empty(x.out, {elements}) : x.out; }
@@ -55,13 +66,6 @@ Tensor tile_of(const Tensor& t, int64_t example, int64_t examples, int64_t posit
   return copy;
 }
 
-const void* element_at(const Tensor& t, int64_t index) {
-  const int64_t size = t.scalar_type() == torch::headeronly::ScalarType::Double  ? 8
-                       : t.scalar_type() == torch::headeronly::ScalarType::Float ? 4
-                                                                                 : 2;
-  return static_cast<const char*>(t.const_data_ptr()) + index * size;
-}
-
 // Calls f(first example, examples, first position, positions) for tiles of whole examples, or of parts of one.
 template <class F>
 void for_tiles(const GradDot& x, int64_t examples, int64_t positions, F f) {
@@ -75,14 +79,10 @@ void for_tiles(const GradDot& x, int64_t examples, int64_t positions, F f) {
 // ---- kernels ----
 
 // An element of out is summed by one thread, so its order doesn't depend on how the work is divided.
-void add_sums(const GradDotSums& s, const Tensor& out) {
+void add_sums(const GradDotSums& s, [[maybe_unused]] const Tensor& out) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
   if (out.is_cuda()) {
-    const int32_t device = out.get_device_index();
-    const st::accelerator::DeviceGuard guard(device);
-    const char* error = grad_dot_sums_cuda(s, current_stream(device));
-    if (error) throw std::runtime_error(std::string(kName) + ": CUDA: " + error);
-    return;
+    return launch_on_device_of(kName, out, [&](void* stream) { return grad_dot_sums_cuda(s, stream); });
   }
 #endif
   constexpr int64_t kGrain = 16384;  // elements of U that are worth waking a thread for
@@ -117,7 +117,7 @@ Tensor vectors(const GradDot& x, int64_t first, int64_t count, const Tensor* scr
 void vectors_first(const GradDot& x) {
   const bool few = x.k * x.o <= kFewColumns && !x.out.is_cuda();
   const bool rows_apart = x.n > 1 && x.s > 1 && x.a.stride(0) != x.s * x.a.stride(1);
-  const bool copy_a = !few && (!x.wide || rows_apart);
+  const bool copy_a = !few && (!x.wide() || rows_apart);
   const bool copy_v = !few && x.k > 1 && x.v.stride(0) != x.o * x.f;
   auto fitting = [](int64_t elements, int64_t each, int64_t most) {
     return std::clamp<int64_t>(elements / std::max<int64_t>(each, 1), 1, most);
@@ -139,19 +139,40 @@ void vectors_first(const GradDot& x) {
     for_tiles(x, examples, positions, [&](int64_t example, int64_t n, int64_t position, int64_t s) {
       const Tensor products = shaped(u, {1, n * s, k * x.o});
       if (few) {
-        few_products(
-            {element_at(x.a, example * x.a.stride(0) + position * x.a.stride(1)), element_at(x.v, j * x.v.stride(0)),
-             products.mutable_data_ptr(), x.a.stride(0), x.a.stride(1), x.v.stride(0), s, k, x.o, x.f, x.dtype},
-            n * s);
+        const GradDotProducts few_columns{
+            .a = x.a_at(example, position),
+            .v = x.v_at(j, 0),
+            .u = products.mutable_data_ptr(),
+            .a_example_stride = x.a.stride(0),
+            .a_position_stride = x.a.stride(1),
+            .v_stride = x.v.stride(0),
+            .positions = s,
+            .k = k,
+            .o = x.o,
+            .f = x.f,
+            .dtype = x.dtype,
+        };
+        few_products(few_columns, n * s);
       } else {
         const Tensor a = tile_of(x.a, example, n, position, s, copy_a ? &a_copy : nullptr);
         call_out("aten::mm", st::view(a, {n * s, x.f}), matrix, st::view(products, {n * s, k * x.o}));
       }
-      add_sums({products.const_data_ptr(), element_at(x.g, example * x.g.stride(0) + position * x.g.stride(1)),
-                x.bias ? element_at(x.v, j * x.v.stride(0) + x.o * x.f) : nullptr,
-                const_cast<void*>(element_at(x.out, example * x.out.stride(0) + j)), x.g.stride(0), x.g.stride(1),
-                x.v.stride(0), x.out.stride(0), n, s, k, x.o, x.dtype},
-               x.out);
+      const GradDotSums sums{
+          .u = products.const_data_ptr(),
+          .g = x.g_at(example, position),
+          .b = x.bias ? x.v_at(j, x.o * x.f) : nullptr,
+          .out = x.out_at(example, j),
+          .g_example_stride = x.g.stride(0),
+          .g_position_stride = x.g.stride(1),
+          .b_stride = x.v.stride(0),
+          .out_stride = x.out.stride(0),
+          .examples = n,
+          .positions = s,
+          .k = k,
+          .o = x.o,
+          .dtype = x.dtype,
+      };
+      add_sums(sums, x.out);
     });
   }
 }
@@ -159,12 +180,11 @@ void vectors_first(const GradDot& x) {
 // ---- order 2: inputs meet g, and the gradients meet the vectors ----
 
 void gradients_first(const GradDot& x) {
-  const DType dtype = x.wide ? x.dtype : DType::float32;
   // Gradients of `outputs` outputs at a time. BLAS likes both of these numbers large.
   constexpr int64_t kExamples = 128, kOutputs = 32;
   int64_t examples = std::clamp<int64_t>(kGradients / (std::min(kOutputs, x.o) * x.f), 1, kExamples);
   int64_t positions = x.s;
-  if (!x.wide) {
+  if (!x.wide()) {
     examples = std::min(examples, std::max<int64_t>(kCopies / (x.s * (x.f + x.o)), 16));
     positions = std::clamp<int64_t>(kCopies / (examples * (x.f + x.o)), 1, x.s);
   }
@@ -172,18 +192,31 @@ void gradients_first(const GradDot& x) {
   const int64_t outputs = std::clamp<int64_t>(kGradients / (examples * x.f), 1, x.o);
 
   const Tensor gradients = scratch_for(x, examples * outputs * x.f), dots = scratch_for(x, examples * x.k);
-  const Tensor a_copy = scratch_for(x, x.wide ? 0 : examples * positions * x.f);
-  const Tensor g_copy = scratch_for(x, x.wide ? 0 : examples * positions * x.o);
+  const Tensor a_copy = scratch_for(x, x.wide() ? 0 : examples * positions * x.f);
+  const Tensor g_copy = scratch_for(x, x.wide() ? 0 : examples * positions * x.o);
   for_tiles(x, examples, positions, [&](int64_t example, int64_t n, int64_t position, int64_t s) {
-    const Tensor a = tile_of(x.a, example, n, position, s, x.wide ? nullptr : &a_copy);
-    const Tensor g = tile_of(x.g, example, n, position, s, x.wide ? nullptr : &g_copy);
+    const Tensor a = tile_of(x.a, example, n, position, s, x.wide() ? nullptr : &a_copy);
+    const Tensor g = tile_of(x.g, example, n, position, s, x.wide() ? nullptr : &g_copy);
     // out += left * (columns of v)^T
     auto add = [&](const Tensor& left, int64_t first_column, int64_t columns) {
       const Tensor products = shaped(dots, {1, n, x.k});
       call_out("aten::mm", left, st::transpose(part(x.v, 1, first_column, columns), 0, 1), st::view(products, {n, x.k}));
-      add_sums({products.const_data_ptr(), nullptr, nullptr, const_cast<void*>(element_at(x.out, example * x.out.stride(0))),
-                0, 0, 0, x.out.stride(0), n, 1, x.k, 1, dtype},
-               x.out);
+      const GradDotSums sums{
+          .u = products.const_data_ptr(),
+          .g = nullptr,
+          .b = nullptr,
+          .out = x.out_at(example, 0),
+          .g_example_stride = 0,
+          .g_position_stride = 0,
+          .b_stride = 0,
+          .out_stride = x.out.stride(0),
+          .examples = n,
+          .positions = 1,
+          .k = x.k,
+          .o = 1,
+          .dtype = x.wide_dtype,
+      };
+      add_sums(sums, x.out);
     };
     for (int64_t p = 0; p < x.o; p += outputs) {
       const int64_t o = std::min(outputs, x.o - p);
@@ -205,26 +238,6 @@ bool gradients_are_cheaper(const GradDot& x) {
 
 // ---- arguments ----
 
-Tensor adjacent_columns(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 || t.size(last) <= 1 ? t : st::contiguous(t);
-}
-
-void check_device(const char* argument, const Tensor& tensor, const Tensor& a) {
-  if (tensor.is_cuda() != a.is_cuda() || tensor.get_device_index() != a.get_device_index()) {
-    fail(kName, argument, "expected the device of a, got another");
-  }
-}
-
-void check_wide(const char* argument, const Tensor& tensor, const Tensor& a) {
-  using torch::headeronly::ScalarType;
-  const bool is_double = a.scalar_type() == ScalarType::Double;
-  if (tensor.scalar_type() != (is_double ? ScalarType::Double : ScalarType::Float)) {
-    fail(kName, argument, "expected dtype ", is_double ? "float64" : "float32", ", got another");
-  }
-  check_device(argument, tensor, a);
-}
-
 void grad_dot(const Tensor& a, const Tensor& g, const Tensor& v, bool bias, Tensor out) {
   check_dim(kName, "a", a, 3);
   const DType dtype = floating_dtype(kName, "a", a);
@@ -232,26 +245,34 @@ void grad_dot(const Tensor& a, const Tensor& g, const Tensor& v, bool bias, Tens
   check_dim(kName, "g", g, 3);
   const int64_t o = g.size(2), d = o * f + (bias ? o : 0);
   if (g.size(0) != n || g.size(1) != s) fail(kName, "g", "expected shape [", n, ", ", s, ", o], got ", shape_text(g));
-  if (g.scalar_type() != a.scalar_type()) fail(kName, "g", "expected the dtype of a, got another");
-  check_device("g", g, a);
+  check_beside(kName, "g", g, "a", a);
   if (v.dim() != 2 || v.size(1) != d) fail(kName, "v", "expected shape [k, ", d, "], got ", shape_text(v));
-  check_wide("v", v, a);
+  check_wide(kName, "v", v, "a", a);
   const int64_t k = v.size(0);
-  if (out.dim() != 2 || out.size(0) != n || out.size(1) != k) {
-    fail(kName, "out", "expected shape [", n, ", ", k, "], got ", shape_text(out));
-  }
-  check_wide("out", out, a);
+  check_shape(kName, "out", out, {n, k});
+  check_wide(kName, "out", out, "a", a);
 
   if (n == 0 || s == 0 || k == 0 || d == 0) return;
-  const Tensor sums = adjacent_columns(out);
-  const bool wide = a.scalar_type() == v.scalar_type();
-  const GradDot x{adjacent_columns(a), adjacent_columns(g), adjacent_columns(v), sums, n, s, f, o, k, dtype, wide, bias};
+  const GradDot x{
+      .a = adjacent_columns(a),
+      .g = adjacent_columns(g),
+      .v = adjacent_columns(v),
+      .out = adjacent_columns(out),
+      .n = n,
+      .s = s,
+      .f = f,
+      .o = o,
+      .k = k,
+      .dtype = dtype,
+      .wide_dtype = wide_dtype(dtype),
+      .bias = bias,
+  };
   if (gradients_are_cheaper(x)) {
     gradients_first(x);
   } else {
     vectors_first(x);
   }
-  if (sums.mutable_data_ptr() != out.mutable_data_ptr()) st::copy_(out, sums);
+  write_back(out, x.out);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "common/aten.h"
 #include "common/check.h"
+#include "common/rows.h"
 #include "common/stream.h"
 #include "ops/softmax_curvature/softmax_curvature.h"
 
@@ -30,8 +31,7 @@ constexpr int64_t kFewColumns = 48;
 constexpr int64_t kMostSlabs = 64, kTilesPerSlab = 8, kMostSumBytes = 32 << 20;
 
 int64_t slabs_of(const LinearCurvatureProduct& s) {
-  const int64_t element = s.dtype == DType::float64 ? 8 : 4;
-  const int64_t fit = kMostSumBytes / (s.k * s.row_length() * element);
+  const int64_t fit = kMostSumBytes / (s.k * s.row_length() * element_size(s.dtype));
   const int64_t rows = linear_curvature_tile(s) * kTilesPerSlab;
   return std::min({kMostSlabs, (s.n + rows - 1) / rows, fit});
 }
@@ -112,32 +112,31 @@ class Between {
 
   void bias(const LinearCurvatureTile& tile) const {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check(linear_curvature_product_cuda_bias(s_, tile, stream_));
+    if (is_cuda_) return check_launch(kName, linear_curvature_product_cuda_bias(s_, tile, stream_));
 #endif
     s_.dtype == DType::float64 ? cpu_bias<double>(s_, tile) : cpu_bias<float>(s_, tile);
   }
 
   // t <- B t for the examples from `first` on.
   void softmax(const LinearCurvatureTile& tile, int64_t first) const {
-    const int64_t element = s_.dtype == DType::float64 ? 8 : 4, m = s_.columns();
-    const auto at = [element](const void* rows, int64_t offset) {
-      return static_cast<const char*>(rows) + offset * element;
+    const int64_t m = s_.columns();
+    const SoftmaxCurvature p{
+        .p = element_at(s_.curvature, first * s_.curvature_stride, s_.dtype),
+        .t = tile.t,
+        .weights = s_.weights ? element_at(s_.weights, first, s_.dtype) : nullptr,
+        .out = tile.t,
+        .p_stride = s_.curvature_stride,
+        .t_stride = m,
+        .out_stride = m,
+        .t_tangent_stride = s_.c,
+        .out_tangent_stride = s_.c,
+        .k = s_.k,
+        .n = tile.rows,
+        .c = s_.c,
+        .dtype = s_.dtype,
     };
-    const SoftmaxCurvature p{at(s_.curvature, first * s_.curvature_stride),
-                             tile.t,
-                             s_.weights ? at(s_.weights, first) : nullptr,
-                             tile.t,
-                             s_.curvature_stride,
-                             m,
-                             m,
-                             s_.c,
-                             s_.c,
-                             s_.k,
-                             tile.rows,
-                             s_.c,
-                             s_.dtype};
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check(softmax_curvature_cuda(p, stream_));
+    if (is_cuda_) return check_launch(kName, softmax_curvature_cuda(p, stream_));
 #endif
     static const auto block = TORCH_INFLUENCE_SIMD_PICK(softmax_curvature_block);
     st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1),
@@ -146,16 +145,12 @@ class Between {
 
   void add(const LinearCurvatureTile& tile, bool first) const {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check(linear_curvature_product_cuda_add(s_, tile, first, stream_));
+    if (is_cuda_) return check_launch(kName, linear_curvature_product_cuda_add(s_, tile, first, stream_));
 #endif
     s_.dtype == DType::float64 ? cpu_add<double>(s_, tile, first) : cpu_add<float>(s_, tile, first);
   }
 
  private:
-  [[maybe_unused]] static void check(const char* error) {
-    if (error) throw std::runtime_error(std::string(kName) + ": CUDA: " + error);
-  }
-
   const LinearCurvatureProduct& s_;
   bool is_cuda_;
   [[maybe_unused]] void* stream_ = nullptr;
@@ -163,41 +158,45 @@ class Between {
 
 // [k, row_length] -> its weights [m, f], without gaps.
 Tensor weights_of(const LinearCurvatureProduct& s, const Tensor& v) {
-  const Tensor part = s.bias ? st::narrow(const_cast<Tensor&>(v), 1, 0, s.c * s.f) : v;
-  return st::view(st::contiguous(part), {s.columns(), s.f});
+  return st::view(st::contiguous(part(v, 1, 0, s.c * s.f)), {s.columns(), s.f});
 }
 
 void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
-  const int64_t m = s.columns(), element = s.dtype == DType::float64 ? 8 : 4;
-  const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element;
+  const int64_t m = s.columns();
+  const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element_size(s.dtype);
   const int64_t most = std::min(std::max(kTileBytes / per_example, kLeastTile), s.n);
   const Between between(s, v);
   const Tensor columns = weights_of(s, v), columns_t = st::transpose(columns, 0, 1);
   const Tensor product = st::new_empty(v, {m, s.f}), bias_sums = st::new_empty(v, {1, m});
-  Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
+  const Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
   Tensor ones = st::new_empty(v, {1, most});
   if (s.bias) st::fill_(ones, 1.0);
 
   for (int64_t first = 0; first < s.n; first += most) {
     const int64_t rows = std::min(most, s.n - first);
-    Tensor x_tile = st::narrow(const_cast<Tensor&>(x), 0, first, rows);
+    Tensor x_tile = part(x, 0, first, rows);
     if (s.x_dtype != s.dtype) {
       Tensor widened = st::new_empty(v, {rows, s.f});
       st::copy_(widened, x_tile);
       x_tile = widened;
     }
-    const Tensor t = st::narrow(all_t, 0, 0, rows), sums = st::narrow(all_s, 0, 0, rows);
+    const Tensor t = part(all_t, 0, 0, rows), sums = part(all_s, 0, 0, rows);
     call_out("aten::mm", x_tile, columns_t, t);
-    const LinearCurvatureTile tile{t.mutable_data_ptr(), product.const_data_ptr(), bias_sums.const_data_ptr(), rows};
+    const LinearCurvatureTile tile{
+        .t = t.mutable_data_ptr(),
+        .product = product.const_data_ptr(),
+        .bias_sums = bias_sums.const_data_ptr(),
+        .rows = rows,
+    };
     if (s.bias) between.bias(tile);
     if (s.blocks) {
-      const Tensor blocks = st::transpose(st::narrow(const_cast<Tensor&>(curvature), 0, first, rows), 1, 2);
+      const Tensor blocks = st::transpose(part(curvature, 0, first, rows), 1, 2);
       call_out("aten::bmm", st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
     } else {
       between.softmax(tile, first);
     }
     call_out("aten::mm", st::transpose(sums, 0, 1), x_tile, product);
-    if (s.bias) call_out("aten::mm", st::narrow(ones, 1, 0, rows), sums, bias_sums);
+    if (s.bias) call_out("aten::mm", part(ones, 1, 0, rows), sums, bias_sums);
     between.add(tile, first == 0);
   }
 }
@@ -208,54 +207,40 @@ void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, cons
     s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
     return;
   }
-  const int64_t element = s.dtype == DType::float64 ? 8 : 4;
   const int64_t vectors = v.is_cuda() ? s.k : std::max<int64_t>(kColumnsAtOnce / s.c, 1);
   for (int64_t first = 0; first < s.k; first += vectors) {
     LinearCurvatureProduct some = s;
     some.k = std::min(vectors, s.k - first);
-    some.v = static_cast<const char*>(s.v) + first * s.v_stride * element;
-    some.out = static_cast<char*>(s.out) + first * s.out_stride * element;
-    run_tiles(some, x, st::narrow(const_cast<Tensor&>(v), 0, first, some.k), curvature);
+    some.v = element_at(s.v, first * s.v_stride, s.dtype);
+    some.out = element_at(s.out, first * s.out_stride, s.dtype);
+    run_tiles(some, x, part(v, 0, first, some.k), curvature);
   }
 }
 
 // ---- checks ----
 
-Tensor adjacent_columns(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : st::contiguous(t); }
-
-void check_beside(const char* argument, const Tensor& t, const Tensor& v) {
-  if (t.scalar_type() != v.scalar_type()) fail(kName, argument, "expected the dtype of v, got another");
-  if (t.is_cuda() != v.is_cuda() || t.get_device_index() != v.get_device_index()) {
-    fail(kName, argument, "expected the device of v, got another");
-  }
-}
-
 void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& curvature,
                               const std::optional<Tensor>& weights, bool bias, Tensor out) {
   check_dim(kName, "x", x, 2);
   const DType x_dtype = floating_dtype(kName, "x", x);
-  const DType dtype = x_dtype == DType::float64 ? DType::float64 : DType::float32;
+  const DType dtype = wide_dtype(x_dtype);
   check_dim(kName, "v", v, 2);
   if (floating_dtype(kName, "v", v) != dtype) fail(kName, "v", "expected float64 if x is, float32 otherwise, got another");
-  if (v.is_cuda() != x.is_cuda() || v.get_device_index() != x.get_device_index()) {
-    fail(kName, "v", "expected the device of x, got another");
-  }
+  check_device(kName, "v", v, "x", x);
   const bool blocks = curvature.dim() == 3;
   if (!blocks) check_dim(kName, "curvature", curvature, 2);
   const int64_t n = x.size(0), f = x.size(1), c = curvature.size(1), k = v.size(0);
   if (curvature.size(0) != n || (blocks && curvature.size(2) != c)) {
     fail(kName, "curvature", "expected shape [", n, ", c] or [", n, ", c, c], got ", shape_text(curvature));
   }
-  check_beside("curvature", curvature, v);
+  check_beside(kName, "curvature", curvature, "v", v);
   const int64_t d = c * f + (bias ? c : 0);
   if (v.size(1) != d) fail(kName, "v", "expected shape [k, ", d, "], got ", shape_text(v));
   check_like(kName, "out", out, "v", v);
   if (weights) {
     if (blocks) fail(kName, "weights", "expected none with blocks, got some");
-    if (weights->dim() != 1 || weights->size(0) != n) {
-      fail(kName, "weights", "expected shape [", n, "], got ", shape_text(*weights));
-    }
-    check_beside("weights", *weights, v);
+    check_shape(kName, "weights", *weights, {n});
+    check_beside(kName, "weights", *weights, "v", v);
   }
 
   if (k == 0 || d == 0) return;
@@ -265,11 +250,27 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   const Tensor x_rows = adjacent_columns(x), v_rows = adjacent_columns(v), out_rows = adjacent_columns(out);
   const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
   const Tensor weights_row = weights ? st::contiguous(*weights) : v;
-  run({x_rows.const_data_ptr(), v_rows.const_data_ptr(), curvature_rows.const_data_ptr(),
-       weights ? weights_row.const_data_ptr() : nullptr, out_rows.mutable_data_ptr(), x_rows.stride(0), v_rows.stride(0),
-       curvature_rows.stride(0), out_rows.stride(0), n, f, c, k, blocks, bias, x_dtype, dtype},
-      x_rows, v_rows, curvature_rows);
-  if (out_rows.mutable_data_ptr() != out.mutable_data_ptr()) st::copy_(out, out_rows);
+  const LinearCurvatureProduct product{
+      .x = x_rows.const_data_ptr(),
+      .v = v_rows.const_data_ptr(),
+      .curvature = curvature_rows.const_data_ptr(),
+      .weights = weights ? weights_row.const_data_ptr() : nullptr,
+      .out = out_rows.mutable_data_ptr(),
+      .x_stride = x_rows.stride(0),
+      .v_stride = v_rows.stride(0),
+      .curvature_stride = curvature_rows.stride(0),
+      .out_stride = out_rows.stride(0),
+      .n = n,
+      .f = f,
+      .c = c,
+      .k = k,
+      .blocks = blocks,
+      .bias = bias,
+      .x_dtype = x_dtype,
+      .dtype = dtype,
+  };
+  run(product, x_rows, v_rows, curvature_rows);
+  write_back(out, out_rows);
 }
 
 }  // namespace

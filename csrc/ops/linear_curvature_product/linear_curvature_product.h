@@ -32,8 +32,7 @@ struct LinearCurvatureProduct {
 
 // Examples of a tile, so that it and what is read beside it stay in a core's own cache.
 inline int64_t linear_curvature_tile(const LinearCurvatureProduct& s) {
-  const int64_t element = s.dtype == DType::float64 ? 8 : 4;
-  const int64_t rows = 98304 / ((s.f > 0 ? s.f : 1) * element) / 4 * 4;
+  const int64_t rows = 98304 / ((s.f > 0 ? s.f : 1) * element_size(s.dtype)) / 4 * 4;
   return rows < 4 ? 4 : rows > 64 ? 64 : rows;
 }
 
