@@ -83,6 +83,7 @@ __device__ __forceinline__ void for_columns(T* const (&row)[arrays], int64_t d, 
   }
 }
 
+// Casts const away because for_columns takes rows that are only read (`given`) in one array with those that are written.
 template <class T>
 __device__ __forceinline__ T* row_of(const void* rows, int64_t stride, int64_t row) {
   return static_cast<T*>(const_cast<void*>(rows)) + row * stride;
