@@ -335,3 +335,12 @@ def test_mistakes_are_named() -> None:
     twice = torch.cat([it.g, it.g[::2] + it.g[1::2]])
     with pytest.raises(torch.linalg.LinAlgError, match=r"less than the rounding of torch\.float32"):
         DualFactor(Explicit(twice * 1e3, 0.0).damped(1e-12))
+
+
+def test_the_factor_has_the_regulariser_and_the_damping_in_it() -> None:
+    """Refinement would make up for one that has not, at the price of its rounds."""
+    factor = DualFactor(Explicit(torch.randn(3, 20, dtype=torch.float64), multiple=0.5).damped(0.25))
+    assert factor.sigma == 0.75
+    _, report = factor.solve(torch.randn(4, 20, dtype=torch.float64), rtol=1e-8)
+    assert report.converged.all()
+    assert not report.iterations.any()

@@ -22,6 +22,7 @@ from torch_influence.solvers import (
     SolveError,
     block_cg,
     cg,
+    norms,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -519,3 +520,18 @@ def test_a_matrix_that_is_not_finite_is_never_silent(value: float) -> None:
     matrix[3, 3] = value
     with pytest.raises(ValueError, match="not finite"):
         Factor(matrix)
+
+
+def test_a_row_that_is_done_is_in_no_product_but_that_of_its_own_residual() -> None:
+    operator = Counted(torch.diag(torch.cat([torch.ones(D // 2), torch.linspace(1, 50, D // 2)]).double()))
+    rows = torch.zeros(2, D, dtype=torch.float64)
+    rows[0, 0], rows[1] = 1.0, 1.0  # an eigenvector, and a row that needs many iterations
+    _, report = cg(operator, rows, rtol=1e-10)
+    assert operator.rows == [2] + [1] * (int(report.iterations[1]) + 1)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float64, 1e-200)])
+def test_norms_of_rows_whose_squares_leave_the_dtype(dtype: torch.dtype, size: float) -> None:
+    rows = torch.full((2, 4), size, dtype=dtype)
+    assert norms(rows).dtype == torch.float64
+    assert norms(rows).tolist() == pytest.approx([2 * size] * 2, rel=1e-6, abs=0.0)

@@ -357,3 +357,16 @@ def test_a_row_comes_out_the_same_alone_and_among_others(d, call):
     for name in CONTRACT.written:
         which = (..., slice(1)) if name == "scalars" else slice(1)
         assert torch.equal(together[name][which], alone[name])
+
+
+@on_devices
+@implementations
+def test_rows_at_rest_stay_there_whatever_their_product(implementation, device):
+    call = arguments((10, 40, WHOLE), torch.float64, device)
+    at_rest = torch.arange(10) % 5 == AT_REST
+    assert call["q"][at_rest].isfinite().all()
+    before = {name: call[name].clone() for name in CONTRACT.written}
+    implementation(**call)
+    for name, value in before.items():
+        which = (..., at_rest) if name == "scalars" else at_rest
+        assert torch.equal(call[name][which], value[which])
