@@ -325,6 +325,7 @@ class Busy(Classification):
         each = F.cross_entropy(outputs, batch[1], reduction="none")
         loss = (each * self.weight[batch[1]]).mean()
         self.calls += 1
+        self.made_later = self.calls
         self.log.append(self.calls)
         self.last["loss"] = self.calls / 2
         self.last[str(self.calls)] = self.calls
@@ -344,6 +345,17 @@ def test_counters_and_logs_throw_nothing_away() -> None:
     assert it._solver._factor._made is factor
     objective.weight[2] = 9.0  # no counter, though beside some
     torch.testing.assert_close(it.stest([1]), new(objective, model, train_loader=rare()).stest([1]))
+
+
+def test_an_attribute_that_is_new_is_looked_at() -> None:
+    model, objective = network(), Weighted(torch.ones(3, dtype=torch.float64))
+    it, calls = new(objective, model), Calls(model)
+    it.stest([0])
+    usual = calls.of(lambda: it.stest([0]))
+    for holder in (objective, model, model[0]):
+        holder.note = "new"
+        assert calls.of(lambda: it.stest([0])) == usual + 23
+        assert calls.of(lambda: it.stest([0])) == usual
 
 
 def test_a_hint_survives_an_interrupted_call() -> None:

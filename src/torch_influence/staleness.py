@@ -37,6 +37,8 @@ _LONGEST = 1000  # items of a container, beyond which it holds data and not sett
 _LARGEST_ARRAY = 2**16  # bytes, likewise
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # every module has these attributes: hooks, children, parameters, its mode
 
+_NAMES = "<names>"  # of what something holds: no name of an attribute, nor of a key as it is noted
+
 Path: TypeAlias = tuple[Any, ...]  # to an attribute: names and places
 Settings: TypeAlias = dict[Path, Any]
 Source: TypeAlias = tuple[str, Batches]  # the name of a loss of Evaluation, and the data that it is of
@@ -368,17 +370,18 @@ def settings(evaluation: Evaluation) -> Settings:
     found: Settings = {}
     room = _look(("objective",), evaluation.objective, _DEPTH, _ROOM, found)
     for number, module in enumerate(evaluation.model.modules()):
-        for name, value in vars(module).items():
-            if name not in _TORCHS_OWN:
-                room = _look((number, name), value, 0, room, found)
+        own = [(name, value) for name, value in vars(module).items() if name not in _TORCHS_OWN]
+        found[(number, _NAMES)] = tuple(name for name, _ in own)
+        for name, value in own:
+            room = _look((number, name), value, 0, room, found)
     return found
 
 
 def _look(path: Path, value: Any, depth: int, room: int, found: Settings) -> int:
     """Notes what is equal for as long as nothing that is seen of the value has changed; returns the room that is left.
 
-    Plain values are noted as they are, others by identity, and what they hold below them, down to a depth. What holds
-    others is noted with their names or their number.
+    Plain values are noted as they are, others by identity, and what they hold below them, down to a depth; their names
+    or number have a path of their own, so that a counter that is new there makes no counters of those beside it.
     """
     if isinstance(value, Tensor):
         found[path] = id(value), *versions([value])
@@ -393,7 +396,9 @@ def _look(path: Path, value: Any, depth: int, room: int, found: Settings) -> int
     if inside is None:
         found[path] = id(value)
         return room
-    found[path] = id(value), tuple(name for name, _ in inside)
+    found[path] = id(value)
+    names = (*path, _NAMES)
+    found[names] = tuple(name for name, _ in inside)
     room -= 1
     for name, item in inside:
         room = _look((*path, name), item, depth - 1, room, found)
@@ -414,7 +419,7 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]] | None:
 
 
 def _moved(before: Settings, after: Settings) -> set[Path]:
-    """The attributes that are others now. What came or went shows in what holds it."""
+    """The attributes that are others now. What came or went shows in the names of what is there."""
     return {path for path, value in before.items() if path in after and not _same(value, after[path])}
 
 
