@@ -177,10 +177,11 @@ def dense_gauss_newton(model: nn.Module, objective: BaseObjective, batches: Iter
         jacobian = torch.stack([gradient(out, params) for out in outputs.reshape(-1)])
         free = outputs.detach().clone().requires_grad_()
         at_outputs = second_derivative(objective.train_loss_on_outputs(free, batch), [free])
-        return jacobian.mT @ at_outputs @ jacobian + second_derivative(regularizer(model, objective), params)
+        return jacobian.mT @ at_outputs @ jacobian
 
     with twice_differentiable_eval(model):
-        return _size_weighted((of_batch(batch), size) for batch, size in batches)
+        of_batches = _size_weighted((of_batch(batch), size) for batch, size in batches)
+        return of_batches + second_derivative(regularizer(model, objective), params)
 
 
 def example_gradients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import types
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
@@ -104,12 +105,16 @@ def results(loader: DataLoader, unpack: Callable[[Any], tuple[Any, Tensor]], mod
     }
 
 
+@functools.cache
+def of_a_plain_loader() -> dict[str, Tensor]:
+    return results(DataLoader(Pairs(), batch_size=BATCH), tuple, network())
+
+
 def check(loader: DataLoader, unpack: Callable[[Any], tuple[Any, Tensor]] = tuple) -> None:
     """The same numbers as from a plain loader."""
-    plain = results(DataLoader(Pairs(), batch_size=BATCH), tuple, network())
     for name, value in results(loader, unpack, network()).items():
-        size = max(float(plain[name].abs().max()), 1.0)
-        assert_close(value, plain[name], operations=4 * N * D, scale=size)
+        expected = of_a_plain_loader()[name]
+        assert_close(value, expected, operations=4 * N * D, scale=max(float(expected.abs().max()), 1.0))
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

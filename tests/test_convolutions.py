@@ -114,9 +114,9 @@ def test_weights_of_convolutions_are_selected_or_not() -> None:
     torch.manual_seed(0)
     model, objective = conv2().double(), Supervised(F.cross_entropy)
     loader = DataLoader(data(2), batch_size=BATCH)
+    whole = dense_gauss_newton(model, objective, loader_batches(loader))
     for selected in (["first.bias"], ["second.weight"], ["first.weight", "second.bias"]):
         module = CGInfluenceModule(model, objective, loader, None, "cpu", 0.0, gnh=True, params=selected)
-        whole = dense_gauss_newton(model, objective, loader_batches(loader))
         names = [n for n, p in model.named_parameters() for _ in range(p.numel())]
         chosen = torch.tensor([n in selected for n in names])
         part = whole[chosen][:, chosen]

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import torch_influence
 from torch_influence import BaseInfluenceModule, BaseObjective, solvers
 from torch_influence.modules import AutogradInfluenceModule, CGInfluenceModule, LiSSAInfluenceModule
@@ -123,40 +121,59 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", [*public(), *methods()])
-def test_everything_public_is_explained_in_a_sentence(name: str) -> None:
-    it = (public() | methods())[name]
-    own = it.__doc__ if not inspect.isclass(it) else vars(it).get("__doc__")
-    first = (own or "").strip().partition("\n")[0]
-    assert first.endswith((".", ":", "]", ")")), "the first line is a whole sentence"
-    assert not first.startswith(f"{name}("), "not the one that dataclasses make"
+def offenders(documented: dict[str, Any], wrong: Callable[[str, Any], Iterator[str]]) -> dict[str, list[str]]:
+    """What is wrong, by the names of those of which something is."""
+    return {name: found for name, it in documented.items() if (found := list(wrong(name, it)))}
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, *FIRST])
-def test_functions_explain_parameters_results_and_cost(name: str) -> None:
-    function = (FUNCTIONS | FIRST)[name]
-    short, found = name.rpartition(".")[2], sections(function)
-    assert named(found.get("Args", "")) == parameters(function)
-    if inspect.signature(function).return_annotation not in ("None", None):
-        assert "Returns" in found or "Yields" in found
-    if short not in WITHOUT_COST:
-        assert "Cost" in found
-    if short not in WITHOUT_EXAMPLE:
-        assert ">>>" in found.get("Examples", "")
+def test_everything_public_is_explained_in_a_sentence() -> None:
+    def wrong(name: str, it: Any) -> Iterator[str]:
+        own = it.__doc__ if not inspect.isclass(it) else vars(it).get("__doc__")
+        first = (own or "").strip().partition("\n")[0]
+        if not first.endswith((".", ":", "]", ")")):
+            yield "the first line is no whole sentence"
+        if first.startswith(f"{name}("):
+            yield "the first line is the one that dataclasses make"
+
+    assert offenders(public() | methods(), wrong) == {}
 
 
-@pytest.mark.parametrize("name", CONSTRUCTED)
-def test_classes_explain_the_parameters_of_their_constructors(name: str) -> None:
-    found = sections(CONSTRUCTED[name])
-    assert named(found.get("Args", "")) == parameters(CONSTRUCTED[name])
-    assert ">>>" in found["Examples"]
+def test_functions_explain_parameters_results_and_cost() -> None:
+    def wrong(name: str, function: Callable[..., Any]) -> Iterator[str]:
+        short, found = name.rpartition(".")[2], sections(function)
+        if named(found.get("Args", "")) != parameters(function):
+            yield f"Args of {named(found.get('Args', ''))}, not of {parameters(function)}"
+        returns = inspect.signature(function).return_annotation not in ("None", None)
+        if returns and not {"Returns", "Yields"} & found.keys():
+            yield "neither Returns nor Yields"
+        if short not in WITHOUT_COST and "Cost" not in found:
+            yield "no Cost"
+        if short not in WITHOUT_EXAMPLE and ">>>" not in found.get("Examples", ""):
+            yield "no example"
+
+    assert offenders(FUNCTIONS | FIRST, wrong) == {}
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_results_explain_their_fields(name: str) -> None:
-    explained = named(sections(RESULTS[name])["Attributes"])
-    assert explained >= fields(RESULTS[name])
-    assert all(hasattr(RESULTS[name], it) or it in fields(RESULTS[name]) for it in explained)
+def test_classes_explain_the_parameters_of_their_constructors() -> None:
+    def wrong(name: str, kind: type) -> Iterator[str]:
+        found = sections(kind)
+        if named(found.get("Args", "")) != parameters(kind):
+            yield f"Args of {named(found.get('Args', ''))}, not of {parameters(kind)}"
+        if ">>>" not in found.get("Examples", ""):
+            yield "no example"
+
+    assert offenders(CONSTRUCTED, wrong) == {}
+
+
+def test_results_explain_their_fields() -> None:
+    def wrong(name: str, kind: type) -> Iterator[str]:
+        explained = named(sections(kind).get("Attributes", ""))
+        if not explained >= fields(kind):
+            yield f"nothing of {fields(kind) - explained}"
+        if unknown := {it for it in explained if not hasattr(kind, it) and it not in fields(kind)}:
+            yield f"{unknown} of which there is none"
+
+    assert offenders(RESULTS, wrong) == {}
 
 
 def test_the_page_on_choosing_has_cures_for_every_warning() -> None:

@@ -117,10 +117,15 @@ def raises(work: Workload, queries: int) -> Tensor:
     raise RuntimeError("a | first line\na second one")
 
 
-def line(entry: Entry, limit: float = 30.0) -> dict[str, Any]:
+@functools.cache
+def exact() -> dict[str, Tensor]:
     work = tiny("B", torch.float32)
-    exact = {curvature: peers.exact_scores(work, curvature) for curvature in (HESSIAN, GAUSS_NEWTON)}
-    return peers.measure(entry, work, tiny("B", torch.float32, queries=1), exact, limit)
+    return {curvature: peers.exact_scores(work, curvature) for curvature in (HESSIAN, GAUSS_NEWTON)}
+
+
+def line(entry: Entry, limit: float = 30.0) -> dict[str, Any]:
+    works = tiny("B", torch.float32), tiny("B", torch.float32, queries=1)
+    return peers.measure(entry, *works, exact(), limit)
 
 
 FAILING = Entry("a peer", "json", "a method", DEFAULT, "nothing", raises)

@@ -267,6 +267,7 @@ def problem(case: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("split", "gnh"), [("batch_size", False), ("batch_sampler", True)])
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(ragged())
 def test_how_the_data_are_cut_changes_nothing(split: str, gnh: bool, case: dict[str, Any]) -> None:
     whole = CGInfluenceModule(**problem(case, "whole"), gnh=gnh)

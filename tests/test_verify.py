@@ -43,7 +43,7 @@ from torch_influence import (
 from torch_influence.linop import Dense
 from torch_influence.solvers import cg
 
-ENOUGH = {"repeat": 8, "depth": 100, "scale": 5.0}  # of LiSSA for the small network
+ENOUGH = {"repeat": 6, "depth": 30, "scale": 5.0}  # of LiSSA for the small network
 BASE = ["repeatable", "curvature", "symmetric", "differences", "gradients", "mean", "solver", "scores"]
 REFIT = ["same refit", "same model", "correlation", "slope"]
 
