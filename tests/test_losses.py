@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
-from torch_influence.evaluation._evaluation._problem.evaluation._problem.evaluation import Evaluation
 
 from torch_influence import AutogradInfluenceModule, CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule
+from torch_influence.evaluation import Evaluation
 from torch_influence.losses import Means, in_one_batch, precision
 from torch_influence.parameters import ParameterSpace
 

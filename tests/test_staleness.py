@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from problems import Classification, loader, module, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch_influence.evaluation._evaluation._problem.evaluation import Evaluation
 
 from torch_influence import AutogradInfluenceModule, InfluenceModule, LiSSAInfluenceModule
+from torch_influence.evaluation import Evaluation
 from torch_influence.staleness import settings
 
 SCALE = 0.05

@@ -19,12 +19,12 @@ import torch
 from problems import Classification, loader, module, network
 from test_side_effects import Snapshot, flags
 from torch import Tensor, nn
-from torch_influence.evaluation._evaluation._problem.evaluation._problem.evaluation import Evaluation
 
 from torch_influence import AutogradInfluenceModule, InfluenceModule, LiSSAInfluenceModule, switches, turns
 from torch_influence.batches._batches import Batches, to_device
 from torch_influence.batches._source import quiet
 from torch_influence.curvature import Hessian
+from torch_influence.evaluation import Evaluation
 from torch_influence.parameters import ParameterSpace
 
 

@@ -166,7 +166,7 @@ class Problem:
 
     @property
     def seen(self) -> tuple[Any, ...]:
-        """What is another thing after a change that was seen, and not after ``clear``."""
+        """Equals what it was as long as no change was seen; unlike ``version`` also after ``clear``."""
         return self.watch.fingerprint, self.watch.changes
 
     @property

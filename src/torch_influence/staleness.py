@@ -192,7 +192,7 @@ class Watch:
 
 
 class _Base(NamedTuple):
-    """What was there when the version began."""
+    """The state of things when the version began."""
 
     fingerprint: tuple[Any, ...]
     generations: tuple[Any, ...]
@@ -202,7 +202,7 @@ class _Base(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """What a probe gave.
+    """The results of a probe.
 
     Attributes:
         values: losses, products of gradients with a row, regularisers; NaN where they could not be computed.

@@ -167,7 +167,7 @@ class Evaluation:
         self._call(leaves, losses)
 
     def _loss(self, loss: str, model: nn.Module, flat: Tensor, batch: Any) -> Any:
-        """What the objective says, of the model as it stands."""
+        """Asks the objective, of the model as it stands."""
         objective = self.objective
         if loss == "data_loss":
             return objective.train_loss_on_outputs(checked_outputs(objective.train_outputs(model, batch)), batch)
