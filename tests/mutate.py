@@ -116,7 +116,7 @@ def _run(run: Run) -> None:
         os.environ["TORCH_INFLUENCE_BACKEND"] = "reference"
     sys.dont_write_bytecode = True
     # The finder of an editable install would come before the path.
-    sys.meta_path[:] = [finder for finder in sys.meta_path if PACKAGE not in type(finder).__module__]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if PACKAGE not in getattr(finder, "__module__", "")]
     sys.path.insert(0, str(run.folder))
 
     def too_long(*_: object) -> None:
