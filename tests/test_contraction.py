@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_influence import AutogradInfluenceModule, BaseObjective, CGInfluenceModule, LiSSAInfluenceModule
-from torch_influence.gradients._mean import _contraction as contraction
+from torch_influence.gradients import _contraction as contraction
 from torch_influence.scores._tiles import from_stests, whole
 
 LAYERS, DIRECTIONS, ROWS, ONES = (
