@@ -216,7 +216,7 @@ class Ridge(Curvature):
         return Multiplied(lambda rows: rows / (self.c + shift), torch.ones(1, self.size, dtype=self.dtype))
 
 
-@pytest.mark.parametrize("solver", ["auto", "cg", ClosedForm(), Inverse()], ids=str)
+@pytest.mark.parametrize("solver", ["auto", "cg", ClosedForm(), Inverse()], ids=["auto", "cg", "closed form", "own"])
 def test_a_toy_curvature_is_solved_with_and_explained(solver: Any) -> None:
     it = built(solver, curvature=Ridge)
     assert it.curvature is Ridge
