@@ -352,6 +352,7 @@ def test_looks_take_a_few_passes_over_as_many_examples_whatever_the_data() -> No
         plain = Hessian(it._evaluation, it._train, it.device)
         assert not doubts_of(plain, plain, 1e9)
         handle.remove()
-        spent[n] = counts
+        assert counts[:4] == [1] * 4  # what every call looks at, for changes
+        spent[n] = counts[4:]
     assert spent[200] == spent[400] == [32] * len(spent[200])
     assert len(spent[200]) == 1 + 1 + 2 + 4  # what is missing; where it is differentiated; products; differences
