@@ -121,8 +121,12 @@ def test_the_second_product_reads_and_evaluates_nothing(layers: int, loss: Any, 
     assert type(it._problem._curvature[1]) is (LinearHead if layers == 1 else GaussNewton if gnh else Hessian)
     train.dataset.reads = objective.calls[0] = 0
     assert torch.equal(it.hvp(rows), first)
-    assert objective.calls == [0]
+    assert objective.calls == [4]  # examples that each outermost call evaluates, to see whether anything has changed
     assert train.dataset.reads == PROBED
+    with it.frozen():
+        train.dataset.reads = objective.calls[0] = 0
+        assert torch.equal(it.hvp(rows), first)
+        assert objective.calls == [train.dataset.reads] == [0]
     assert_products(first, rows, matrix)
 
 
@@ -139,7 +143,8 @@ def test_a_budget_keeps_the_first_batches(gnh: bool, k: int) -> None:
             assert_products(operator.product(rows), rows, matrix)
         before = objective.calls[0]
         assert_products(operator.product(rows), rows, matrix)
-        assert objective.calls[0] - before == -(-(N - operator.kept_examples) // BATCH)
+        probed = 4  # examples, in each outermost call, to see whether anything has changed
+        assert objective.calls[0] - before == probed + -(-(N - operator.kept_examples) // BATCH)
         assert operator.kept_bytes <= budget
         return operator
 

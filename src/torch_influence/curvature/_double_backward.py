@@ -125,7 +125,8 @@ class DoubleBackward(Curvature):
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
         self._pull_back = PullBack(evaluation)
-        self._losses: dict[range, Tensor] = {}  # of the examples of each batch that was differentiated
+        self._losses: Tensor | None = None  # of each batch, in order, as it was differentiated
+        self._noted = 0  # how many examples these are of
         self.means = Means("train_loss" if self.regularized_loss else "data_loss", evaluation, batches, told)
 
     # -- for modules and verify() -------------------------------------------------------------------------------------
@@ -283,9 +284,14 @@ class DoubleBackward(Curvature):
 
     def saw(self, batch: Any, size: int, loss: Tensor, start: int) -> None:
         """Takes note of the loss of a batch, whose examples are ``size`` from ``start`` on, in a pass over the data."""
-        some = range(start, start + size)
-        self._losses.setdefault(some, loss.detach())
-        self.means.add(batch, size, loss, some)
+        self.means.add(batch, size, loss, range(start, start + size))
+        if start != self._noted:  # of a pass that is not the first
+            return
+        step = self.batch_size or self.batches.batch_size or 1
+        if self._losses is None:
+            self._losses = torch.empty(-(-self.batches.n // step), dtype=torch.float64, device=self.device)
+        self._losses[start // step] = loss.detach()
+        self._noted += size
 
     def losses_hold(self) -> bool | None:
         """Tells whether the losses of all batches are still what they were when they were differentiated.
@@ -293,16 +299,13 @@ class DoubleBackward(Curvature):
         None where not all of them were, or the question ends with an error. Costs one forward pass over the data; the
         random states are left as they were.
         """
-        if sum(map(len, self._losses)) != self.batches.n:
+        before = self._losses
+        if before is None or self._noted != self.batches.n:
             return None
-        start, pairs = 0, []
         try:
             with torch.no_grad(), undisturbed(self.batches, self.device), self.convolutions(fixed=False):
-                for batch, size in self.batches.read(None, self.batch_size):
-                    now = self.loss(self.leaves, batch).double()
-                    pairs.append(torch.stack([now, self._losses[range(start, start + size)].double()]))
-                    start += size
-                now, before = torch.stack(pairs, dim=-1)
+                read = self.batches.read(None, self.batch_size)
+                now = torch.stack([self.loss(self.leaves, batch).double() for batch, _ in read])
         except Exception:  # an edit that breaks the loss, or the data, say so themselves
             return None
         close = _ROUNDINGS * torch.finfo(self.evaluation.space.pass_dtype).eps * torch.maximum(now.abs(), before.abs())
@@ -318,7 +321,7 @@ class DoubleBackward(Curvature):
         if self.means.conclude() or self.batch_size is None:
             return True
         self.batch_size, self.why_not_grouped = None, NOT_A_MEAN
-        self._losses = {}
+        self._losses, self._noted = None, 0
         self._kept, self.kept_bytes, self.kept_examples = [], 0, 0
         return False
 
