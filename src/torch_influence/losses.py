@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.batches import Batches, is_dense, map_leaves, put_together, take_apart
-from torch_influence.batches import leaves as leaves_of
+from torch_influence.batches import Batches, is_dense, map_parts, parts, put_together, take_apart
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import Evaluation
 from torch_influence.gradients import nodes_behind, undisturbed
@@ -317,11 +316,11 @@ class _Entry:
 
 
 def _cast(batch: Any) -> Any:
-    return map_leaves(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, batch)
+    return map_parts(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, batch)
 
 
 def _is_rows(batch: Any, size: int) -> bool:
     """Tells whether a batch is only tensors with a row for each of its examples."""
-    found = leaves_of(batch)
+    found = parts(batch)
     plain = (type(t) is Tensor and is_dense(t) and t.dim() > 0 for t in found)
     return bool(found) and all(plain) and all(len(t) == size for t in found)

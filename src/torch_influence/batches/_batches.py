@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from torch_influence.batches._containers import map_leaves
+from torch_influence.batches._containers import map_parts
 from torch_influence.batches._draws import drawn_in_turn, quiet
 from torch_influence.batches._resident import Resident
 from torch_influence.batches._source import Source, device_of
@@ -346,7 +346,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     Objects with a ``to(device)`` of their own (BatchEncoding, PackedSequence) move themselves; inside mappings, lists,
     tuples, named tuples, dataclasses and SimpleNamespace every item is moved.
     """
-    return map_leaves(lambda leaf: leaf.to(device) if _moves(leaf) else leaf, batch, is_leaf=_moves)
+    return map_parts(lambda leaf: leaf.to(device) if _moves(leaf) else leaf, batch, is_part=_moves)
 
 
 def _moves(item: Any) -> bool:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 
-def map_leaves(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[Any], bool] = lambda item: False) -> Any:
+def map_parts(function: Callable[[Any], Any], batch: Any, is_part: Callable[[Any], bool] = lambda item: False) -> Any:
     """Rebuilds a batch with ``function`` applied to everything in it that is not a container."""
-    if is_leaf(batch):
+    if is_part(batch):
         return function(batch)
     if isinstance(batch, Mapping):
-        mapped = {key: map_leaves(function, value, is_leaf) for key, value in batch.items()}
+        mapped = {key: map_parts(function, value, is_part) for key, value in batch.items()}
         if type(batch) is dict or not hasattr(batch, "__setitem__"):
             return mapped
         twin: Any = copy.copy(batch)  # keeps the type and what else it carries: UserDict, OrderedDict, defaultdict
@@ -26,19 +26,19 @@ def map_leaves(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[An
             twin[key] = value
         return twin
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_leaves(function, item, is_leaf) for item in batch))
+        return type(batch)(*(map_parts(function, item, is_part) for item in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(map_leaves(function, item, is_leaf) for item in batch)
+        return type(batch)(map_parts(function, item, is_part) for item in batch)
     if isinstance(batch, types.SimpleNamespace) or (dataclasses.is_dataclass(batch) and not isinstance(batch, type)):
         twin = copy.copy(batch)
         names = vars(batch) if isinstance(batch, types.SimpleNamespace) else [f.name for f in dataclasses.fields(batch)]
         for name in list(names):
-            object.__setattr__(twin, name, map_leaves(function, getattr(batch, name), is_leaf))  # frozen ones too
+            object.__setattr__(twin, name, map_parts(function, getattr(batch, name), is_part))  # frozen ones too
         return twin
     return function(batch)
 
 
-def leaves(batch: Any) -> list[Any]:
+def parts(batch: Any) -> list[Any]:
     """Lists everything in a batch that is not a container, in order."""
     found: list[Any] = []
 
@@ -46,7 +46,7 @@ def leaves(batch: Any) -> list[Any]:
         found.append(leaf)
         return leaf
 
-    map_leaves(note, batch)
+    map_parts(note, batch)
     return found
 
 
@@ -61,7 +61,7 @@ def copy_of(batch: Any) -> Any:
             copies[id(leaf)] = leaf.clone() if isinstance(leaf, Tensor) else leaf.copy()
         return copies[id(leaf)]
 
-    return map_leaves(copied, batch)
+    return map_parts(copied, batch)
 
 
 def versions(items: Sequence[Any]) -> list[int]:
@@ -70,8 +70,8 @@ def versions(items: Sequence[Any]) -> list[int]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tells whether two batches hold the same leaves: dtype, shape, device and every value; NaN equals NaN here."""
-    ours, theirs = leaves(one), leaves(other)
+    """Tells whether two batches hold the same parts: dtype, shape, device and every value; NaN equals NaN here."""
+    ours, theirs = parts(one), parts(other)
     return len(ours) == len(theirs) and all(map(_same_leaf, ours, theirs))
 
 
@@ -162,7 +162,7 @@ def take_apart(batch: Any, leading: int = 0) -> tuple[Any, list[Tensor]]:
         return Slot(leaf, leading)
 
     try:
-        return map_leaves(take, batch), tensors
+        return map_parts(take, batch), tensors
     except Exception:  # whatever such a container raises
         return batch, []
 
@@ -176,12 +176,12 @@ def put_together(template: Any, tensors: Sequence[Tensor]) -> Any:
             return next(supply)
         return leaf.tensor if isinstance(leaf, Alone) else leaf
 
-    return map_leaves(put, template)
+    return map_parts(put, template)
 
 
 def stands_alone(template: Any) -> bool:
     """Tells whether a template has tensors in it, so that no other batch is known to have the same template."""
-    return any(isinstance(leaf, Tensor | Alone) for leaf in leaves(template))
+    return any(isinstance(leaf, Tensor | Alone) for leaf in parts(template))
 
 
 def alike(template: Any, other: Any) -> bool:

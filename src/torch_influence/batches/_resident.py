@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torch_influence.batches._containers import alike, leaves, same, take_apart
+from torch_influence.batches._containers import alike, parts, same, take_apart
 from torch_influence.batches._draws import drawn_in_turn, generators, quiet, states
 from torch_influence.batches._source import Source, Watched, holdings, unchanged
 from torch_influence.batches._stores import Keeping, KeptBatches, Stacked, cannot_keep
@@ -184,7 +184,7 @@ class Resident:
                 standing = states(own)
                 reads[1:] = [source.probe()]
                 drew = drew or standing != states(own)
-            if (why := cannot_keep(leaves(reads[0]))) != "":
+            if (why := cannot_keep(parts(reads[0]))) != "":
                 return _Outlook(refused=why), False
             differs = not same(reads[0], reads[-1])
             if differs or (seed > 0 and not drew):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_influence.batches._containers import alike, held, leaves, map_leaves, put_together, take_apart, versions
+from torch_influence.batches._containers import alike, held, map_parts, parts, put_together, take_apart, versions
 
-_KNOWN = (Tensor, str, bytes, int, float, complex, type(None))  # leaves whose size is known and whose edits are seen
+_KNOWN = (Tensor, str, bytes, int, float, complex, type(None))  # parts whose size is known and whose edits are seen
 
 
 class Stacked:
@@ -76,7 +76,7 @@ class KeptBatches:
         return self._now() == self._versions
 
     def _now(self) -> list[list[int]]:
-        return [versions(leaves(batch)) for batch in self._batches]
+        return [versions(parts(batch)) for batch in self._batches]
 
 
 class Keeping:
@@ -108,7 +108,7 @@ class Keeping:
 
     def add(self, batch: Any, size: int) -> None:
         """Adds the next batch, of ``size`` examples, by copying it or sharing its memory; never edits it."""
-        found = leaves(batch)
+        found = parts(batch)
         self._used = found, versions(found)
         if self.why_not:
             return
@@ -187,7 +187,7 @@ class Keeping:
 
 
 def cannot_keep(found: Sequence[Any]) -> str:
-    """Says why these leaves of a batch can't be kept; empty if they can."""
+    """Says why these parts of a batch can't be kept; empty if they can."""
     strange = [leaf for leaf in found if not isinstance(leaf, _KNOWN)]
     if strange:
         return f"batches hold objects of {type(strange[0]).__name__}, whose size and changes are not known"
@@ -209,7 +209,7 @@ def _again(batch: Any, copy: bool = False) -> Any:
             return leaf.clone()
         return leaf.detach() if type(leaf) is Tensor else leaf
 
-    return map_leaves(renew, batch)
+    return map_parts(renew, batch)
 
 
 def _nbytes(leaf: Any) -> int:

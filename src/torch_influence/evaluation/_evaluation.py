@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torch_influence import switches
-from torch_influence.batches import copy_of, same, versions
-from torch_influence.batches import leaves as leaves_of
+from torch_influence.batches import copy_of, parts, same, versions
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import _composed as composed
 from torch_influence.evaluation._remembered import Remembered
@@ -239,10 +238,10 @@ class Evaluation:
     @contextlib.contextmanager
     def _watching(self, loss: str, batch: Any) -> Iterator[None]:
         """Takes note if the batch is edited meanwhile. Inside vmap no edit is seen."""
-        before = leaves_of(batch)
+        before = parts(batch)
         counts = versions(before)
         yield
-        after = leaves_of(batch)
+        after = parts(batch)
         if counts == versions(before) and len(before) == len(after) and all(map(operator.is_, before, after)):
             return
         if self.edits.get(loss, True) is False:

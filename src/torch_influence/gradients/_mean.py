@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_influence.agreement import agree
-from torch_influence.batches import Batches, held, weighted_mean
-from torch_influence.batches import leaves as leaves_of
+from torch_influence.batches import Batches, held, parts, weighted_mean
 from torch_influence.evaluation import Evaluation
 from torch_influence.parameters import ParameterSpace
 from torch_influence.switches import quiet_vmap
@@ -114,7 +113,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
     Memory that they share with the tensors in ``besides`` (parameters, data) is not counted, since it is there anyway:
     a batch is often a view of all data.
     """
-    anyway = {storage.data_ptr() for t in leaves_of(besides) for storage in _storages(t)}
+    anyway = {storage.data_ptr() for t in parts(besides) for storage in _storages(t)}
     storages: dict[int, int] = {}
     for node in nodes_behind(roots):
         for name in _saved_names(type(node)):

@@ -26,9 +26,9 @@ from torch_influence.solvers._base import Progress, brought_back, in_range, out_
 from torch_influence.solvers._minibatches import (
     SAMPLED,
     AutoScale,
-    Spectrum,
+    SampledEnds,
     sample_of,
-    spectrum_of,
+    sampled_ends,
     system_of_minibatches,
 )
 from torch_influence.solvers._report import SolveReport
@@ -164,7 +164,7 @@ def lissa(
     growing = ended & (change > _GROWING)
     spectrum = None
     if growing.any() or (series.failed & ~series.norm.isnan()).any():
-        spectrum = spectrum_of(itertools.chain(sample_of(source), series.recent), explain=True)
+        spectrum = sampled_ends(itertools.chain(sample_of(source), series.recent), explain=True)
         products += spectrum.products
     indefinite = growing if spectrum is not None and spectrum.smallest + shift < 0 else torch.zeros_like(growing)
     noisy = ended & ((series.noise() > (_MOSTLY_NOISE if rtol is None else rtol)) | growing & ~indefinite)
@@ -213,7 +213,7 @@ def _check_counts(repeat: Any, depth: Any, rtol: float | None) -> None:
         raise ValueError(f"repeat: expected at least 2 with rtol, which is compared with their spread, got {repeat}")
 
 
-def _failures(series: Series, method: str, spectrum: Spectrum | None) -> list[Warning]:
+def _failures(series: Series, method: str, spectrum: SampledEnds | None) -> list[Warning]:
     """Returns warnings that say why rows are NaN."""
     found: list[Warning] = []
     grown = series.failed & ~series.norm.isnan()
@@ -245,7 +245,7 @@ def _failures(series: Series, method: str, spectrum: Spectrum | None) -> list[Wa
     return found
 
 
-def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
+def _why_steps_expand(spectrum: SampledEnds, scale: float, shift: float) -> str:
     """Says why steps expand, by the eigenvalues of some minibatches, with the cure; empty if these don't show it."""
     smallest, largest = spectrum.smallest + shift, spectrum.largest + shift
     if not spectrum.known:
@@ -260,7 +260,7 @@ def _why_steps_expand(spectrum: Spectrum, scale: float, shift: float) -> str:
     return ""
 
 
-def _negative_eigenvalues(spectrum: Spectrum, shift: float) -> str:
+def _negative_eigenvalues(spectrum: SampledEnds, shift: float) -> str:
     return (
         f"the curvature of minibatches has negative eigenvalues, {spectrum.smallest + shift:.3g} among {SAMPLED} "
         f"sampled; damping larger by {-1.1 * (spectrum.below + shift):.3g} makes up for them, gnh=True has none for "
@@ -269,7 +269,7 @@ def _negative_eigenvalues(spectrum: Spectrum, shift: float) -> str:
 
 
 def _shortcomings(
-    series: Series, report: SolveReport, changing: Tensor, noisy: Tensor, spectrum: Spectrum | None
+    series: Series, report: SolveReport, changing: Tensor, noisy: Tensor, spectrum: SampledEnds | None
 ) -> list[Warning]:
     """Returns warnings for rows that have not failed: negative curvature, too little depth, too few repeats."""
     found: list[Warning] = []

@@ -58,7 +58,7 @@ class _Itself:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class SampledEnds:
     """The extreme eigenvalues of some minibatches, undamped.
 
     Attributes:
@@ -82,9 +82,9 @@ class Spectrum:
         """Returns the norm of the damped minibatches: twice the smallest scale with which no step expands."""
         return max(abs(self.smallest + shift), abs(self.largest + shift)) or 1.0
 
-    def joined(self, other: Spectrum) -> Spectrum:
+    def joined(self, other: SampledEnds) -> SampledEnds:
         """Returns the extreme eigenvalues of both sets of minibatches together."""
-        return Spectrum(
+        return SampledEnds(
             min(self.smallest, other.smallest),
             min(self.below, other.below),
             max(self.largest, other.largest),
@@ -92,26 +92,26 @@ class Spectrum:
         )
 
 
-def spectrum_of(minibatches: Iterable[LinearOperator], *, explain: bool = False) -> Spectrum:
+def sampled_ends(minibatches: Iterable[LinearOperator], *, explain: bool = False) -> SampledEnds:
     """Estimates the extreme eigenvalues of minibatches; more exactly if they must ``explain`` what went wrong.
 
     The largest is a Ritz value plus the bound of its error (Zhou and Li 2011, Bounding the spectrum of large Hermitian
     matrices): in so few steps it may still be too small, namely if the start is nearly orthogonal to its vector.
     """
-    found = Spectrum(math.inf, math.inf, -math.inf, 0)
+    found = SampledEnds(math.inf, math.inf, -math.inf, 0)
     steps, digits = (_STEPS_TO_EXPLAIN, _DIGITS_TO_EXPLAIN) if explain else (_STEPS, _DIGITS)
     for number, minibatch in enumerate(minibatches):
         start = torch.Generator().manual_seed(number)
         try:
             ritz = lanczos(minibatch, rtol=digits, maxiter=steps, generator=start)
         except ValueError:  # it is not finite
-            return Spectrum(math.nan, math.nan, math.nan, found.products + 1)
+            return SampledEnds(math.nan, math.nan, math.nan, found.products + 1)
         values, errors = ritz.values.tolist(), ritz.errors.tolist()
         low, high = values[0], values[-1]
         if low > -rounding(minibatch.dtype) * max(abs(low), abs(high)):  # it is not negative beyond rounding
             low = max(low, 0.0)
         below = low - errors[0] if low < 0 else low
-        found = found.joined(Spectrum(low, below, high + errors[-1], ritz.products))
+        found = found.joined(SampledEnds(low, below, high + errors[-1], ritz.products))
     return found
 
 
@@ -124,7 +124,7 @@ class AutoScale:
     """
 
     def __init__(self) -> None:
-        self.spectrum: Spectrum | None = None
+        self.spectrum: SampledEnds | None = None
         self.products = 0
 
     def find(self, source: Sampled, progress: Progress | None = None) -> bool:
@@ -134,7 +134,7 @@ class AutoScale:
         """
         if self.spectrum is None:
             sample = sample_of(source)
-            found = spectrum_of(sample if progress is None else progress(sample, "LiSSA's scale", SAMPLED))
+            found = sampled_ends(sample if progress is None else progress(sample, "LiSSA's scale", SAMPLED))
             self.products += found.products
             if not found.known:
                 return False
@@ -150,7 +150,7 @@ class AutoScale:
 
         It is the scale that they need, and at least twice the last; none helps if negative eigenvalues are the cause.
         """
-        found = spectrum_of(minibatches)
+        found = sampled_ends(minibatches)
         self.products += found.products
         if self.spectrum is None or not found.known:
             return False
