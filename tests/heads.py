@@ -82,6 +82,7 @@ class Case:
     def module(self, dtype: torch.dtype = torch.float64, gnh: bool = False, **options: Any) -> CGInfluenceModule:
         return CGInfluenceModule(*self.arguments(dtype), 0.0, gnh, params=self.params, **options)
 
+    @functools.cache  # noqa: B019 - cases live as long as this module
     def reference(self, gnh: bool = False) -> Tensor:
         """Dense, in float64, of the selected parameters."""
         model, loader = self.model(), self.loader()

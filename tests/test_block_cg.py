@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import Counted, positive_definite, solution, true_residuals
 from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor
 
-from torch_influence.linop import Dense, LinearOperator
+from torch_influence.linop import Dense
 from torch_influence.solvers import ConvergenceWarning, NegativeCurvatureWarning, _block_cg, block_cg, cg
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -20,34 +21,20 @@ CONDITION = 100.0
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-class Counted(LinearOperator):
-    """Counts the rows in each product, and may spoil products from one of them on."""
+class Spoiled(Counted):
+    """Notes the sizes of the rows, too; may spoil products from one of them on."""
 
     def __init__(self, matrix: Tensor, spoiled_from: int | None = None, noise: float = torch.inf) -> None:
-        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
-        self.rows: list[int] = []
+        super().__init__(matrix)
         self.sizes: list[float] = []
         self.spoiled_from, self.noise = spoiled_from, noise
 
     def product(self, rows: Tensor) -> Tensor:
-        self.rows.append(len(rows))
         self.sizes.extend(rows.double().norm(dim=1).tolist())
-        product = rows @ self.matrix
+        product = super().product(rows)
         if self.spoiled_from is not None and len(self.rows) > self.spoiled_from:
             product += self.noise * torch.randn_like(product)
         return product
-
-
-def positive_definite(d: int = D, condition: float = CONDITION) -> Tensor:
-    return with_spectrum(torch.logspace(0, -float(torch.tensor(condition).log10()), d, dtype=torch.float64))
-
-
-def solution(matrix: Tensor, rows: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix.double(), rows.double().mT).mT
-
-
-def true_residuals(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    return (rows.double() - x.double() @ matrix.double()).norm(dim=1) / rows.double().norm(dim=1)
 
 
 def assert_solved(matrix: Tensor, x: Tensor, rows: Tensor, rtol: float) -> None:
@@ -121,10 +108,10 @@ RIGHT_HAND_SIDES = [
 @pytest.mark.parametrize("make", RIGHT_HAND_SIDES, ids=lambda make: make.__name__)
 def test_every_right_hand_side_is_solved_to_its_own_size(make: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    matrix, rows = positive_definite().to(dtype), make().to(dtype)
+    matrix, rows = positive_definite(D).to(dtype), make().to(dtype)
     rtol = 1e-3 if dtype == torch.float32 else 1e-12
     before = rows.clone()
-    operator = Counted(matrix)
+    operator = Spoiled(matrix)
     x, report = block_cg(operator, rows, rtol=rtol)
     assert torch.equal(rows, before)
     assert x.dtype == dtype
@@ -141,7 +128,7 @@ def test_every_right_hand_side_is_solved_to_its_own_size(make: Any, dtype: torch
 
 def test_the_operator_sees_rows_of_one_size() -> None:
     """A network's product could overflow or vanish at theirs."""
-    operator = Counted(positive_definite())
+    operator = Spoiled(positive_definite(D))
     block_cg(operator, badly_scaled(), rtol=1e-6)
     assert min(operator.sizes) >= 0.5 / 2  # |A| = 1, so |x| >= |b| up to the residual; b has a size from 0.5 to 1
     assert max(operator.sizes) <= 2 * CONDITION
@@ -149,14 +136,14 @@ def test_the_operator_sees_rows_of_one_size() -> None:
 
 @dtypes
 def test_dependent_directions_are_multiplied_only_once(dtype: torch.dtype) -> None:
-    operator = Counted(positive_definite().to(dtype))
+    operator = Spoiled(positive_definite(D).to(dtype))
     block_cg(operator, combinations().to(dtype), rtol=1e-3)
     assert max(operator.rows[:-1]) == K
     assert operator.rows[-1] == 4 * K  # the true residuals
 
 
 def test_the_block_shrinks_when_rows_are_done() -> None:
-    operator = Counted(positive_definite())
+    operator = Spoiled(positive_definite(D))
     eigenvector = torch.linalg.eigh(operator.matrix).eigenvectors.mT[:1]
     _, report = block_cg(operator, torch.cat([eigenvector, ordinary()]), rtol=1e-10)
     assert report.converged.all()
@@ -168,7 +155,7 @@ def test_the_block_shrinks_when_rows_are_done() -> None:
 def test_rows_close_to_each_other_in_float32_give_an_orthonormal_basis(gap: float) -> None:
     """At a condition number of 1e5 a Gram matrix in float32 has no digits left, and one pass leaves two of them."""
     rows = (ordinary()[:1] + gap * ordinary()).float()
-    block = _block_cg._Block(Dense(positive_definite().float()), rows, None, (1e-4, 0.0), False)
+    block = _block_cg._Block(Dense(positive_definite(D).float()), rows, None, (1e-4, 0.0), False)
     assert block.q.shape == rows.shape
     half_of_the_digits = torch.finfo(torch.float32).eps ** 0.5
     identity = torch.eye(K, dtype=torch.float64)
@@ -180,7 +167,7 @@ def test_rows_close_to_each_other_in_float32_give_an_orthonormal_basis(gap: floa
 
 @pytest.mark.parametrize("k", [2, 5, 12])
 def test_without_rounding_the_block_ends_after_d_over_k_iterations(k: int) -> None:
-    matrix = positive_definite(condition=9.0)
+    matrix = positive_definite(D, 9.0)
     _, report = block_cg(Dense(matrix), torch.randn(k, D, dtype=torch.float64), rtol=1e-8)
     assert report.converged.all()
     assert int(report.iterations.max()) <= D // k
@@ -190,7 +177,7 @@ def test_without_rounding_the_block_ends_after_d_over_k_iterations(k: int) -> No
 def test_fewer_products_than_row_wise_with_the_same_residuals() -> None:
     matrix = positive_definite(d=300, condition=1e4)
     rows = torch.randn(20, 300, dtype=torch.float64)
-    block, single = Counted(matrix), Counted(matrix)
+    block, single = Spoiled(matrix), Spoiled(matrix)
     x, report = block_cg(block, rows, rtol=1e-6)
     cg(single, rows, rtol=1e-6)
     assert report.converged.all()
@@ -201,7 +188,7 @@ def test_fewer_products_than_row_wise_with_the_same_residuals() -> None:
 
 @dtypes
 def test_one_row_is_conjugate_gradients(dtype: torch.dtype) -> None:
-    matrix, rows = positive_definite(condition=9.0).to(dtype), 3e7 * torch.randn(1, D).to(dtype)
+    matrix, rows = positive_definite(D, 9.0).to(dtype), 3e7 * torch.randn(1, D).to(dtype)
     mine, block = block_cg(Dense(matrix), rows, rtol=1e-4)
     theirs, single = cg(Dense(matrix), rows, rtol=1e-4)
     assert torch.equal(block.iterations, single.iterations)
@@ -210,7 +197,7 @@ def test_one_row_is_conjugate_gradients(dtype: torch.dtype) -> None:
 
 
 def test_rows_that_are_not_contiguous() -> None:
-    matrix, rows = positive_definite(), torch.randn(D, 2 * K, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(D, 2 * K, dtype=torch.float64)
     x, _ = block_cg(Dense(matrix), rows.mT[::2], rtol=1e-12)
     assert_solved(matrix, x, rows.mT[::2], 1e-12)
     one_for_all, _ = block_cg(Dense(matrix), rows[:, 0].expand(K, D), rtol=1e-12)
@@ -218,7 +205,7 @@ def test_rows_that_are_not_contiguous() -> None:
 
 
 def test_no_rows_and_zero_rows_take_no_product() -> None:
-    operator = Counted(positive_definite())
+    operator = Spoiled(positive_definite(D))
     x, report = block_cg(operator, torch.empty(0, D, dtype=torch.float64))
     assert x.shape == (0, D)
     assert "no right-hand sides" in str(report)
@@ -230,7 +217,7 @@ def test_no_rows_and_zero_rows_take_no_product() -> None:
 
 @dtypes
 def test_first_guesses(dtype: torch.dtype) -> None:
-    matrix, rows = positive_definite().to(dtype), 1e10 * torch.randn(K, D).to(dtype)
+    matrix, rows = positive_definite(D).to(dtype), 1e10 * torch.randn(K, D).to(dtype)
     exact = solution(matrix, rows)
     x, report = block_cg(Dense(matrix), rows, rtol=1e-3, x0=exact)
     assert report.iterations.tolist() == [0] * K
@@ -245,7 +232,7 @@ def test_first_guesses(dtype: torch.dtype) -> None:
 
 
 def test_each_row_has_its_own_tolerance() -> None:
-    matrix, rows = positive_definite(), ordinary() * torch.logspace(-3, 1, K, dtype=torch.float64)[:, None]
+    matrix, rows = positive_definite(D), ordinary() * torch.logspace(-3, 1, K, dtype=torch.float64)[:, None]
     x, report = block_cg(Dense(matrix), rows, rtol=0.0, atol=1e-2)
     assert report.converged.all()
     assert ((rows - x @ matrix).norm(dim=1) <= 1e-2 * (1 + tolerance(torch.float64, operations=D))).all()
@@ -264,14 +251,14 @@ def test_each_row_has_its_own_tolerance() -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        block_cg(Dense(positive_definite()), ordinary(), **options)
+        block_cg(Dense(positive_definite(D)), ordinary(), **options)
 
 
 # -- what goes wrong is said, and row-wise iterations take over -------------------------------------------------------
 
 
 def test_too_few_iterations_warn_with_the_numbers() -> None:
-    matrix, rows = positive_definite(), ordinary()
+    matrix, rows = positive_definite(D), ordinary()
     words = r"^block conjugate gradients did not converge for 5 of 5 .* rtol=1e-08 .* after 3 iterations; raise maxiter"
     with pytest.warns(ConvergenceWarning, match=words):
         x, report = block_cg(Dense(matrix), rows, rtol=1e-8, maxiter=3)
@@ -282,7 +269,7 @@ def test_too_few_iterations_warn_with_the_numbers() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_does_not_touch_the_others(value: float) -> None:
-    matrix, rows = positive_definite(), ordinary()
+    matrix, rows = positive_definite(D), ordinary()
     rows[1, 3] = value
     others = [0, 2, 3, 4]
     with pytest.warns(ConvergenceWarning, match="for 1 of 5 right-hand sides"):
@@ -297,7 +284,7 @@ def test_a_row_that_is_not_finite_does_not_touch_the_others(value: float) -> Non
 @pytest.mark.parametrize("products", [0, 1, 3])
 def test_products_that_overflow_on_the_way_are_never_silent(products: int) -> None:
     with pytest.warns(ConvergenceWarning):
-        _, report = block_cg(Counted(positive_definite(), spoiled_from=products), ordinary(), rtol=1e-10)
+        _, report = block_cg(Spoiled(positive_definite(D), spoiled_from=products), ordinary(), rtol=1e-10)
     assert not (report.converged | report.precision_limit).any()
 
 
@@ -319,7 +306,7 @@ def test_indefinite_curvature_is_flagged_and_left_to_single_rows() -> None:
 
 
 def test_negative_curvature_is_in_the_warning_and_maxiter_counts_all_iterations() -> None:
-    operator = Counted(indefinite())
+    operator = Spoiled(indefinite())
     with pytest.warns(NegativeCurvatureWarning, match="smallest eigenvalue is -"), pytest.warns(ConvergenceWarning):
         _, report = block_cg(operator, torch.randn(K, 30, dtype=torch.float64), rtol=1e-8, maxiter=6)
     assert int(report.iterations.max()) <= 6
@@ -383,7 +370,7 @@ def test_rows_that_a_restart_finds_within_reach_of_rounding_end_there() -> None:
     torch.manual_seed(1)
     eigenvalues = torch.logspace(-5, 0, 400)
     rows = torch.randn(8, 400) * eigenvalues.sqrt()
-    operator = Counted(torch.diag(eigenvalues))
+    operator = Spoiled(torch.diag(eigenvalues))
     x, report = block_cg(operator, rows, rtol=1e-7, on_failure="ignore")
     assert (report.converged | report.precision_limit).all()
     assert min(operator.rows) > 0
@@ -393,7 +380,7 @@ def test_rows_that_a_restart_finds_within_reach_of_rounding_end_there() -> None:
 
 @pytest.mark.parametrize("off", [1e-200, 1e-17], ids=["its square is 0", "it is rounding"])
 def test_a_first_guess_that_leaves_no_direction(off: float) -> None:
-    operator = Counted(torch.eye(D, dtype=torch.float64))
+    operator = Spoiled(torch.eye(D, dtype=torch.float64))
     guess = torch.cat([torch.ones(1), torch.zeros(D - 1)]).double()
     row = guess + off * torch.eye(D, dtype=torch.float64)[1]
     x, report = block_cg(operator, row, x0=guess, rtol=0.0)
@@ -407,7 +394,7 @@ def test_a_first_guess_that_leaves_no_direction(off: float) -> None:
 
 def test_a_block_that_makes_no_headway_is_left_to_single_rows() -> None:
     """Products with noise of 1e-3 deceive the recurrence, and true residuals don't fall below it."""
-    operator = Counted(positive_definite(), spoiled_from=0, noise=1e-3)
+    operator = Spoiled(positive_definite(D), spoiled_from=0, noise=1e-3)
     with pytest.warns(ConvergenceWarning):
         _, report = block_cg(operator, ordinary(), rtol=1e-8, maxiter=300)
     assert "finished one by one" in report.method

@@ -24,6 +24,7 @@ TILE = 8  # queries solved for at once, and examples scored at once
 def peak(function: Callable[[], Any]) -> int:
     """Bytes of tensors at once, beyond those before, while it runs."""
     gc.collect()
+    gc.freeze()  # what is there, torch's modules among it: the next time is shorter
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

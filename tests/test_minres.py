@@ -13,6 +13,7 @@ import problems
 import pytest
 import scipy.sparse.linalg
 import torch
+from matrices import Counted, OverflowsAfter, positive_definite, solution, true_residuals
 from oracles import assert_close, dense_hessian, example_gradients, loader_batches, query_gradients, tolerance
 from oracles import with_spectrum as matrix_with
 from torch import Tensor
@@ -41,39 +42,26 @@ DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def definite(d: int = D, condition: float = CONDITION) -> Tensor:
-    return matrix_with(torch.logspace(0, -np.log10(condition), d, dtype=torch.float64))
-
-
-def eigenvalues(d: int = D, condition: float = CONDITION) -> Tensor:
+def eigenvalues(d: int, condition: float = CONDITION) -> Tensor:
     values = torch.logspace(0, -np.log10(condition), d, dtype=torch.float64)
     values[1::3] *= -1
     return values
 
 
-def indefinite(d: int = D, condition: float = CONDITION) -> Tensor:
+def indefinite(d: int, condition: float = CONDITION) -> Tensor:
     return matrix_with(eigenvalues(d, condition))
 
 
 MATRICES: dict[str, Callable[..., Tensor]] = {
-    "definite": definite,
+    "definite": positive_definite,
     "indefinite": indefinite,
-    "negative definite": lambda *size: -definite(*size),
+    "negative definite": lambda *size: -positive_definite(*size),
 }
 matrices = pytest.mark.parametrize("make", MATRICES.values(), ids=MATRICES)
 
 
 def randn(*size: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64)
-
-
-def solution(matrix: Tensor, rows: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix.double(), rows.double().mT).mT
-
-
-def residuals(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """|b - Ax| / |b| in float64."""
-    return (rows.double() - x.double() @ matrix.double()).norm(dim=1) / rows.double().norm(dim=1)
 
 
 def quiet(*args: Any, **options: Any) -> tuple[Tensor, SolveReport]:
@@ -92,15 +80,15 @@ def assert_solved_to(x: Tensor, expected: Tensor, residual: float, condition: fl
 @dtypes
 @pytest.mark.parametrize("k", [1, K])
 def test_it_solves(make: Callable[..., Tensor], dtype: torch.dtype, k: int) -> None:
-    matrix, rows = make().to(dtype), randn(k, D).to(dtype)
+    matrix, rows = make(D).to(dtype), randn(k, D).to(dtype)
     rtol = 1e-4 if dtype == torch.float32 else 1e-12
     x, report = minres(Dense(matrix), rows, rtol=rtol)
     assert report.converged.all()
     assert x.dtype == dtype
     assert_solved_to(x, solution(matrix, rows), rtol)
     rounding = tolerance(dtype, operations=D, condition=CONDITION)
-    assert_close(report.residual, residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
-    assert torch.equal(report.negative_curvature, torch.full((k,), make is not definite))
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
+    assert torch.equal(report.negative_curvature, torch.full((k,), make is not positive_definite))
 
 
 @matrices
@@ -109,7 +97,7 @@ def test_every_iterate_has_the_least_residual_of_its_krylov_space(
     make: Callable[..., Tensor], preconditioned: bool
 ) -> None:
     """In the norm of M with one; from an orthonormal basis of the space and a dense least-squares problem."""
-    matrix, row = make(), randn(1, D)
+    matrix, row = make(D), randn(1, D)
     M = matrix_with(torch.linspace(0.5, 3.0, D)) if preconditioned else torch.eye(D, dtype=torch.float64)
     root = torch.linalg.cholesky(M)
     basis = torch.empty(D, 0, dtype=torch.float64)
@@ -132,7 +120,7 @@ def test_every_iterate_has_the_least_residual_of_its_krylov_space(
 def test_rows_of_very_different_scale_are_each_solved_to_their_own_size(
     make: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
-    matrix, rtol = make().to(dtype), 1e-4
+    matrix, rtol = make(D).to(dtype), 1e-4
     scales = torch.tensor([1e-30, 1e-12, 1.0, 1e12, 1e30], dtype=dtype)
     rows = randn(1, D).to(dtype) * scales[:, None]
     x, report = minres(Dense(matrix), rows, rtol=rtol)
@@ -144,14 +132,14 @@ def test_rows_of_very_different_scale_are_each_solved_to_their_own_size(
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_scale_of_the_matrix_does_not_matter(scale: float) -> None:
-    matrix, rows = indefinite().float(), randn(K, D).float()
+    matrix, rows = indefinite(D).float(), randn(K, D).float()
     x, report = minres(scale * matrix, rows, rtol=1e-4)
     assert report.converged.all()
     assert_solved_to(scale * x, solution(matrix, rows), 1e-4)
 
 
 def test_it_is_linear_and_its_inverse_symmetric() -> None:
-    operator, rows = Dense(indefinite()), randn(2, D)
+    operator, rows = Dense(indefinite(D)), randn(2, D)
     both, _ = minres(operator, torch.cat([rows, 3.0 * rows[:1] - rows[1:]]), rtol=1e-13)
     size = float(both.abs().max())
     assert_close(both[2], 3 * both[0] - both[1], operations=D, condition=CONDITION**2, scale=size)
@@ -159,20 +147,8 @@ def test_it_is_linear_and_its_inverse_symmetric() -> None:
     assert_close(inverse, inverse.mT, operations=D, condition=CONDITION**2)
 
 
-class Counted(LinearOperator):
-    """Counts the products with a matrix and the rows in them."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
-        self.rows: list[int] = []
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.rows.append(len(rows))
-        return rows @ self.matrix
-
-
 def test_zero_rows_give_zero_without_work() -> None:
-    operator = Counted(definite())
+    operator = Counted(positive_definite(D))
     x, report = minres(operator, torch.zeros(K, D, dtype=torch.float64))
     assert torch.equal(x, torch.zeros_like(x))
     assert operator.rows == []
@@ -180,7 +156,7 @@ def test_zero_rows_give_zero_without_work() -> None:
 
 
 def test_a_zero_row_among_others_does_not_disturb_them() -> None:
-    matrix, rows = definite(), randn(K, D)
+    matrix, rows = positive_definite(D), randn(K, D)
     rows[2] = 0.0
     x, report = minres(Dense(matrix), rows, rtol=1e-12)
     assert_solved_to(x, solution(matrix, rows), 1e-12)
@@ -189,10 +165,10 @@ def test_a_zero_row_among_others_does_not_disturb_them() -> None:
 
 
 def test_no_rows_and_vectors() -> None:
-    x, report = minres(definite(), torch.empty(0, D, dtype=torch.float64))
+    x, report = minres(positive_definite(D), torch.empty(0, D, dtype=torch.float64))
     assert x.shape == (0, D)
     assert "no right-hand sides" in str(report)
-    matrix, row = definite(), randn(D)
+    matrix, row = positive_definite(D), randn(D)
     x, _ = minres(matrix, row, rtol=1e-12)
     assert x.shape == (D,)
     assert_solved_to(x, solution(matrix, row[None])[0], 1e-12)
@@ -215,7 +191,7 @@ def test_the_identity_takes_one_iteration_and_rows_are_not_written_to() -> None:
 
 
 def test_rows_that_are_not_contiguous() -> None:
-    matrix, rows = indefinite(), randn(D, 2 * K)[:, ::2].mT
+    matrix, rows = indefinite(D), randn(D, 2 * K)[:, ::2].mT
     x, _ = minres(matrix, rows, rtol=1e-12, x0=randn(D, K).mT)
     assert_solved_to(x, solution(matrix, rows), 1e-12)
 
@@ -234,11 +210,11 @@ def test_rows_that_are_done_are_not_multiplied_any_more() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_of_16_bits(dtype: torch.dtype) -> None:
-    matrix, rows = definite(condition=4.0).to(dtype), randn(K, D).to(dtype)
+    matrix, rows = positive_definite(D, 4.0).to(dtype), randn(K, D).to(dtype)
     x, report = minres(Dense(matrix), rows, rtol=0.1)
     assert report.converged.all()
     # The report's residual is that of a product in 16 bits, with D terms.
-    assert (residuals(matrix, x, rows) <= 0.1 + tolerance(dtype, operations=D**0.5, condition=4.0)).all()
+    assert (true_residuals(matrix, x, rows) <= 0.1 + tolerance(dtype, operations=D**0.5, condition=4.0)).all()
 
 
 # -- SciPy's conventions ----------------------------------------------------------------------------------------------
@@ -290,7 +266,7 @@ def test_iterations_and_solutions_are_those_of_scipy(
 
 
 def test_a_first_guess_that_solves_takes_no_iteration() -> None:
-    matrix, rows = indefinite(), randn(K, D)
+    matrix, rows = indefinite(D), randn(K, D)
     exact = solution(matrix, rows)
     x, report = minres(Dense(matrix), rows, x0=exact)
     assert torch.equal(x, exact)
@@ -300,7 +276,7 @@ def test_a_first_guess_that_solves_takes_no_iteration() -> None:
 
 @pytest.mark.parametrize("as_given", [np.asarray, torch.as_tensor], ids=["ndarray", "tensor"])
 def test_one_first_guess_serves_all_rows_and_is_not_written_to(as_given: Callable[[Tensor], Any]) -> None:
-    matrix, rows = indefinite(), randn(K, D)
+    matrix, rows = indefinite(D), randn(K, D)
     guess = randn(D)
     before = guess.clone()
     x, _ = minres(Dense(matrix), rows, rtol=1e-12, x0=as_given(guess))
@@ -323,11 +299,11 @@ def test_one_first_guess_serves_all_rows_and_is_not_written_to(as_given: Callabl
 )
 def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        minres(definite(), torch.ones(1, D, dtype=torch.float64), **options)
+        minres(positive_definite(D), torch.ones(1, D, dtype=torch.float64), **options)
 
 
 def test_absolute_tolerance_and_progress() -> None:
-    matrix, rows = definite(), randn(K, D)
+    matrix, rows = positive_definite(D), randn(K, D)
     seen: list[str] = []
 
     def bar(steps: Any, what: str, total: int | None) -> Any:
@@ -350,7 +326,7 @@ def test_the_example_of_the_docstring() -> None:
 def badly_scaled() -> tuple[Tensor, Tensor]:
     """A matrix of condition 4e4 that its diagonal makes one of about 4, and the inverse of that diagonal."""
     scales = torch.logspace(0, 4, D, dtype=torch.float64).sqrt()
-    matrix = indefinite(condition=4.0) * scales[:, None] * scales
+    matrix = indefinite(D, 4.0) * scales[:, None] * scales
     return matrix, torch.diag(1.0 / scales.square())
 
 
@@ -366,7 +342,7 @@ def test_a_preconditioner_helps_and_rows_are_judged_without_it(kind: Callable[..
     assert report.converged.all()
     assert (report.iterations < 0.5 * plain.iterations).all()
     rounding = tolerance(dtype, operations=D, condition=4.0)
-    assert (residuals(matrix, x, rows) <= 1e-4 + rounding).all()
+    assert (true_residuals(matrix, x, rows) <= 1e-4 + rounding).all()
     assert report.history is not None
     for i, steps in enumerate(report.iterations.tolist()):  # not a step too late, by the norm of r itself
         assert (report.history[:steps, i] > 1e-4).all()
@@ -379,13 +355,13 @@ def test_the_residual_that_is_watched_is_the_true_one_with_a_preconditioner_too(
         for steps in (1, 2, 5, 8):
             x, report = quiet(matrix, rows, rtol=0.0, maxiter=steps, M=M, history=True)
             assert report.history is not None
-            expected = residuals(matrix, x, rows)
+            expected = true_residuals(matrix, x, rows)
             assert_close(report.history[-1], expected, operations=steps * D, condition=4.0, scale=float(expected.max()))
 
 
 def test_an_exact_preconditioner_takes_two_iterations() -> None:
     """M = |A|⁻¹: M A has the eigenvalues 1 and -1."""
-    matrix = indefinite()
+    matrix = indefinite(D)
     values, vectors = torch.linalg.eigh(matrix)
     M = vectors / values.abs() @ vectors.mT
     _, report = minres(matrix, randn(K, D), M=0.5 * (M + M.mT))
@@ -399,11 +375,11 @@ def test_a_preconditioner_that_turns_out_indefinite_on_the_way_is_refused() -> N
     rows = randn(1, D)
     rows[0, 0] = 0.1  # r'Mr > 0 at first
     with pytest.raises(ValueError, match=r"^M: expected a symmetric positive definite preconditioner"):
-        minres(definite(), rows, M=M, rtol=1e-12)
+        minres(positive_definite(D), rows, M=M, rtol=1e-12)
 
 
 def test_an_identity_that_returns_what_it_is_given() -> None:
-    matrix, rows = definite(), randn(K, D)
+    matrix, rows = positive_definite(D), randn(K, D)
 
     class Identity(LinearOperator):
         size, dtype, device = D, torch.float64, torch.device("cpu")
@@ -472,7 +448,7 @@ def test_a_singular_and_inconsistent_system_ends_at_least_squares_and_says_so(
     rounding = tolerance(dtype, operations=d, condition=condition) / least.min()
     assert ((report.residual / least - 1).abs() <= off + rounding).all()
     assert_close(
-        report.residual, residuals(matrix, x, rows), operations=d, condition=condition, scale=1.0, inherent=off
+        report.residual, true_residuals(matrix, x, rows), operations=d, condition=condition, scale=1.0, inherent=off
     )
     worst = report.residual.argmax()
     for number, expected in zip(numbers(caught[-1].message), (report.residual[worst], least[worst]), strict=True):
@@ -554,16 +530,16 @@ def test_damping_makes_it_solvable() -> None:
 # -- what goes wrong is said ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [definite, indefinite])
+@pytest.mark.parametrize("make", [positive_definite, indefinite])
 def test_too_few_iterations_warn_with_the_numbers(make: Callable[..., Tensor]) -> None:
-    matrix, rows = make(), randn(K, D)
+    matrix, rows = make(D), randn(K, D)
     words = (
         r"MINRES did not converge for 5 of 5 .*: relative residual .* rtol=1e-08 .* after 3 iterations; raise maxiter"
     )
     with pytest.warns(ConvergenceWarning, match=words):
         x, report = minres(Dense(matrix), rows, rtol=1e-8, maxiter=3)
     assert not (report.converged | report.precision_limit).any()
-    assert_close(report.residual, residuals(matrix, x, rows), operations=D, scale=1.0)
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0)
 
 
 def test_negative_curvature_is_told_but_no_failure() -> None:
@@ -610,7 +586,7 @@ def test_float32_at_condition_1e6_is_never_silent(make: Callable[..., Tensor], d
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         x, report = minres(Dense(matrix), rows)
-    true = residuals(matrix, x, rows)
+    true = true_residuals(matrix, x, rows)
     rounding = tolerance(torch.float32, operations=d) * (1 + x.double().norm(dim=1) / rows.double().norm(dim=1))
     assert ((true - report.residual).abs() <= rounding).all()
     assert not (report.converged & (true > 1e-5 + rounding)).any()
@@ -628,7 +604,7 @@ def test_converged_is_only_what_the_true_residual_says(
 ) -> None:
     matrix, rows = make(D, condition).to(dtype), randn(K, D).to(dtype)
     x, report = quiet(matrix, rows, rtol=rtol)
-    true = residuals(matrix, x, rows)
+    true = true_residuals(matrix, x, rows)
     rounding = tolerance(dtype, operations=D) * (1 + x.double().norm(dim=1) / rows.double().norm(dim=1))
     assert (true[report.converged] <= rtol + rounding[report.converged]).all()
     assert ((true - report.residual).abs() <= rounding).all()
@@ -643,7 +619,7 @@ def test_what_rounding_took_from_a_solution_is_made_good_by_starting_again() -> 
     x, report = quiet(matrix, rows, rtol=1e-12, history=True)
     assert report.precision_limit.all()
     size = 1 + x.double().norm(dim=1) / rows.double().norm(dim=1)
-    assert (residuals(matrix, x, rows) <= 64 * torch.finfo(torch.float32).eps * size).all()
+    assert (true_residuals(matrix, x, rows) <= 64 * torch.finfo(torch.float32).eps * size).all()
     assert report.history is not None
     assert (report.history.diff(dim=0) > 0).any(dim=0).all()  # within a start it never grows
 
@@ -652,7 +628,7 @@ def test_what_rounding_took_from_a_solution_is_made_good_by_starting_again() -> 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_numbers_that_are_not_finite_are_never_silent(where: str, value: float, preconditioned: bool) -> None:
-    matrix, rows = indefinite(), randn(K, D)
+    matrix, rows = indefinite(D), randn(K, D)
     M = torch.diag(torch.linspace(0.5, 2.0, D, dtype=torch.float64)) if preconditioned else None
     (rows[1] if where == "row" else matrix[4])[3] = value
     with pytest.warns(ConvergenceWarning, match=f"failed for {1 if where == 'row' else 5} of 5 .*not finite"):
@@ -666,22 +642,10 @@ def test_numbers_that_are_not_finite_are_never_silent(where: str, value: float, 
         assert_solved_to(x[others], solution(matrix, rows[others]), 1e-10)
 
 
-class OverflowsAfter(LinearOperator):
-    """A matrix whose products turn infinite."""
-
-    def __init__(self, matrix: Tensor, products: int) -> None:
-        self.matrix, self.left = matrix, products
-        self.size, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.left -= 1
-        return rows @ self.matrix if self.left >= 0 else torch.full_like(rows, torch.inf)
-
-
 @pytest.mark.parametrize("products", [0, 1, 4])
 def test_products_that_overflow_on_the_way_are_never_silent(products: int) -> None:
     with pytest.warns(ConvergenceWarning, match="failed for 5 of 5 .*not finite"):
-        x, report = minres(OverflowsAfter(definite(), products), randn(K, D), rtol=1e-10)
+        x, report = minres(OverflowsAfter(positive_definite(D), products), randn(K, D), rtol=1e-10)
     assert not (report.converged | report.precision_limit).any()
     assert x.isnan().all()
 
@@ -691,7 +655,7 @@ def test_products_that_overflow_on_the_way_are_never_silent(products: int) -> No
 
 @matrices
 def test_the_history_falls_and_ends_where_the_report_says(make: Callable[..., Tensor]) -> None:
-    matrix, rows = make(), randn(K, D)
+    matrix, rows = make(D), randn(K, D)
     rows[2] = torch.linalg.eigh(matrix)[1][:, 0]  # leaves early
     _, report = minres(matrix, rows, rtol=1e-6, history=True)
     history = report.history
@@ -731,7 +695,7 @@ def test_of_many_rows_the_smallest_ritz_value_is_that_of_one_that_met_negative_c
 
 
 def test_ritz_values_of_few_steps_lie_within_the_spectrum() -> None:
-    matrix, rows = indefinite(), randn(K, D)
+    matrix, rows = indefinite(D), randn(K, D)
     true = torch.linalg.eigvalsh(matrix)
     before = (np.inf, -np.inf)
     for steps in (1, 3, 9):
@@ -746,7 +710,7 @@ def test_ritz_values_of_few_steps_lie_within_the_spectrum() -> None:
 
 
 def test_eigenvalues_are_unknown_where_no_step_was_taken() -> None:
-    _, report = minres(definite(), torch.zeros(1, D, dtype=torch.float64))
+    _, report = minres(positive_definite(D), torch.zeros(1, D, dtype=torch.float64))
     assert all(value != value for value in report.eigenvalues)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import Counted
 from oracles import Supervised, assert_close, with_spectrum
 from problems import module
 from sklearn.datasets import load_digits
@@ -35,18 +36,6 @@ DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]  # fmt: skip # noqa: E501
 devices = pytest.mark.parametrize("device", DEVICES)
-
-
-class Matrix(LinearOperator):
-    """A matrix that is known by its products alone; counts them and the rows in them."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
-        self.rows: list[int] = []
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.rows.append(len(rows))
-        return rows @ self.matrix
 
 
 class Recorded:
@@ -131,7 +120,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize(("shift", "dtype"), [(None, DTYPES[0]), (1e-9, DTYPES[0]), (1.0, DTYPES[1])], ids=str)
 def test_m_is_symmetric_positive_definite(recipe: str, name: str, shift: float | None, dtype: torch.dtype) -> None:
     matrix = MATRICES[name]().to(dtype)
-    operator: LinearOperator = Matrix(matrix)
+    operator: LinearOperator = Counted(matrix)
     M = RECIPES[recipe]().of(operator if shift is None else operator.damped(shift))
     assert (M.size, M.dtype, M.device) == (len(matrix), dtype, matrix.device)
     square = dense(M)
@@ -148,7 +137,7 @@ def test_m_is_symmetric_positive_definite(recipe: str, name: str, shift: float |
 @pytest.mark.parametrize("recipe", RECIPES)
 @dtypes
 def test_rows_are_multiplied_each_by_itself(recipe: str, dtype: torch.dtype) -> None:
-    M = RECIPES[recipe]().of(Matrix(decaying().to(dtype)).damped(MU))
+    M = RECIPES[recipe]().of(Counted(decaying().to(dtype)).damped(MU))
     rows = torch.randn(K, D).to(dtype)
     before = rows.clone()
     alone = torch.cat([M.product(row[None]) for row in rows])
@@ -160,7 +149,7 @@ def test_rows_are_multiplied_each_by_itself(recipe: str, dtype: torch.dtype) -> 
 def test_randomness_is_the_generators(recipe: str) -> None:
     def made(generator: torch.Generator | None) -> Tensor:
         it = Jacobi(10, generator) if "Jacobi" in recipe else Nystrom(RANK, generator)
-        return dense(it.of(Matrix(matrix)))
+        return dense(it.of(Counted(matrix)))
 
     matrix = decaying()
     state = torch.get_rng_state()
@@ -182,11 +171,11 @@ def test_jacobi_is_the_inverse_diagonal(
 ) -> None:
     monkeypatch.setattr(_preconditioners, "_ENTRIES", entries)
     matrix = scaled().to(dtype)
-    operator = Dense(matrix) if known else Matrix(matrix)
+    operator = Dense(matrix) if known else Counted(matrix)
     M = Jacobi(probes=2 if known else D).of(operator.damped(shift))
     expected = 1 / (matrix.double().diagonal() + shift)
     assert_close((dense(M).diagonal() / expected).to(dtype), torch.ones(D), operations=4)
-    if isinstance(operator, Matrix):
+    if isinstance(operator, Counted):
         assert sum(operator.rows) == D
         assert len(operator.rows) == {1: D, 7 * D: math.ceil(D / 7)}.get(entries, 1)
 
@@ -196,7 +185,7 @@ def test_jacobi_is_the_inverse_diagonal(
 def test_the_estimate_is_the_mean_over_signs(entries: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_preconditioners, "_ENTRIES", entries)
     matrix, probes = scaled().to(dtype), 50
-    operator = Matrix(matrix)
+    operator = Counted(matrix)
     mean, error = estimated_diagonal(operator, probes, torch.Generator().manual_seed(3))
     signs = 2.0 * torch.randint(2, (probes, D), generator=torch.Generator().manual_seed(3)).double() - 1
     terms = signs * (signs @ matrix.double())
@@ -209,7 +198,7 @@ def test_the_estimate_is_the_mean_over_signs(entries: int, dtype: torch.dtype, m
 
 def test_the_estimate_is_unbiased_and_its_error_as_the_paper_has_it() -> None:
     matrix, probes = decaying(last=-2.0), 4000
-    mean, error = estimated_diagonal(Matrix(matrix), probes, None)
+    mean, error = estimated_diagonal(Counted(matrix), probes, None)
     variance = (matrix.square().sum(0) - matrix.diagonal().square()) / probes
     assert ((mean - matrix.diagonal()).abs() <= 5 * variance.sqrt()).all()
     # A term is a sum of signs with weights: its fourth moment is at most 3 variances squared, as a normal one's, so the
@@ -219,7 +208,7 @@ def test_the_estimate_is_unbiased_and_its_error_as_the_paper_has_it() -> None:
 
 def test_entries_below_their_standard_error_are_lifted() -> None:
     """Where scales differ much, estimates of small entries are noise of large ones."""
-    operator = Matrix(scaled(300, 10.0)).damped(1.0)
+    operator = Counted(scaled(300, 10.0)).damped(1.0)
     mean, _ = estimated_diagonal(operator.base, 50, None)
     assert (mean < 0).any()
     as_estimated = Dense(torch.diag(1 / (mean.clamp(min=0.0) + 1.0)))
@@ -254,7 +243,7 @@ def by_definition(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
 @pytest.mark.parametrize("rank", [1, RANK])
 def test_the_approximation_is_nystroms(rank: int, dtype: torch.dtype) -> None:
     matrix = decaying(last=-1.0).to(dtype)
-    values, vectors = low_rank(Matrix(matrix), rank, None)
+    values, vectors = low_rank(Counted(matrix), rank, None)
     expected, growth = by_definition(matrix, rank)
     u = vectors.double()
     assert_close((u @ u.mT).to(dtype), torch.eye(rank), operations=8 * D)
@@ -270,7 +259,7 @@ def test_of_an_indefinite_matrix_positive_eigenvalues_remain(dtype: torch.dtype)
     """Exactly, at full rank; the shift is taken off again."""
     eigenvalues = torch.linspace(-1, 2, D, dtype=torch.float64)
     matrix = with_spectrum(eigenvalues).to(dtype)
-    values, _ = low_rank(Matrix(matrix), D, None)
+    values, _ = low_rank(Counted(matrix), D, None)
     assert_close(values.to(dtype), eigenvalues.flip(0).clamp(min=0), operations=16 * D, condition=(2 + 2) / (2 - 1))
 
 
@@ -278,7 +267,7 @@ def test_of_an_indefinite_matrix_positive_eigenvalues_remain(dtype: torch.dtype)
 @pytest.mark.parametrize("shift", [None, 0.0, MU])
 def test_m_is_the_papers(shift: float | None, dtype: torch.dtype) -> None:
     """(λ_ℓ + μ) U (Λ + μI)⁻¹ Uᵀ + I - U Uᵀ, equation (5.3)."""
-    operator: LinearOperator = Matrix(decaying(last=-2.0).to(dtype))
+    operator: LinearOperator = Counted(decaying(last=-2.0).to(dtype))
     values, vectors = low_rank(operator, RANK, None)
     mu, u = shift or 0.0, vectors.double()
     M = Nystrom(RANK).of(operator if shift is None else operator.damped(shift))
@@ -291,7 +280,7 @@ def test_m_is_the_papers(shift: float | None, dtype: torch.dtype) -> None:
 def test_the_condition_number_is_within_the_papers_bound(rank: int, seed: int) -> None:
     """(λ_ℓ + μ + |E|) / μ, proposition 5.3."""
     matrix, mu = decaying(), 1e-5
-    base = Matrix(matrix)
+    base = Counted(matrix)
     values, vectors = low_rank(base, rank, torch.Generator().manual_seed(seed))
     error = torch.linalg.eigvalsh(matrix - (vectors.mT * values) @ vectors)
     # E is semi-definite up to the shift and rounding.
@@ -314,7 +303,7 @@ def test_the_condition_number_is_small_at_the_effective_dimension(mu: float) -> 
     assert rank < 200
     damped = matrix + mu * torch.eye(200, dtype=torch.float64)
     found = [
-        condition(spectrum(Nystrom(rank, torch.Generator().manual_seed(s)).of(Matrix(matrix).damped(mu)), damped))
+        condition(spectrum(Nystrom(rank, torch.Generator().manual_seed(s)).of(Counted(matrix).damped(mu)), damped))
         for s in range(10)
     ]
     assert sum(found) / 10 < 28
@@ -326,7 +315,7 @@ def test_a_matrix_of_less_rank_is_inverted_up_to_a_factor(rank: int, dtype: torc
     """Then λ_ℓ = 0, and M A = μI: one iteration."""
     mu = 0.1
     exact = with_spectrum(torch.cat([torch.logspace(0, -1, RANK), torch.zeros(D - RANK)]))
-    operator = Matrix(exact.to(dtype)).damped(mu)
+    operator = Counted(exact.to(dtype)).damped(mu)
     eigenvalues = spectrum(Nystrom(rank).of(operator), dense(operator)) / mu
     # What shift and rounding leave of the approximation's error, as above, relative to μ.
     growth = by_definition(exact, min(rank, D))[1]
@@ -341,7 +330,7 @@ def test_a_matrix_of_less_rank_is_inverted_up_to_a_factor(rank: int, dtype: torc
 
 @dtypes
 def test_a_zero_matrix(dtype: torch.dtype) -> None:
-    operator = Matrix(torch.zeros(D, D, dtype=dtype))
+    operator = Counted(torch.zeros(D, D, dtype=dtype))
     for shift in (0.0, 1.0):
         assert_close(dense(Nystrom(RANK).of(operator.damped(shift))).to(dtype), torch.eye(D), operations=8 * D)
     assert report(operator.damped(2.0), Nystrom(RANK)).iterations.tolist() == [1] * K
@@ -352,7 +341,7 @@ def test_a_product_that_is_not_finite_is_never_silent(value: float) -> None:
     matrix = decaying()
     matrix[3, 3] = value
     with pytest.raises(ValueError, match="Nystrom: a product with the curvature is not finite"):
-        Nystrom(RANK).of(Matrix(matrix))
+        Nystrom(RANK).of(Counted(matrix))
 
 
 # -- iterations that are saved; counts of products, which are the same each time ---------------------------------------
@@ -366,7 +355,7 @@ def test_jacobi_cuts_iterations_of_a_badly_scaled_matrix(dtype: torch.dtype, kno
     """κ(M A) = κ(D^½ K D^½), D = 1 / diag(K): at most κ(K)², as diag(K) is within K's eigenvalues."""
     spread = 1.0 if dtype == torch.float32 else 3.0
     matrix = scaled(200, 4.0, spread).to(dtype)
-    operator = Dense(matrix) if known else Matrix(matrix)
+    operator = Dense(matrix) if known else Counted(matrix)
     plain, better = report(operator, rtol=RTOL[dtype]), report(operator, Jacobi(200), rtol=RTOL[dtype])
     of_a = condition(torch.linalg.eigvalsh(matrix.double()))
     assert better.iterations.max() <= most_iterations(16.0, of_a, RTOL[dtype])
@@ -379,7 +368,7 @@ def test_jacobi_cuts_iterations_of_a_badly_scaled_matrix(dtype: torch.dtype, kno
 def test_nystrom_cuts_iterations_where_the_spectrum_decays(dtype: torch.dtype) -> None:
     d, rank, mu = 300, 60, 1e-3 if dtype == torch.float32 else 1e-6
     eigenvalues = torch.arange(1, d + 1, dtype=torch.float64).pow(-4)
-    operator = Matrix(with_spectrum(eigenvalues).to(dtype)).damped(mu)
+    operator = Counted(with_spectrum(eigenvalues).to(dtype)).damped(mu)
     plain, better = report(operator, rtol=RTOL[dtype]), report(operator, Nystrom(rank), rtol=RTOL[dtype])
     found = condition(spectrum(Nystrom(rank).of(operator), dense(operator)))
     assert better.iterations.max() <= most_iterations(found, 1 / mu, RTOL[dtype])
@@ -393,13 +382,13 @@ def test_nystrom_cuts_iterations_of_a_hessian_with_both_signs(rank: int) -> None
     """Shifted by just what makes the core definite, it took more than without."""
     matrix = indefinite()
     mu = -1.05 * float(torch.linalg.eigvalsh(matrix)[0])
-    operator = Matrix(matrix).damped(mu)
+    operator = Counted(matrix).damped(mu)
     assert report(operator, Nystrom(rank)).products < 0.6 * report(operator).products
 
 
 def test_products_of_making_are_counted() -> None:
     matrix = decaying(300, last=-3.0)
-    base = Matrix(matrix)
+    base = Counted(matrix)
     for M in (Nystrom(RANK), Jacobi(probes=40), Recorded(Nystrom(RANK))):
         base.rows.clear()
         found = report(base.damped(1e-3), M)
@@ -561,10 +550,10 @@ def test_the_benchmark_counts_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> 
 def test_recipes_work_where_the_operator_is(device: str, dtype: torch.dtype) -> None:
     matrix = decaying(last=-2.0).to(dtype)
     for M in (Nystrom(RANK), Jacobi(probes=10), Jacobi(probes=D)):
-        there, here = M.of(Matrix(matrix.to(device)).damped(MU)), M.of(Matrix(matrix).damped(MU))
+        there, here = M.of(Counted(matrix.to(device)).damped(MU)), M.of(Counted(matrix).damped(MU))
         assert there.device.type == device
         # The same random rows; the approximation's own shift and rounding are as in the test of its definition.
         growth = by_definition(matrix, RANK)[1]
         inherent = rounding(dtype) * (RANK**0.5 * 4 * (1 + growth) ** 2 / MU if isinstance(M, Nystrom) else D)
         assert_close(dense(there).to(dtype), dense(here), operations=1, inherent=inherent)
-        report(Matrix(matrix.to(device)).damped(MU), M)
+        report(Counted(matrix.to(device)).damped(MU), M)

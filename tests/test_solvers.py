@@ -11,10 +11,11 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
+from matrices import Counted, OverflowsAfter, positive_definite, solution, true_residuals
 from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor
 
-from torch_influence.linop import Damped, Dense, LinearOperator
+from torch_influence.linop import Damped, Dense
 from torch_influence.solvers import (
     ConvergenceWarning,
     Factor,
@@ -34,37 +35,13 @@ DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-class Counted(LinearOperator):
-    """Counts the products with a matrix and the rows in them."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), matrix.dtype, matrix.device
-        self.rows: list[int] = []
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.rows.append(len(rows))
-        return rows @ self.matrix
-
-
-def positive_definite(d: int = D, condition: float = CONDITION) -> Tensor:
-    return with_spectrum(torch.logspace(0, -np.log10(condition), d, dtype=torch.float64))
-
-
-def solution(matrix: Tensor, rows: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix.double(), rows.double().mT).mT
-
-
-def relative_residuals(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    return (rows.double() - x.double() @ matrix.double()).norm(dim=1) / rows.double().norm(dim=1)
-
-
 # -- conjugate gradients: solutions -----------------------------------------------------------------------------------
 
 
 @dtypes
 @pytest.mark.parametrize("k", [1, K])
 def test_cg_solves(dtype: torch.dtype, k: int) -> None:
-    matrix, rows = positive_definite().to(dtype), torch.randn(k, D).to(dtype)
+    matrix, rows = positive_definite(D).to(dtype), torch.randn(k, D).to(dtype)
     x, report = cg(Dense(matrix), rows, rtol=tolerance(dtype, operations=D))
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
     assert x.dtype == dtype
@@ -73,28 +50,28 @@ def test_cg_solves(dtype: torch.dtype, k: int) -> None:
 
 @dtypes
 def test_the_residual_of_the_report_is_the_true_one(dtype: torch.dtype) -> None:
-    matrix, rows = positive_definite().to(dtype), torch.randn(K, D).to(dtype)
+    matrix, rows = positive_definite(D).to(dtype), torch.randn(K, D).to(dtype)
     x, report = cg(Dense(matrix), rows, rtol=1e-3)
     assert report.converged.all()
     assert (report.residual <= 1e-3).all()
     rounding = tolerance(dtype, operations=D, condition=CONDITION)
-    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
 
 
 def test_cg_is_linear() -> None:
-    operator, rows = Dense(positive_definite()), torch.randn(2, D, dtype=torch.float64)
+    operator, rows = Dense(positive_definite(D)), torch.randn(2, D, dtype=torch.float64)
     both, _ = cg(operator, torch.cat([rows, 3.0 * rows[:1] - rows[1:]]), rtol=1e-14)
     assert_close(both[2], 3.0 * both[0] - both[1], operations=D, condition=CONDITION, scale=float(both.abs().max()))
 
 
 def test_the_inverse_by_cg_is_symmetric() -> None:
-    inverse, _ = cg(Dense(positive_definite()), torch.eye(D, dtype=torch.float64), rtol=1e-14)
+    inverse, _ = cg(Dense(positive_definite(D)), torch.eye(D, dtype=torch.float64), rtol=1e-14)
     assert_close(inverse, inverse.mT, operations=D, condition=CONDITION)
 
 
 @dtypes
 def test_rows_of_very_different_scale_are_each_solved_to_their_own_size(dtype: torch.dtype) -> None:
-    matrix = positive_definite().to(dtype)
+    matrix = positive_definite(D).to(dtype)
     scales = torch.tensor([1e-30, 1e-12, 1.0, 1e12, 1e30], dtype=dtype)
     rows = torch.randn(1, D).to(dtype) * scales[:, None]
     rtol = 1e-4
@@ -106,7 +83,7 @@ def test_rows_of_very_different_scale_are_each_solved_to_their_own_size(dtype: t
 
 
 def test_zero_rows_give_zero_without_work() -> None:
-    operator = Counted(positive_definite())
+    operator = Counted(positive_definite(D))
     x, report = cg(operator, torch.zeros(K, D, dtype=torch.float64))
     assert torch.equal(x, torch.zeros_like(x))
     assert operator.rows == []
@@ -115,7 +92,7 @@ def test_zero_rows_give_zero_without_work() -> None:
 
 
 def test_a_zero_row_among_others_does_not_disturb_them() -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     rows[2] = 0.0
     x, report = cg(Dense(matrix), rows, rtol=1e-13)
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
@@ -125,13 +102,13 @@ def test_a_zero_row_among_others_does_not_disturb_them() -> None:
 
 
 def test_no_rows() -> None:
-    x, report = cg(Dense(positive_definite()), torch.empty(0, D, dtype=torch.float64))
+    x, report = cg(Dense(positive_definite(D)), torch.empty(0, D, dtype=torch.float64))
     assert x.shape == (0, D)
     assert "no right-hand sides" in str(report)
 
 
 def test_duplicated_rows_have_one_solution() -> None:
-    matrix, rows = positive_definite(), torch.randn(1, D, dtype=torch.float64).repeat(3, 1)
+    matrix, rows = positive_definite(D), torch.randn(1, D, dtype=torch.float64).repeat(3, 1)
     x, _ = cg(Dense(matrix), rows, rtol=1e-13)
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
 
@@ -149,7 +126,7 @@ def test_a_matrix_of_one_entry() -> None:
 
 
 def test_damping_is_part_of_the_operator() -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     damped = Dense(matrix).damped(0.7)
     assert isinstance(damped, Damped)
     expected = solution(matrix + 0.7 * torch.eye(D, dtype=torch.float64), rows)
@@ -193,7 +170,7 @@ LIKE_SCIPY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", LIKE_SCIPY.values(), ids=LIKE_SCIPY)
 def test_iterations_and_iterates_are_those_of_scipy(options: dict[str, Any]) -> None:
-    matrix, rows = positive_definite(condition=MILD), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D, MILD), torch.randn(K, D, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         x, report = cg(Dense(matrix), rows, **options)
@@ -204,7 +181,7 @@ def test_iterations_and_iterates_are_those_of_scipy(options: dict[str, Any]) -> 
 
 
 def test_the_callback_gets_every_iterate_as_scipy_does() -> None:
-    matrix, row = positive_definite(condition=MILD), torch.randn(1, D, dtype=torch.float64)
+    matrix, row = positive_definite(D, MILD), torch.randn(1, D, dtype=torch.float64)
     mine: list[np.ndarray] = []
     theirs: list[np.ndarray] = []
     cg(Dense(matrix), row, rtol=1e-8, callback=lambda xk: mine.append(xk.copy()))
@@ -216,7 +193,7 @@ def test_the_callback_gets_every_iterate_as_scipy_does() -> None:
 
 def test_the_callback_is_called_once_per_iteration_of_each_row() -> None:
     calls: list[np.ndarray] = []
-    _, report = cg(Dense(positive_definite()), torch.randn(K, D, dtype=torch.float64), callback=calls.append)
+    _, report = cg(Dense(positive_definite(D)), torch.randn(K, D, dtype=torch.float64), callback=calls.append)
     assert len(calls) == int(report.iterations.sum())
     assert all(isinstance(xk, np.ndarray) for xk in calls)
 
@@ -225,14 +202,14 @@ def test_the_callback_is_called_once_per_iteration_of_each_row() -> None:
 def test_a_zero_row_is_solved_by_zero_whatever_the_first_guess(solver: Callable[..., Any]) -> None:
     rows = torch.randn(K, D, dtype=torch.float64)
     rows[1] = 0.0
-    x, report = solver(positive_definite(), rows, x0=torch.ones(D))
+    x, report = solver(positive_definite(D), rows, x0=torch.ones(D))
     assert torch.equal(x[1], rows[1])
     assert report.converged.all()
     assert int(report.iterations[1]) == 0
 
 
 def test_a_first_guess_that_solves_takes_no_iteration() -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     exact = solution(matrix, rows)
     x, report = cg(Dense(matrix), rows, x0=exact)
     assert torch.equal(x, exact)
@@ -242,7 +219,7 @@ def test_a_first_guess_that_solves_takes_no_iteration() -> None:
 
 @pytest.mark.parametrize("as_given", [np.asarray, torch.as_tensor], ids=["ndarray", "tensor"])
 def test_one_first_guess_serves_all_rows_and_is_not_written_to(as_given: Callable[[Tensor], Any]) -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     guess = torch.randn(D, dtype=torch.float64)
     before = guess.clone()
     x, _ = cg(Dense(matrix), rows, rtol=1e-14, x0=as_given(guess))
@@ -280,7 +257,7 @@ PRECONDITIONERS: dict[str, Callable[[Tensor], Any]] = {
 @dtypes
 def test_preconditioners_of_every_kind_act_alike(kind: str, dtype: torch.dtype) -> None:
     scales = torch.logspace(0, 3, D, dtype=torch.float64)
-    matrix = (positive_definite(condition=4.0) * scales.sqrt()[:, None] * scales.sqrt()).to(dtype)
+    matrix = (positive_definite(D, 4.0) * scales.sqrt()[:, None] * scales.sqrt()).to(dtype)
     preconditioner = inverse_diagonal(matrix)
     rows = torch.randn(K, D).to(dtype)
     plain = cg(Dense(matrix), rows, rtol=1e-4)[1]
@@ -290,12 +267,12 @@ def test_preconditioners_of_every_kind_act_alike(kind: str, dtype: torch.dtype) 
     for row, count in zip(rows.double(), report.iterations, strict=True):
         steps = scipy_cg(matrix.double(), row, rtol=1e-4, M=preconditioner.double().numpy())[1]
         assert abs(int(count) - steps) <= (0 if dtype == torch.float64 else 1)
-    assert (relative_residuals(matrix, x, rows) <= 1e-4 + tolerance(dtype, operations=D)).all()
+    assert (true_residuals(matrix, x, rows) <= 1e-4 + tolerance(dtype, operations=D)).all()
 
 
 @pytest.mark.parametrize("kind", ["ndarray", "callable", "LinearOperator"])
 def test_an_exact_preconditioner_takes_one_iteration(kind: str) -> None:
-    matrix = positive_definite()
+    matrix = positive_definite(D)
     inverse = torch.linalg.inv(matrix)
     inverse = 0.5 * (inverse + inverse.mT)
     _, report = cg(Dense(matrix), torch.randn(K, D, dtype=torch.float64), M=PRECONDITIONERS[kind](inverse))
@@ -316,25 +293,25 @@ def test_an_exact_preconditioner_takes_one_iteration(kind: str) -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cg(Dense(positive_definite()), torch.ones(1, D, dtype=torch.float64), **options)
+        cg(Dense(positive_definite(D)), torch.ones(1, D, dtype=torch.float64), **options)
 
 
 def test_a_preconditioner_that_is_none() -> None:
     with pytest.raises(TypeError, match="M: expected an array"):
-        cg(Dense(positive_definite()), torch.ones(1, D, dtype=torch.float64), M=3.0)
+        cg(Dense(positive_definite(D)), torch.ones(1, D, dtype=torch.float64), M=3.0)
 
 
 # -- conjugate gradients: what goes wrong is said ---------------------------------------------------------------------
 
 
 def test_too_few_iterations_warn_with_the_numbers() -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     words = r"did not converge for 5 of 5 right-hand sides: relative residual .* rtol=1e-08 .* after 3 iterations"
     with pytest.warns(ConvergenceWarning, match=words) as caught:
         x, report = cg(Dense(matrix), rows, rtol=1e-8, maxiter=3)
     assert "raise maxiter" in str(caught[0].message)
     assert not report.converged.any()
-    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0)
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0)
 
 
 @pytest.mark.parametrize("d", [40, 200])
@@ -350,7 +327,7 @@ def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(d: int, con
     assert (report.iterations < 5 * d).all()  # 10 d is where it would give up
     sizes = (x.double().norm(dim=1) / rows.double().norm(dim=1)).max()
     reachable = tolerance(torch.float32, operations=d) * float(1.0 + sizes)
-    assert (relative_residuals(matrix, x, rows) <= reachable).all()
+    assert (true_residuals(matrix, x, rows) <= reachable).all()
     few_digits = bool((report.residual > torch.finfo(torch.float32).eps ** 0.5).any())
     assert [w.category for w in caught] == [ConvergenceWarning] * few_digits
     assert few_digits == (condition == 1e6)
@@ -359,7 +336,7 @@ def test_what_float32_cannot_resolve_is_reported_and_not_iterated_on(d: int, con
 @pytest.mark.parametrize("where", ["row", "matrix"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_never_silent(where: str, value: float) -> None:
-    matrix, rows = positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     if where == "row":
         rows[1, 3] = value
     else:
@@ -373,23 +350,11 @@ def test_numbers_that_are_not_finite_are_never_silent(where: str, value: float) 
         assert_close(x[others], solution(matrix, rows[others]), operations=D * 100, condition=CONDITION**2)
 
 
-class OverflowsAfter(LinearOperator):
-    """A matrix whose products turn infinite."""
-
-    def __init__(self, matrix: Tensor, products: int) -> None:
-        self.matrix, self.left = matrix, products
-        self.size, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
-
-    def product(self, rows: Tensor) -> Tensor:
-        self.left -= 1
-        return rows @ self.matrix if self.left >= 0 else torch.full_like(rows, torch.inf)
-
-
 @pytest.mark.parametrize("products", [0, 1, 4])
 def test_products_that_overflow_on_the_way_are_never_silent(products: int) -> None:
     rows = torch.randn(K, D, dtype=torch.float64)
     with pytest.warns(ConvergenceWarning):
-        _, report = cg(OverflowsAfter(positive_definite(), products), rows, rtol=1e-10)
+        _, report = cg(OverflowsAfter(positive_definite(D), products), rows, rtol=1e-10)
     assert not (report.converged | report.precision_limit).any()
 
 
@@ -403,7 +368,7 @@ def test_an_indefinite_matrix_is_flagged_and_judged_by_the_true_residual() -> No
         warnings.simplefilter("ignore")
         x, report = cg(Dense(matrix), rows, rtol=1e-8)
     assert report.negative_curvature.all()
-    assert torch.equal(report.converged, relative_residuals(matrix, x, rows) <= 1e-8)
+    assert torch.equal(report.converged, true_residuals(matrix, x, rows) <= 1e-8)
     solved = report.converged
     condition = float(torch.linalg.cond(matrix))
     expected = solution(matrix, rows)[solved]
@@ -420,7 +385,7 @@ def test_negative_curvature_is_in_the_warning() -> None:
 
 
 def test_a_negative_definite_matrix_is_solved_and_flagged() -> None:
-    matrix, rows = -positive_definite(), torch.randn(K, D, dtype=torch.float64)
+    matrix, rows = -positive_definite(D), torch.randn(K, D, dtype=torch.float64)
     with pytest.warns(NegativeCurvatureWarning, match=r"eigenvalue is -1 or less"):
         x, report = cg(Dense(matrix), rows, rtol=1e-13)
     assert report.negative_curvature.all()
@@ -449,7 +414,7 @@ def test_a_singular_matrix_with_an_inconsistent_right_hand_side_is_never_silent(
 
 @pytest.mark.parametrize("words", ["conjugate gradients: 5 of 5 converged", "iterations", "largest relative residual"])
 def test_the_report_in_words(words: str) -> None:
-    _, report = cg(Dense(positive_definite()), torch.randn(K, D, dtype=torch.float64))
+    _, report = cg(Dense(positive_definite(D)), torch.randn(K, D, dtype=torch.float64))
     assert words in str(report)
 
 
@@ -458,14 +423,14 @@ def test_the_report_in_words(words: str) -> None:
 
 @dtypes
 def test_cholesky(dtype: torch.dtype) -> None:
-    matrix, rows = positive_definite().to(dtype), torch.randn(K, D).to(dtype)
+    matrix, rows = positive_definite(D).to(dtype), torch.randn(K, D).to(dtype)
     factor = Factor(matrix)
     x, report = factor.solve(rows)
     assert factor.definite
     assert report.method == "Cholesky"
     assert_close(x, solution(matrix, rows), operations=D, condition=CONDITION)
     rounding = tolerance(dtype, operations=D, condition=CONDITION)
-    assert_close(report.residual, relative_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0, inherent=rounding)
     inverse = factor.inverse()
     assert_close(inverse, torch.linalg.inv(matrix.double()), operations=D, condition=CONDITION)
     assert_close(inverse, inverse.mT, operations=D, condition=CONDITION)
@@ -516,7 +481,7 @@ def test_a_singular_matrix_is_an_error_that_says_damp() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_matrix_that_is_not_finite_is_never_silent(value: float) -> None:
-    matrix = positive_definite()
+    matrix = positive_definite(D)
     matrix[3, 3] = value
     with pytest.raises(ValueError, match="not finite"):
         Factor(matrix)
