@@ -31,7 +31,12 @@ import cuda_stand_ins
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
-QUICK_TESTS = ["tests/ops", "tests/test_api.py", "tests/test_closed_form.py", "tests/test_solvers.py"]
+QUICK_TESTS = [
+    "tests/ops",
+    "tests/modules/test_api.py",
+    "tests/scores/test_closed_form.py",
+    "tests/solvers/test_solvers.py",
+]
 TEST_REQUIREMENTS = ["pytest>=8", "pytest-xdist", "scipy"]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja", "make")
 BASIC_TOOLS = ("env", "sh", "uname", "ls", "cat", "rm", "mkdir")

@@ -2,7 +2,7 @@
 
 One query at a time. Every product with the curvature is a new pass over the data through a DataLoader, with a forward
 pass and two derivatives of each batch; conjugate gradients are SciPy's, on the CPU; scores are gradients of batches of
-one. The numbers are those of this package (tests/test_baseline.py); the work is what it replaces.
+one. The numbers are those of this package (tests/benchmarks/test_baseline.py); the work is what it replaces.
 """
 
 from __future__ import annotations

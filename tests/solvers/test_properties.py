@@ -197,7 +197,7 @@ def at_the_limit(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
 @pytest.mark.parametrize("solver", [block_cg, cg, minres], ids=["block_cg", "cg", "minres"])
 @hypothesis.given(at_the_limit())
 def test_what_is_said_of_a_solution_is_true(solver: Any, system: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
-    """``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py -k is_true`` tries thousands."""
+    """``HYPOTHESIS_PROFILE=thorough pytest tests/solvers/test_properties.py -k is_true`` tries thousands."""
     matrix, rows, options = system
     x, report = solver(matrix, rows, on_failure="ignore", **options)
     A, b, size = matrix.double(), rows.double(), rows.double().norm(dim=1)

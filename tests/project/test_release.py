@@ -9,7 +9,7 @@ import check_wheel
 import cuda_stand_ins
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 VERSION = re.search(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
 

@@ -12,7 +12,7 @@ from test_baseline import tiny
 
 from torch_influence import InfluenceModule
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import all_queries
 import choice
 import scaling

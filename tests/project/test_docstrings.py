@@ -177,7 +177,7 @@ def test_results_explain_their_fields() -> None:
 
 
 def test_the_page_on_choosing_has_cures_for_every_warning() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
     found = {name for name, it in public().items() if inspect.isclass(it) and issubclass(it, Warning)}
     assert "NondeterminismWarning" in found
     assert all(f"| {name}" in page for name in found), "a row of its table begins with it"

@@ -19,7 +19,7 @@ import torch
 import torch_influence
 from torch_influence import backend_info
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 PROGRAM = """
 import torch

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
+SOURCE = Path(__file__).parents[2] / "src" / "torch_influence"
 
 # A file or folder imports only what is listed before it; those of one line do not import one another.
 ORDER = [

@@ -18,7 +18,7 @@ import torch
 from oracles import assert_close, dense_gauss_newton, dense_hessian, example_gradients, loader_batches, query_gradients
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import adapters
 import peers
 from adapters import DEFAULT, GAUSS_NEWTON, HESSIAN, PEERS, Entry, our_entries

@@ -20,7 +20,7 @@ from oracles import (
     tolerance,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cases
 import end_to_end
 import workloads
@@ -215,7 +215,7 @@ def test_native_ops_are_off_inside_and_on_again_after_an_exception() -> None:
 
 
 def test_the_committed_record_still_makes_a_table() -> None:
-    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
     record = json.loads(next(folder.rglob("end_to_end.json")).read_text())
     table = [line for line in end_to_end.report(record).splitlines() if line.startswith("| ")]
     assert len(table) == len(record["rows"]) + 2

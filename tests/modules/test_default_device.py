@@ -28,7 +28,7 @@ from torch_influence import (
 from torch_influence.linop import probe_rows
 from torch_influence.ops import _cg_step
 
-SOURCE = Path(__file__).parents[1] / "src" / "torch_influence"
+SOURCE = Path(__file__).parents[2] / "src" / "torch_influence"
 MAKERS = {"as_tensor", "asarray", "tensor", "empty", "empty_strided", "zeros", "ones", "full", "eye", "arange"}
 MAKERS |= {"linspace", "logspace", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices"}
 

@@ -34,7 +34,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RTOL = 1e-11
 OPTIONAL = {"transformer": "transformers", "curvlinops_solver": "curvlinops"}  # what is needed beside the dev extra
 BY_CHANCE = 1e-6  # how likely a random ranking may find as many planted examples

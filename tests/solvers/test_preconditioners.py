@@ -26,7 +26,7 @@ from torch_influence.solvers import Jacobi, Nystrom, Preconditioner, SolveReport
 from torch_influence.solvers._base import rounding
 from torch_influence.solvers._preconditioners import estimated_diagonal, low_rank
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import preconditioners as benchmark
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -24,7 +24,7 @@ from torch_influence import AutogradInfluenceModule, BaseInfluenceModule
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-PAGE = (Path(__file__).parents[1] / "docs" / "meaning.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "meaning.md").read_text()
 N, QUERIES, INPUTS = 24, 5, 3
 L2, DAMP = 0.05, 0.1
 LOSSES = {"linear": half_squared_error, "logistic": logistic_loss, "softmax": F.cross_entropy}

@@ -314,6 +314,6 @@ def test_a_child_process_does_not_wait_for_threads_that_it_has_not() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.stdout.strip() == "child 0", done.stderr

@@ -332,7 +332,7 @@ def test_a_random_forward_is_told(kind: type, cache: Any) -> None:
         of_module(kind, model=AlwaysDropout(), cache=cache, on_failure="warn").influences([0, 1], [0])
     told = [warning for warning in record if warning.category is NondeterminismWarning]
     assert sorted(str(warning.message).split(":")[0] for warning in told) == ["test_loss", "train_loss"]
-    assert {Path(warning.filename).parent for warning in told} == {Path(__file__).parent}  # not the package's
+    assert all(Path(warning.filename).is_relative_to(Path(__file__).parents[1]) for warning in told)  # not the package
     assert "F.dropout(x, p, training=self.training)" in str(told[0].message)
 
 

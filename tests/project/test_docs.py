@@ -24,7 +24,7 @@ from torch import nn
 import torch_influence
 from torch_influence import CGInfluenceModule, LiSSAInfluenceModule
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]

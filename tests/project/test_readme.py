@@ -11,7 +11,7 @@ import pytest
 
 from torch_influence.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ import torch
 from oracles import tolerance
 from test_baseline import tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cases
 import cuda_graphs
 import workloads
