@@ -83,10 +83,13 @@ class Case:
         return CGInfluenceModule(*self.arguments(dtype), 0.0, gnh, params=self.params, **options)
 
     @functools.cache  # noqa: B019 - cases live as long as this module
+    def dense(self, gnh: bool) -> Tensor:
+        oracle = dense_gauss_newton if gnh else dense_hessian
+        return oracle(self.model(), self.objective, loader_batches(self.loader()))
+
     def reference(self, gnh: bool = False) -> Tensor:
-        """Dense, in float64, of the selected parameters."""
-        model, loader = self.model(), self.loader()
-        matrix = (dense_gauss_newton if gnh else dense_hessian)(model, self.objective, loader_batches(loader))
+        """Dense, in float64, of the selected parameters; leaves the random state as `arguments` does."""
+        matrix, model = self.dense(gnh), self.model()
         chosen = set(self.module().params_names)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         mask = torch.cat([torch.full((p.numel(),), n in chosen) for n, p in zip(names, trainable(model), strict=True)])
