@@ -40,7 +40,7 @@ from torch_influence import (
     Refits,
     Verification,
 )
-from torch_influence.linop import Dense
+from torch_influence.curvature import Hessian
 from torch_influence.solvers import cg
 
 ENOUGH = {"repeat": 6, "depth": 30, "scale": 5.0}  # of LiSSA for the small network
@@ -215,9 +215,17 @@ class OneByOneWrong(OneByOne):
     factor = 1.001
 
 
+class ScaledHessian(Hessian):
+    def product(self, rows: Tensor) -> Tensor:
+        return 1.01 * super().product(rows)
+
+    def dense(self) -> Tensor:
+        return 1.01 * super().dense()
+
+
 class ScaledCurvature(CGInfluenceModule):
-    def _curvature(self) -> Any:
-        return Dense(1.01 * super()._problem.curvature().dense())
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, curvature=ScaledHessian)
 
 
 class SkewCurvature(CGInfluenceModule):
