@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,8 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
     samples: bool = False  # inverse_hvp reads a sample of the data, and they need not be read in whole
     either_side: bool = False  # inverse_hvp is the product with one symmetric matrix, to its tolerance
 
+    _settings: ClassVar[dict[str, Any]] = {}  # what subclasses set in their bodies of what belongs to the problem
+
     objective = _of_the_problem("objective", "The losses.")
     train_loader = _of_the_problem("train_loader", "The loader of the training data.")
     test_loader = _of_the_problem("test_loader", "The loader of the test data, or None.")
@@ -153,8 +155,16 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             on_failure=on_failure,
             to_device=self._transfer_to_device,
         )
-        for name, value in vars(self).pop("_early", {}).items():
+        for name, value in (self._settings | vars(self).pop("_early", {})).items():
             setattr(self._problem, name, value)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Lets a subclass set the damping, say, in its body: ``damp = 0.1``."""
+        super().__init_subclass__(**options)
+        for name in ("damp", "gnh", "curvature", "progress", "on_failure"):
+            if name in vars(cls) and not isinstance(vars(cls)[name], property):
+                cls._settings = cls._settings | {"kind" if name == "curvature" else name: vars(cls)[name]}
+                delattr(cls, name)
 
     @property
     def model(self) -> nn.Module:

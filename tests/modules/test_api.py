@@ -555,3 +555,26 @@ def test_regulariser_may_be_a_number_or_a_constant(kind: type, gnh: bool, value:
     constant = module(kind, objective=Constant(), gnh=gnh).influence_matrix()
     torch.manual_seed(0)
     torch.testing.assert_close(constant, module(kind, objective=Zero(), gnh=gnh).influence_matrix())
+
+
+def test_a_subclass_may_set_what_belongs_to_the_problem_in_its_body_or_early() -> None:
+    class Solves(BaseInfluenceModule):
+        damp, gnh = 0.3, True
+
+        def inverse_hvp(self, vec: Tensor) -> Tensor:
+            return vec
+
+    class Later(Solves):
+        damp = 0.7
+
+        def __init__(self, **given: Any) -> None:
+            self.gnh = False
+            super().__init__(**given)
+
+    for kind, damp, gnh in ((Solves, 0.3, True), (Later, 0.7, False)):
+        it = module(kind)
+        v = torch.linspace(-1, 1, 43, dtype=torch.float64)
+        assert (it.damp, it.gnh, it.spectrum(1).damp) == (damp, gnh, damp)
+        assert torch.equal(it.hvp(v), module(CGInfluenceModule, damp=1.0, gnh=gnh).hvp(v))
+        it.damp = 0.1
+        assert it.spectrum(1).damp == 0.1
