@@ -104,6 +104,23 @@ class Distilled(Classification):
         return F.cross_entropy(outputs, self.teacher(batch[0]).softmax(-1))
 
 
+class Rows(nn.Module):
+    """Each example has parameters of its own, so that no other's loss feels a change of them."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.Embedding(n, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x)
+
+
+class Unregularised(Classification):
+    def train_regularization(self, params: Tensor) -> float:
+        return 0.0
+
+
 class OwnTotal(Classification):
     def train_loss(self, model: nn.Module, params: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1]) + 0.5 * SCALE * params.square().sum()
@@ -667,3 +684,23 @@ def test_a_look_is_in_no_report() -> None:
     products = it.last_report.products
     it.influences([0], None, stest=torch.ones(43, dtype=torch.float64))
     assert it.last_report.products == products
+
+
+@pytest.mark.parametrize("edit", ["in place", "data"])
+def test_parameters_of_examples_that_are_not_looked_at(edit: str) -> None:
+    """The few examples' losses don't feel it: the tensors' versions do, and their checksums."""
+    n, unseen = 23, 5
+    assert unseen not in {i * (n - 1) // (PROBED - 1) for i in range(PROBED)}
+    data = DataLoader(TensorDataset(torch.arange(n), torch.arange(n) % 3), batch_size=5)
+    it = new(Unregularised(), Rows(n), train_loader=data, test_loader=data)
+    before = it.influences([unseen], [unseen])
+    weight = it.model.rows.weight
+    if edit == "data":
+        weight.data[unseen] *= 3.0
+    else:
+        with torch.no_grad():
+            weight[unseen] *= 3.0
+    after = it.influences([unseen], [unseen])
+    fresh = new(Unregularised(), copy.deepcopy(it.model), train_loader=data, test_loader=data)
+    torch.testing.assert_close(after, fresh.influences([unseen], [unseen]))
+    assert float((after - before).abs().max()) > 0.1 * float(before.abs().max())
