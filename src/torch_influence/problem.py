@@ -283,7 +283,7 @@ class Problem:
         return self.train if loss == "train_loss" else self.test
 
     def read_anew(self, loss: str) -> Batches:
-        """The same data, of which nothing is kept."""
+        """Opens the same data once more, so that nothing of it is kept."""
         name = loss.replace("_loss", "_loader")
         return Batches(getattr(self, name), name, self._to_device, self.bar, cache=False)
 

@@ -17,12 +17,15 @@ from torch_influence.solvers import Solver, solved
 class SolvingModule(BaseInfluenceModule):
     """A module that solves with the curvature by a Solver."""
 
-    batched = True
-
     @property
     @abc.abstractmethod
     def _solver(self) -> Solver:
         """The solver, with the options that the module has now."""
+
+    @property
+    def batched(self) -> bool:  # type: ignore[override]
+        """Whether the solver takes many rows at once."""
+        return self._solver.batched
 
     @property
     def samples(self) -> bool:  # type: ignore[override]

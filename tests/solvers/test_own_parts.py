@@ -111,6 +111,19 @@ def test_a_toy_solver_is_asked_from_the_side_that_it_allows() -> None:
         assert len(it.last_report.residual) == solves
 
 
+def test_a_toy_solver_may_take_one_row_at_a_time() -> None:
+    class OneByOne(Inverse):
+        batched = False
+
+        def solve(self, operator: LinearOperator, rows: Tensor) -> Tensor:
+            assert len(rows) == 1
+            return super().solve(operator, rows)
+
+    it = built(OneByOne())
+    assert torch.allclose(it.stests([0, 1, 2]), built(Inverse()).stests([0, 1, 2]), rtol=1e-9, atol=1e-14)
+    assert it.solver.solves == 3
+
+
 def test_a_toy_solver_that_is_wrong_is_told() -> None:
     with pytest.warns(ConvergenceWarning, match="Inverse did not converge for 2 of 2 right-hand sides"):
         built(Inverse(-1.0)).stests([0, 1])

@@ -126,7 +126,7 @@ def rows_and_columns(outputs: Tensor) -> tuple[int, int]:
 
 
 class _DualOfRows(Dual):
-    """With G in memory."""
+    """A dual whose G is held in memory."""
 
     def __init__(self, plain: GaussNewton, matrix: Tensor) -> None:
         self.plain, self.matrix = plain, matrix

@@ -37,7 +37,7 @@ def made(kind: Kind, *args: Any) -> Curvature:
 
 
 def fastest(curvature: Curvature, streamed: bool) -> Curvature:
-    """The same curvature in closed form, where it has been seen to be the same; else itself.
+    """Returns the curvature in closed form, where a comparison shows that it is the same; else itself.
 
     ``streamed``: data that are too large to be kept may be read once more for it.
     """

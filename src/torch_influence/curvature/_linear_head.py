@@ -98,7 +98,7 @@ class LinearHead(Curvature):
         return self._regularized(whole, torch.ones_like(whole))[0]
 
     def dense(self) -> Tensor:
-        """From Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
+        """Assembles the matrix from Gram matrices X̃ᵀ diag(B_ab) X̃, one for each pair of outputs a <= b."""
         if not self.at_outputs.explicit:
             return super().dense()
         self.plain.batches.pass_by()

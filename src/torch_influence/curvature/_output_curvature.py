@@ -35,7 +35,7 @@ class OutputCurvature(abc.ABC):
 
     @abc.abstractmethod
     def of(self, which: slice | Tensor, n: int, size: int) -> OutputCurvature:
-        """The same for the mean over ``size`` examples, of n."""
+        """Returns the curvatures for the mean over ``size`` examples, of n."""
 
     @abc.abstractmethod
     def joined(self, others: Sequence[OutputCurvature]) -> OutputCurvature:

@@ -88,7 +88,7 @@ class Auto(Solver):
         return Step("solver", step.path, step.nbytes, why_not)
 
     def ranked(self, operator: LinearOperator, k: int) -> dict[str, Cost]:
-        """What each solver that is possible would take for k rows, the best first."""
+        """Ranks the solvers that are possible by what they would take for k rows, the best first."""
         found = {}
         for name, solver in self.candidates.items():
             try:
@@ -117,7 +117,7 @@ class Auto(Solver):
             solver.forget()
 
     def with_options(self, **options: Any) -> Auto:
-        """The same with other options, of those that each solver has."""
+        """Returns the same with other options, of those that each solver has."""
         return Auto(candidates={name: solver.with_options(**options) for name, solver in self.candidates.items()})
 
 

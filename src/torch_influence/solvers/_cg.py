@@ -321,5 +321,5 @@ class CG(Krylov):
         return "conjugate gradients, all rows at once" + preconditioned(self.M)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """With what M keeps."""
+        """Adds what M keeps."""
         return with_rows(super().cost(operator, k), self.M, operator)

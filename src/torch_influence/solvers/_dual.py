@@ -193,7 +193,7 @@ class DualDirect(Solver):
             raise ValueError(f'solver="dual": {why}') from None
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """What the operator says of its dual; raises ``NotPossible`` where there is none, as far as is known."""
+        """Asks the operator what its dual takes; raises ``NotPossible`` where there is none, as far as is known."""
         if (refused := self._refused.get(operator)) is not None:
             raise NotPossible(refused)
         base, shift = base_and_shift(operator)

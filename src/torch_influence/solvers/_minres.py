@@ -396,5 +396,5 @@ class Minres(Krylov):
         return "MINRES, all rows at once" + preconditioned(self.M)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """With what M keeps."""
+        """Adds what M keeps."""
         return with_rows(super().cost(operator, k), self.M, operator)

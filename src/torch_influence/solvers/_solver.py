@@ -114,7 +114,7 @@ class Solver(abc.ABC):
         return {field.name: getattr(self, field.name) for field in fields if field.init} | others
 
     def with_options(self: _Solver, **options: Any) -> _Solver:
-        """The same solver with other options, of those that it has; what it keeps is shared."""
+        """Returns the same solver with other options, of those that it has; what it keeps is shared."""
         twin = copy.copy(self)
         vars(twin).update({name: value for name, value in options.items() if name in vars(self)})
         return twin

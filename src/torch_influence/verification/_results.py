@@ -1,4 +1,4 @@
-"""What verify() finds: checks, refits, and what they come to."""
+"""The results of verify(): checks, refits, and what they come to."""
 
 from __future__ import annotations
 
