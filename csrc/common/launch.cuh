@@ -5,6 +5,12 @@
 
 #include "common/element.h"
 
+// Declares variables that the threads of a block share: TORCH_INFLUENCE_SHARED(double, sums, [8]) is double sums[8]. Where
+// each thread is a fiber (tests/cuda_on_cpu) the stand-in for cuda_runtime.h has a definition of its own.
+#if !defined(TORCH_INFLUENCE_SHARED)
+#define TORCH_INFLUENCE_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#endif
+
 namespace torch_influence {
 
 constexpr int kThreads = 256;
@@ -38,7 +44,7 @@ bool packs_fit(const void* pointer, int64_t stride, int64_t rows) {
 // The sum over a block of kThreads threads, in thread 0. Always the same tree: lanes by halves, then warps by halves.
 // Call it once per kernel and pass over `shared`, or synchronise in between.
 __device__ inline double block_sum(double value) {
-  __shared__ double warp_sums[kThreads / kWarp];
+  TORCH_INFLUENCE_SHARED(double, warp_sums, [kThreads / kWarp]);
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -55,10 +61,17 @@ __device__ inline double block_sum(double value) {
 inline unsigned grid_x(int64_t blocks) { return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff); }
 inline unsigned grid_y(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
 
-// null, or what went wrong with the launch just made.
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+// Enqueues kernel(arguments...) on `stream`, a cudaStream_t, and returns null, or what is wrong with this launch.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();  // or whoever asks for it next takes this error for one of theirs
+  return cudaGetErrorString(error);
 }
 
 }  // namespace torch_influence

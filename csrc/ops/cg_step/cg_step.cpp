@@ -99,7 +99,7 @@ void run_cpu(const CgStep& s) {
 
 void run(const CgStep& s, [[maybe_unused]] const Tensor& scalars) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-  if (scalars.is_cuda()) {
+  if (on_gpu(scalars)) {
     return launch_on_device_of(kName, scalars, [&](void* stream) {
       const Tensor scratch = st::new_empty(scalars, {cg_step_cuda_scratch(s.dtype, s.k, s.d)});
       return cg_step_cuda(s, static_cast<double*>(scratch.mutable_data_ptr()), stream);

@@ -92,7 +92,7 @@ __device__ __forceinline__ T* row_of(const void* rows, int64_t stride, int64_t r
 // The sum of a row's `blocks` parts, every `apart`-th double from `parts` on, in every thread. A thread from left to right,
 // then block_sum's tree.
 __device__ __forceinline__ double total(const double* parts, int64_t blocks, int apart) {
-  __shared__ double result;
+  TORCH_INFLUENCE_SHARED(double, result);
   double sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += parts[i * apart];
   sum = block_sum(sum);
@@ -247,30 +247,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <class T, int width>
-const char* launch(const CgStep& s, double* scratch, cudaStream_t stream) {
+const char* enqueue(const CgStep& s, double* scratch, void* stream) {
   const int64_t columns = columns_of<T>(s.d), blocks = blocks_of<T>(s.d);
   const dim3 grid(static_cast<unsigned>(blocks), grid_y(s.k));
   auto* const plans = reinterpret_cast<CgPlan*>(scratch);
   auto* const dots = reinterpret_cast<CgDots*>(plans + s.k);
   auto* const sums = reinterpret_cast<double*>(dots + s.k * blocks);
   if (s.call == CgCall::turn) {
-    rho_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
-    if (const char* error = launch_error()) return error;
-    turn_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
-    return launch_error();
+    if (const char* error = launch(rho_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans)) return error;
+    return launch(turn_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans);
   }
-  dots_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, dots);
-  if (const char* error = launch_error()) return error;
-  if (s.call == CgCall::move) {
-    residual_kernel<T, width, true><<<grid, kThreads, 0, stream>>>(s, columns, dots, sums, plans);
-    if (const char* error = launch_error()) return error;
-    settle_kernel<<<static_cast<unsigned>(s.k), kThreads, 0, stream>>>(s, blocks, sums, plans);
-    return launch_error();
-  }
-  residual_kernel<T, width, false><<<grid, kThreads, 0, stream>>>(s, columns, dots, sums, plans);
-  if (const char* error = launch_error()) return error;
-  iterate_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, columns, sums, plans);
-  return launch_error();
+  if (const char* error = launch(dots_kernel<T, width>, grid, kThreads, stream, s, columns, dots)) return error;
+  const bool moves = s.call == CgCall::move;
+  const auto residual_kernel_of = moves ? residual_kernel<T, width, true> : residual_kernel<T, width, false>;
+  if (const char* error = launch(residual_kernel_of, grid, kThreads, stream, s, columns, dots, sums, plans)) return error;
+  if (moves) return launch(settle_kernel, grid_x(s.k), kThreads, stream, s, blocks, sums, plans);
+  return launch(iterate_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans);
 }
 
 }  // namespace
@@ -283,10 +275,9 @@ int64_t cg_step_cuda_scratch(DType dtype, int64_t k, int64_t d) {
 const char* cg_step_cuda(const CgStep& s, double* scratch, void* stream) {
   return with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const bool packed = packs_fit<T>(s.x, s.x_stride, s.k) && packs_fit<T>(s.r, s.r_stride, s.k) &&
                         packs_fit<T>(s.p, s.p_stride, s.k) && packs_fit<T>(s.given, s.given_stride, s.k);
-    return packed ? launch<T, kWidest<T>>(s, scratch, cuda_stream) : launch<T, 1>(s, scratch, cuda_stream);
+    return packed ? enqueue<T, kWidest<T>>(s, scratch, stream) : enqueue<T, 1>(s, scratch, stream);
   });
 }
 

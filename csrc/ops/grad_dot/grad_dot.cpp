@@ -81,7 +81,7 @@ void for_tiles(const GradDot& x, int64_t examples, int64_t positions, F f) {
 // An element of out is summed by one thread, so its order doesn't depend on how the work is divided.
 void add_sums(const GradDotSums& s, [[maybe_unused]] const Tensor& out) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-  if (out.is_cuda()) {
+  if (on_gpu(out)) {
     return launch_on_device_of(kName, out, [&](void* stream) { return grad_dot_sums_cuda(s, stream); });
   }
 #endif
@@ -115,7 +115,7 @@ Tensor vectors(const GradDot& x, int64_t first, int64_t count, const Tensor* scr
 }
 
 void vectors_first(const GradDot& x) {
-  const bool few = x.k * x.o <= kFewColumns && !x.out.is_cuda();
+  const bool few = x.k * x.o <= kFewColumns && !on_gpu(x.out);
   const bool rows_apart = x.n > 1 && x.s > 1 && x.a.stride(0) != x.s * x.a.stride(1);
   const bool copy_a = !few && (!x.wide() || rows_apart);
   const bool copy_v = !few && x.k > 1 && x.v.stride(0) != x.o * x.f;

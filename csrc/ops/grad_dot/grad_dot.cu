@@ -40,10 +40,9 @@ const char* grad_dot_sums_cuda(const GradDotSums& s, void* stream) {
   while (group_bits < 5 && (int64_t(2) << group_bits) <= s.o) ++group_bits;
   const int64_t groups_per_block = kThreads >> group_bits;
   const int64_t blocks = (s.examples * s.k + groups_per_block - 1) / groups_per_block;
-  with_element_type(s.dtype, [&](auto element) {
-    sums_kernel<decltype(element)><<<grid_x(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, group_bits);
+  return with_element_type(s.dtype, [&](auto element) {
+    return launch(sums_kernel<decltype(element)>, grid_x(blocks), kThreads, stream, s, group_bits);
   });
-  return launch_error();
 }
 
 }  // namespace torch_influence

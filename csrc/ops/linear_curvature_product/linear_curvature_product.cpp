@@ -1,6 +1,5 @@
 #include "ops/linear_curvature_product/linear_curvature_product.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -106,13 +105,13 @@ void cpu_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, b
 // What comes between the products, where the tensors are.
 class Between {
  public:
-  Between(const LinearCurvatureProduct& s, const Tensor& out) : s_(s), is_cuda_(out.is_cuda()) {
-    if (is_cuda_) stream_ = current_stream(out.get_device_index());
+  Between(const LinearCurvatureProduct& s, const Tensor& out, const GpuGuard& guard) : s_(s), on_gpu_(on_gpu(out)) {
+    if (on_gpu_) stream_ = guard.stream();
   }
 
   void bias(const LinearCurvatureTile& tile) const {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check_launch(kName, linear_curvature_product_cuda_bias(s_, tile, stream_));
+    if (on_gpu_) return check_launch(kName, linear_curvature_product_cuda_bias(s_, tile, stream_));
 #endif
     s_.dtype == DType::float64 ? cpu_bias<double>(s_, tile) : cpu_bias<float>(s_, tile);
   }
@@ -136,7 +135,7 @@ class Between {
         .dtype = s_.dtype,
     };
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check_launch(kName, softmax_curvature_cuda(p, stream_));
+    if (on_gpu_) return check_launch(kName, softmax_curvature_cuda(p, stream_));
 #endif
     static const auto block = TORCH_INFLUENCE_SIMD_PICK(softmax_curvature_block);
     st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1),
@@ -145,14 +144,14 @@ class Between {
 
   void add(const LinearCurvatureTile& tile, bool first) const {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (is_cuda_) return check_launch(kName, linear_curvature_product_cuda_add(s_, tile, first, stream_));
+    if (on_gpu_) return check_launch(kName, linear_curvature_product_cuda_add(s_, tile, first, stream_));
 #endif
     s_.dtype == DType::float64 ? cpu_add<double>(s_, tile, first) : cpu_add<float>(s_, tile, first);
   }
 
  private:
   const LinearCurvatureProduct& s_;
-  bool is_cuda_;
+  bool on_gpu_;
   [[maybe_unused]] void* stream_ = nullptr;
 };
 
@@ -161,11 +160,12 @@ Tensor weights_of(const LinearCurvatureProduct& s, const Tensor& v) {
   return st::view(st::contiguous(part(v, 1, 0, s.c * s.f)), {s.columns(), s.f});
 }
 
-void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
+void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature,
+               const GpuGuard& guard) {
   const int64_t m = s.columns();
   const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element_size(s.dtype);
   const int64_t most = std::min(std::max(kTileBytes / per_example, kLeastTile), s.n);
-  const Between between(s, v);
+  const Between between(s, v, guard);
   const Tensor columns = weights_of(s, v), columns_t = st::transpose(columns, 0, 1);
   const Tensor product = st::new_empty(v, {m, s.f}), bias_sums = st::new_empty(v, {1, m});
   const Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
@@ -201,19 +201,19 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
   }
 }
 
-void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature) {
-  const int64_t slabs = v.is_cuda() || s.columns() > kFewColumns ? 0 : slabs_of(s);
+void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature, const GpuGuard& guard) {
+  const int64_t slabs = on_gpu(v) || s.columns() > kFewColumns ? 0 : slabs_of(s);
   if (slabs > 0) {
     s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
     return;
   }
-  const int64_t vectors = v.is_cuda() ? s.k : std::max<int64_t>(kColumnsAtOnce / s.c, 1);
+  const int64_t vectors = on_gpu(v) ? s.k : std::max<int64_t>(kColumnsAtOnce / s.c, 1);
   for (int64_t first = 0; first < s.k; first += vectors) {
     LinearCurvatureProduct some = s;
     some.k = std::min(vectors, s.k - first);
     some.v = element_at(s.v, first * s.v_stride, s.dtype);
     some.out = element_at(s.out, first * s.out_stride, s.dtype);
-    run_tiles(some, x, part(v, 0, first, some.k), curvature);
+    run_tiles(some, x, part(v, 0, first, some.k), curvature, guard);
   }
 }
 
@@ -245,8 +245,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
 
   if (k == 0 || d == 0) return;
   if (n == 0) return (void)st::zero_(out);
-  std::optional<st::accelerator::DeviceGuard> guard;
-  if (v.is_cuda()) guard.emplace(v.get_device_index());
+  const GpuGuard guard(v);
   const Tensor x_rows = adjacent_columns(x), v_rows = adjacent_columns(v), out_rows = adjacent_columns(out);
   const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
   const Tensor weights_row = weights ? st::contiguous(*weights) : v;
@@ -269,7 +268,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
       .x_dtype = x_dtype,
       .dtype = dtype,
   };
-  run(product, x_rows, v_rows, curvature_rows);
+  run(product, x_rows, v_rows, curvature_rows, guard);
   write_back(out, out_rows);
 }
 

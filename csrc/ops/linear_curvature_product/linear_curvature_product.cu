@@ -39,16 +39,14 @@ __global__ void __launch_bounds__(kThreads)
 template <class W>
 const char* launch_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, void* stream) {
   const int64_t size = tile.rows * s.columns();
-  bias_kernel<<<grid_for(size), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<W*>(tile.t), size);
-  return launch_error();
+  return launch(bias_kernel<W>, grid_for(size), kThreads, stream, s, static_cast<W*>(tile.t), size);
 }
 
 template <class W>
 const char* launch_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first, void* stream) {
   const dim3 grid(grid_for(s.f > 0 ? s.f : 1), grid_y(s.columns()));
-  add_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s, static_cast<const W*>(tile.product),
-                                                                       static_cast<const W*>(tile.bias_sums), first);
-  return launch_error();
+  return launch(add_kernel<W>, grid, kThreads, stream, s, static_cast<const W*>(tile.product),
+                static_cast<const W*>(tile.bias_sums), first);
 }
 
 }  // namespace

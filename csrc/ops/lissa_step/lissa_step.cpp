@@ -37,7 +37,7 @@ void run_cpu(const LissaStep& p, double* norms) {
 
 void run(const LissaStep& p, const Tensor& norms) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-  if (norms.is_cuda()) {
+  if (on_gpu(norms)) {
     return launch_on_device_of(kName, norms, [&](void* stream) {
       const Tensor partials = st::new_empty(norms, {p.k * lissa_step_cuda_blocks(p.dtype, p.d)});
       return lissa_step_cuda(p, static_cast<double*>(partials.mutable_data_ptr()),

@@ -89,22 +89,15 @@ int64_t lissa_step_cuda_blocks(DType dtype, int64_t d) {
 }
 
 const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int64_t blocks = lissa_step_cuda_blocks(p.dtype, p.d);
   const dim3 grid(static_cast<unsigned>(blocks), grid_y(p.k));
-  with_element_type(p.dtype, [&](auto element) {
+  const char* error = with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     const bool packed =
         packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) && packs_fit<T>(p.hvp, p.hvp_stride, p.k);
-    if (packed) {
-      step_kernel<T, kWidest<T>><<<grid, kThreads, 0, cuda_stream>>>(p, partials);
-    } else {
-      step_kernel<T, 1><<<grid, kThreads, 0, cuda_stream>>>(p, partials);
-    }
+    return launch(packed ? step_kernel<T, kWidest<T>> : step_kernel<T, 1>, grid, kThreads, stream, p, partials);
   });
-  if (const char* error = launch_error()) return error;
-  sum_partials<<<static_cast<unsigned>(p.k), kThreads, 0, cuda_stream>>>(partials, blocks, norms);
-  return launch_error();
+  return error ? error : launch(sum_partials, grid_x(p.k), kThreads, stream, partials, blocks, norms);
 }
 
 }  // namespace torch_influence

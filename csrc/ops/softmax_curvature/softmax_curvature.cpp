@@ -38,7 +38,7 @@ void run_cpu(const SoftmaxCurvature& s) {
 
 void run(const SoftmaxCurvature& s, [[maybe_unused]] const Tensor& out) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
-  if (out.is_cuda()) {
+  if (on_gpu(out)) {
     return launch_on_device_of(kName, out, [&](void* stream) { return softmax_curvature_cuda(s, stream); });
   }
 #endif

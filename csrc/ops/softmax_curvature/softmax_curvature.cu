@@ -28,7 +28,7 @@ template <class T, int width>
 __global__ void __launch_bounds__(kThreads, 1) short_rows_kernel(const SoftmaxCurvature s, int rows_per_tile) {
   using W = Wide<T>;
   constexpr int kPacks = kTile<T> / width / kThreads;
-  __shared__ W products[kTile<T>];  // and then every row's mean in the place of its first product
+  TORCH_INFLUENCE_SHARED(W, products, [kTile<T>]);  // and then every row's mean in the place of its first product
 
   const int c = static_cast<int>(s.c);
   const int64_t first_example = int64_t(blockIdx.x) * rows_per_tile;
@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(kThreads, 1) short_rows_kernel(const SoftmaxCu
 }
 
 template <class T, int width>
-void launch_short_rows(const SoftmaxCurvature& s, cudaStream_t stream) {
+const char* launch_short_rows(const SoftmaxCurvature& s, void* stream) {
   constexpr int64_t kEnoughBlocks = 4096;  // beyond, a block does all tangents and reads p once
   const int rows_per_tile = static_cast<int>(kTile<T> / s.c / width * width);
   const int64_t tiles = (s.n + rows_per_tile - 1) / rows_per_tile;
   int64_t shares = (kEnoughBlocks + tiles - 1) / tiles;
   shares = shares < s.k ? shares : s.k;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(shares));
-  short_rows_kernel<T, width><<<grid, kThreads, 0, stream>>>(s, rows_per_tile);
+  return launch(short_rows_kernel<T, width>, grid, kThreads, stream, s, rows_per_tile);
 }
 
 // ---- longer rows: one per group of threads ----
@@ -118,7 +118,7 @@ template <int group, class W>
 __device__ W group_sum(W sum) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   if constexpr (group > kWarp) {
-    __shared__ W warp_sums[group / kWarp];
+    TORCH_INFLUENCE_SHARED(W, warp_sums, [group / kWarp]);
     if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sum;
     __syncthreads();
     sum = 0;
@@ -191,26 +191,27 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
   }
 }
 
+template <class T, int width, int group, int registers>
+constexpr int64_t kMostKept = int64_t(group) * kPacksIn<T, width>(registers) * width;  // elements of a row
+
 template <class T, int width, int group, int registers, bool any_length = false>
-bool launch_rows(const SoftmaxCurvature& s, cudaStream_t stream) {
+const char* launch_rows(const SoftmaxCurvature& s, void* stream) {
   constexpr int kBlock = group > kThreads ? group : kThreads, kKept = kPacksIn<T, width>(registers);
-  if (!any_length && s.c > group * kKept * width) return false;
   const int64_t blocks = (s.n * s.k + kBlock / group - 1) / (kBlock / group);
-  rows_kernel<T, width, group, kKept, any_length><<<grid_x(blocks), kBlock, 0, stream>>>(s);
-  return true;
+  return launch(rows_kernel<T, width, group, kKept, any_length>, grid_x(blocks), kBlock, stream, s);
 }
 
 // The smallest group that can keep a row. With few registers more groups run at a time, which short rows need to keep enough
 // loads in flight; the largest fills a multiprocessor's registers with 128 KiB of a row, or 96 where elements move alone.
 template <class T, int width>
-void launch(const SoftmaxCurvature& s, cudaStream_t stream) {
-  if (s.c <= kShort && s.packed()) {
-    launch_short_rows<T, width>(s, stream);
-  } else {
-    launch_rows<T, width, kWarp, 8>(s, stream) || launch_rows<T, width, kWarp, 32>(s, stream) ||
-        launch_rows<T, width, kThreads, 32>(s, stream) || launch_rows<T, width, 512, (width > 1 ? 64 : 48)>(s, stream) ||
-        launch_rows<T, width, 512, 32, true>(s, stream);
-  }
+const char* enqueue(const SoftmaxCurvature& s, void* stream) {
+  constexpr int kMost = width > 1 ? 64 : 48;
+  if (s.c <= kShort && s.packed()) return launch_short_rows<T, width>(s, stream);
+  if (s.c <= kMostKept<T, width, kWarp, 8>) return launch_rows<T, width, kWarp, 8>(s, stream);
+  if (s.c <= kMostKept<T, width, kWarp, 32>) return launch_rows<T, width, kWarp, 32>(s, stream);
+  if (s.c <= kMostKept<T, width, kThreads, 32>) return launch_rows<T, width, kThreads, 32>(s, stream);
+  if (s.c <= kMostKept<T, width, 512, kMost>) return launch_rows<T, width, 512, kMost>(s, stream);
+  return launch_rows<T, width, 512, 32, true>(s, stream);
 }
 
 // p, t and out, and each of their rows that the kernels load from, begin and end at a pack.
@@ -229,15 +230,10 @@ bool in_packs(const SoftmaxCurvature& s) {
 }  // namespace
 
 const char* softmax_curvature_cuda(const SoftmaxCurvature& s, void* stream) {
-  with_element_type(s.dtype, [&](auto element) {
+  return with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    if (in_packs<T>(s)) {
-      launch<T, kWidest<T>>(s, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<T, 1>(s, static_cast<cudaStream_t>(stream));
-    }
+    return in_packs<T>(s) ? enqueue<T, kWidest<T>>(s, stream) : enqueue<T, 1>(s, stream);
   });
-  return launch_error();
 }
 
 }  // namespace torch_influence
