@@ -5,10 +5,14 @@
 
 #include "common/element.h"
 
-// Declares variables that the threads of a block share: TORCH_INFLUENCE_SHARED(double, sums, [8]) is double sums[8]. Where
-// each thread is a fiber (tests/cuda_on_cpu) the stand-in for cuda_runtime.h has a definition of its own.
-#if !defined(TORCH_INFLUENCE_SHARED)
+// What differs where each thread is a fiber on the CPU (tests/cuda_on_cpu), whose cuda_runtime.h has these too.
+#if !defined(TORCH_INFLUENCE_EMULATE)
+// Declares what the threads of a block share: TORCH_INFLUENCE_SHARED(double, sums, [8]) is double sums[8].
 #define TORCH_INFLUENCE_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+namespace grid_limits {
+inline int64_t most_blocks_x() { return 0x7fffffff; }
+inline int64_t most_blocks_y() { return 65535; }
+}  // namespace grid_limits
 #endif
 
 namespace torch_influence {
@@ -58,8 +62,14 @@ __device__ inline double block_sum(double value) {
 
 // Cuts the number of blocks that would do all at once down to the most that a grid may have, along x and along y. Where it
 // cuts, a block goes on by gridDim to what is left.
-inline unsigned grid_x(int64_t blocks) { return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff); }
-inline unsigned grid_y(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
+inline unsigned grid_x(int64_t blocks) {
+  const int64_t most = grid_limits::most_blocks_x();
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+inline unsigned grid_y(int64_t blocks) {
+  const int64_t most = grid_limits::most_blocks_y();
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
 
 // Enqueues kernel(arguments...) on `stream`, a cudaStream_t, and returns null, or what is wrong with this launch.
 template <class... Parameters, class... Arguments>

@@ -48,7 +48,7 @@ inline SimdLevel simd_level() {
 }  // namespace torch_influence
 
 // clang-format off
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TORCH_INFLUENCE_EMULATE)
 #define TORCH_INFLUENCE_SIMD_DECLARE(signature)  \
   namespace base { signature; }                  \
   namespace avx2 { signature; }                  \

@@ -12,7 +12,7 @@ constexpr int64_t kColumns = int64_t(kThreads) * kInFlight * kWidest<T>;  // per
 // A block owns kColumns<T> columns of a row (of every gridDim.y-th row, where there are more rows than a grid has), a thread
 // packs of `width` elements, kThreads packs apart. Reads h, v and hvp once, writes h once: 4 * sizeof(T) bytes per element
 // and 8 bytes per block. Order of summation: a thread from left to right, then block_sum's tree; the blocks of a row are
-// added by sum_partials.
+// added by sum_kernel.
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, double* __restrict__ partials) {
   using W = Wide<T>;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, doubl
 // A block owns a row's partial sums, a thread every kThreads-th of them. Reads 8 bytes per block of step_kernel, writes 8
 // per row. Order of summation: a thread from left to right, then block_sum's tree.
 __global__ void __launch_bounds__(kThreads)
-    sum_partials(const double* __restrict__ partials, int64_t blocks, double* __restrict__ norms) {
+    sum_kernel(const double* __restrict__ partials, int64_t blocks, double* __restrict__ norms) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
   sum = block_sum(sum);
@@ -97,7 +97,7 @@ const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms,
         packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) && packs_fit<T>(p.hvp, p.hvp_stride, p.k);
     return launch(packed ? step_kernel<T, kWidest<T>> : step_kernel<T, 1>, grid, kThreads, stream, p, partials);
   });
-  return error ? error : launch(sum_partials, grid_x(p.k), kThreads, stream, partials, blocks, norms);
+  return error ? error : launch(sum_kernel, grid_x(p.k), kThreads, stream, partials, blocks, norms);
 }
 
 }  // namespace torch_influence
