@@ -19,6 +19,9 @@ namespace torch_influence {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- memory ----
 
 // Elements that one 16-byte memory access moves.
 template <class T>
@@ -34,31 +37,119 @@ __device__ __forceinline__ Pack<T, width> load_pack(const T* pointer) {
   return *reinterpret_cast<const Pack<T, width>*>(pointer);
 }
 
+// In one access also where the elements have 16 bits: told to copy structs of them, nvcc stores them one by one.
 template <int width, class T>
 __device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack) {
-  *reinterpret_cast<Pack<T, width>*>(pointer) = pack;
-}
-
-// `rows` rows that start at `pointer`, `stride` elements apart, can be moved in packs of the widest kind.
-template <class T>
-bool packs_fit(const void* pointer, int64_t stride, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (rows == 1 || stride % kWidest<T> == 0);
-}
-
-// The sum over a block of kThreads threads, in thread 0. Always the same tree: lanes by halves, then warps by halves.
-// Call it once per kernel and pass over `shared`, or synchronise in between.
-__device__ inline double block_sum(double value) {
-  TORCH_INFLUENCE_SHARED(double, warp_sums, [kThreads / kWarp]);
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  if (threadIdx.x < kWarp) {
-    value = threadIdx.x < kThreads / kWarp ? warp_sums[threadIdx.x] : 0.0;
-    for (int offset = kThreads / kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  if constexpr (sizeof pack == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    *reinterpret_cast<uint4*>(pointer) = bits;
+  } else {
+    *reinterpret_cast<Pack<T, width>*>(pointer) = pack;
   }
-  __syncthreads();  // warp_sums may be written again
-  return value;
 }
+
+// Tells whether `rows` rows of elements of `T` that start at `pointer`, `stride` elements apart, can be moved in packs.
+template <class T, int width = kWidest<T>>
+bool packs_fit(const void* pointer, int64_t stride, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0 && (rows == 1 || stride % width == 0);
+}
+
+// A part of a row that a block owns: where it begins in the row, and its elements.
+struct Columns {
+  int64_t begin;
+  int count;
+};
+__device__ __forceinline__ Columns block_columns(int64_t columns, int64_t d) {
+  const int64_t begin = blockIdx.x * columns, rest = d - begin;
+  return {begin, static_cast<int>(rest < columns ? rest : columns)};
+}
+
+// Calls f with the elements of `arrays` rows at each of the block's columns that this thread owns, and stores those rows whose
+// bit in `written` is set. The columns begin at a pack. A thread owns packs of `width` elements, kThreads packs apart, of
+// which it loads `in_flight` of each array before it uses the first; and the first threads own what is left beyond the packs.
+template <int width, unsigned written, int in_flight, class T, int arrays, class F>
+__device__ __forceinline__ void for_columns(T* const (&row)[arrays], const Columns& columns, F f) {
+  constexpr int kStride = kThreads * width;
+  const int whole = columns.count / width * width;
+  T* part[arrays];
+#pragma unroll
+  for (int a = 0; a < arrays; ++a) part[a] = row[a] + columns.begin;
+#pragma unroll 1
+  for (int first = threadIdx.x * width; first < whole; first += in_flight * kStride) {
+    Pack<T, width> pack[in_flight][arrays];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      if (first + u * kStride >= whole) continue;
+#pragma unroll
+      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(part[a] + first + u * kStride);
+    }
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      if (first + u * kStride >= whole) continue;
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        T element[arrays];
+#pragma unroll
+        for (int a = 0; a < arrays; ++a) element[a] = pack[u][a].element[e];
+        f(element);
+#pragma unroll
+        for (int a = 0; a < arrays; ++a) pack[u][a].element[e] = element[a];
+      }
+#pragma unroll
+      for (int a = 0; a < arrays; ++a) {
+        if (written >> a & 1) store_pack(part[a] + first + u * kStride, pack[u][a]);
+      }
+    }
+  }
+  const int left = whole + threadIdx.x;
+  if (width > 1 && left < columns.count) {
+    T element[arrays];
+#pragma unroll
+    for (int a = 0; a < arrays; ++a) element[a] = part[a][left];
+    f(element);
+#pragma unroll
+    for (int a = 0; a < arrays; ++a) {
+      if (written >> a & 1) part[a][left] = element[a];
+    }
+  }
+}
+
+// ---- sums ----
+
+// Replaces each of `count` values by its sum over a group of threads, in all of them: a warp, or the block. All threads of a
+// block must call it. Always the same tree: lanes by halves, then warps from left to right.
+template <int group, class W, int count>
+__device__ __forceinline__ void group_sums(W (&value)[count]) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) value[i] += __shfl_xor_sync(kAllLanes, value[i], offset);
+  }
+  if constexpr (group > kWarp) {
+    TORCH_INFLUENCE_SHARED(W, warp_sums, [count][group / kWarp]);
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) warp_sums[i][threadIdx.x / kWarp] = value[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      value[i] = warp_sums[i][0];
+      for (int warp = 1; warp < group / kWarp; ++warp) value[i] += warp_sums[i][warp];
+    }
+    __syncthreads();  // warp_sums may be written again
+  }
+}
+
+template <int group, class W>
+__device__ __forceinline__ W group_sum(W value) {
+  W values[] = {value};
+  group_sums<group>(values);
+  return values[0];
+}
+
+// ---- launches ----
 
 // Cuts the number of blocks that would do all at once down to the most that a grid may have, along x and along y. Where it
 // cuts, a block goes on by gridDim to what is left.
@@ -69,6 +160,18 @@ inline unsigned grid_x(int64_t blocks) {
 inline unsigned grid_y(int64_t blocks) {
   const int64_t most = grid_limits::most_blocks_y();
   return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+
+// Divides two numbers that are not negative. Most fit into 32 bits, where a GPU is several times as fast.
+struct Division {
+  int64_t quotient, remainder;
+};
+__device__ __forceinline__ Division divided(int64_t number, int64_t by) {
+  if (static_cast<uint64_t>(number | by) >> 32 == 0) {
+    const auto a = static_cast<uint32_t>(number), b = static_cast<uint32_t>(by), quotient = a / b;
+    return {quotient, a - quotient * b};
+  }
+  return {number / by, number % by};
 }
 
 // Enqueues kernel(arguments...) on `stream`, a cudaStream_t, and returns null, or what is wrong with this launch.

@@ -22,12 +22,12 @@ struct CgPlan {
   double rho_before;
 };
 
-// Columns of a row that a block owns: a multiple of what its threads move at a time, from 16 KiB on.
+// Columns of a row that a block owns: 16 KiB, or so many times that as keep the blocks of a row few.
 template <class T>
 int64_t columns_of(int64_t d) {
-  constexpr int64_t kStride = int64_t(kThreads) * kWidest<T>;
-  const int64_t strides = (d + kMostBlocks * kStride - 1) / (kMostBlocks * kStride);
-  return (strides < 4 ? 4 : strides) * kStride;
+  constexpr int64_t kColumns = int64_t(kThreads) * kWidest<T> * 4;  // whole steps of every kernel
+  const int64_t times = (d + kMostBlocks * kColumns - 1) / (kMostBlocks * kColumns);
+  return (times < 1 ? 1 : times) * kColumns;
 }
 
 template <class T>
@@ -35,52 +35,9 @@ int64_t blocks_of(int64_t d) {
   return d ? (d + columns_of<T>(d) - 1) / columns_of<T>(d) : 1;
 }
 
-// Calls f with the elements of `arrays` rows at each column of this block that this thread owns, and stores those rows whose
-// bit in `written` is set. A thread owns packs of `width` elements, kThreads packs apart, and single elements in the last,
-// partial step of a row.
 template <int width, unsigned written, class T, int arrays, class F>
-__device__ __forceinline__ void for_columns(T* const (&row)[arrays], int64_t d, int64_t columns, F f) {
-  constexpr int kPacks = kInFlight<arrays>;
-  constexpr int64_t kStride = int64_t(kThreads) * width, kStep = kPacks * kStride;
-  const int64_t begin = blockIdx.x * columns, end = begin + columns < d ? begin + columns : d;
-#pragma unroll 1
-  for (int64_t step = begin; step < end; step += kStep) {
-    T element[arrays];
-    if (step + kStep > end) {
-      for (int64_t j = step + threadIdx.x; j < end; j += kThreads) {
-#pragma unroll
-        for (int a = 0; a < arrays; ++a) element[a] = row[a][j];
-        f(element);
-#pragma unroll
-        for (int a = 0; a < arrays; ++a) {
-          if (written >> a & 1) row[a][j] = element[a];
-        }
-      }
-      continue;
-    }
-    const int64_t first = step + threadIdx.x * width;
-    Pack<T, width> pack[kPacks][arrays];
-#pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-#pragma unroll
-      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(row[a] + first + u * kStride);
-    }
-#pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-#pragma unroll
-      for (int e = 0; e < width; ++e) {
-#pragma unroll
-        for (int a = 0; a < arrays; ++a) element[a] = pack[u][a].element[e];
-        f(element);
-#pragma unroll
-        for (int a = 0; a < arrays; ++a) pack[u][a].element[e] = element[a];
-      }
-#pragma unroll
-      for (int a = 0; a < arrays; ++a) {
-        if (written >> a & 1) store_pack(row[a] + first + u * kStride, pack[u][a]);
-      }
-    }
-  }
+__device__ __forceinline__ void for_block(T* const (&row)[arrays], const Columns& columns, F f) {
+  for_columns<width, written, kInFlight<arrays>>(row, columns, f);
 }
 
 // Casts const away because for_columns takes rows that are only read (`given`) in one array with those that are written.
@@ -89,24 +46,28 @@ __device__ __forceinline__ T* row_of(const void* rows, int64_t stride, int64_t r
   return static_cast<T*>(const_cast<void*>(rows)) + row * stride;
 }
 
-// The sum of a row's `blocks` parts, every `apart`-th double from `parts` on, in every thread. A thread from left to right,
-// then block_sum's tree.
-__device__ __forceinline__ double total(const double* parts, int64_t blocks, int apart) {
-  TORCH_INFLUENCE_SHARED(double, result);
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += parts[i * apart];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) result = sum;
-  __syncthreads();
-  sum = result;
-  __syncthreads();  // result may be written again
-  return sum;
+// The sums of a row's `blocks` parts, each of `count` doubles, in every thread. A thread from left to right, then group_sums'
+// tree.
+template <int count>
+__device__ __forceinline__ void total(const double* parts, int64_t blocks, double (&sums)[count]) {
+#pragma unroll 2
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) sums[j] += parts[i * count + j];
+  }
+  group_sums<kThreads>(sums);
+}
+
+__device__ __forceinline__ double total(const double* parts, int64_t blocks) {
+  double sums[] = {0};
+  total(parts, blocks, sums);
+  return sums[0];
 }
 
 // ---- the kernels ----
 //
 // In each a block owns columns_of<T>(d) columns of a row (of every gridDim.y-th row, where there are more rows than a grid
-// has), a thread packs of `width` elements of them. Order of summation: a thread as it goes, then block_sum's tree; the
+// has), a thread packs of `width` elements of them. Order of summation: a thread as it goes, then group_sums' tree; the
 // parts of a row's blocks are added by total(). A row at rest costs a block a few reads.
 
 // p'q, p'p and q'q. Reads p and q: 2 * sizeof(T) bytes per element; writes 24 bytes per block.
@@ -116,17 +77,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     if (cg_scalar(s, kActive, row) == 0) continue;
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
-    double pq = 0, pp = 0, qq = 0;
-    for_columns<width, 0u>(rows, s.d, columns, [&](T(&element)[2]) {
+    double dots[] = {0, 0, 0};
+    for_block<width, 0u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) {
       const double p = widen(element[0]), q = widen(element[1]);
-      pq += p * q;
-      pp += p * p;
-      qq += q * q;
+      dots[0] += p * q;
+      dots[1] += p * p;
+      dots[2] += q * q;
     });
-    pq = block_sum(pq);
-    pp = block_sum(pp);
-    qq = block_sum(qq);
-    if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = {pq, pp, qq};
+    group_sums<kThreads>(dots);
+    if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = {dots[0], dots[1], dots[2]};
   }
 }
 
@@ -142,8 +101,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     double alpha = 0;
     bool works = false;
     if (active) {
-      const double* of_row = &parts[row * gridDim.x].pq;
-      const CgDots dots = {total(of_row, gridDim.x, 3), total(of_row + 1, gridDim.x, 3), total(of_row + 2, gridDim.x, 3)};
+      double sums[] = {0, 0, 0};
+      total(&parts[row * gridDim.x].pq, gridDim.x, sums);
+      const CgDots dots = {sums[0], sums[1], sums[2]};
       alpha = cg_alpha<Wide<T>>(rho, dots, &works);
       if (blockIdx.x == 0 && threadIdx.x == 0) cg_record_dots(s, row, dots, alpha, works);
     }
@@ -160,26 +120,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (with_x) {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row),
                          row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row)};
-      for_columns<width, 5u>(rows, s.d, columns, [&](T(&element)[4]) {
+      for_block<width, 5u>(rows, block_columns(columns, s.d), [&](T(&element)[4]) {
         move_r(element[0], element[1]);
         element[2] = cg_moved(element[2], step, element[3]);
       });
     } else {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
-      for_columns<width, 1u>(rows, s.d, columns, [&](T(&element)[2]) { move_r(element[0], element[1]); });
+      for_block<width, 1u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) { move_r(element[0], element[1]); });
     }
-    sum = block_sum(sum);
+    sum = group_sum<kThreads>(sum);
     if (threadIdx.x == 0) residuals[row * gridDim.x + blockIdx.x] = sum;
   }
 }
 
-// The end of a call that is followed by another with z. A block owns a row. Reads 8 bytes per block of residual_kernel.
+// The end of a call that is followed by another with z. A block owns a row (every gridDim.x-th). Reads
+// 8 bytes per block of residual_kernel.
 __global__ void __launch_bounds__(kThreads)
     settle_kernel(const CgStep s, int64_t blocks, const double* __restrict__ residuals, const CgPlan* __restrict__ plans) {
-  const int64_t row = blockIdx.x;
-  const bool steps = plans[row].steps != 0;
-  const double residual = steps ? total(residuals + row * blocks, blocks, 1) : 0;
-  if (threadIdx.x == 0) cg_record_residual(s, row, steps, residual, cg_done(residual, cg_scalar(s, kTolerance, row)));
+  for (int64_t row = blockIdx.x; row < s.k; row += gridDim.x) {
+    const bool steps = plans[row].steps != 0;
+    const double residual = steps ? total(residuals + row * blocks, blocks) : 0;
+    if (threadIdx.x == 0) cg_record_residual(s, row, steps, residual, cg_done(residual, cg_scalar(s, kTolerance, row)));
+  }
 }
 
 // x <- x + alpha p and, where the row isn't done, p <- r + beta p. Reads x, p and r, writes x and p: 5 * sizeof(T) bytes per
@@ -190,26 +152,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const CgPlan plan = plans[row];
     const bool steps = plan.steps != 0;
-    const double residual = steps ? total(residuals + row * gridDim.x, gridDim.x, 1) : 0;
+    const double residual = steps ? total(residuals + row * gridDim.x, gridDim.x) : 0;
     const bool done = cg_done(residual, cg_scalar(s, kTolerance, row));
     if (blockIdx.x == 0 && threadIdx.x == 0) cg_record_residual(s, row, steps, residual, done);
     if (!steps) continue;
 
     const auto alpha = static_cast<Wide<T>>(plan.alpha);
     const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(residual, plan.rho_before));
-    T* const x = row_of<T>(s.x, s.x_stride, row);
-    T* const p = row_of<T>(s.p, s.p_stride, row);
-    if (done) {
-      T* const rows[] = {x, p};
-      for_columns<width, 1u>(rows, s.d, columns,
-                             [&](T(&element)[2]) { element[0] = cg_moved(element[0], alpha, element[1]); });
-    } else {
-      T* const rows[] = {x, p, row_of<T>(s.r, s.r_stride, row)};
-      for_columns<width, 3u>(rows, s.d, columns, [&](T(&element)[3]) {
-        element[0] = cg_moved(element[0], alpha, element[1]);
-        element[1] = cg_direction(element[2], beta, element[1]);
-      });
-    }
+    T* const rows[] = {row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row), row_of<T>(s.r, s.r_stride, row)};
+    for_block<width, 3u>(rows, block_columns(columns, s.d), [&](T(&element)[3]) {
+      const T p = element[1];
+      element[0] = cg_moved(element[0], alpha, p);
+      element[1] = done ? p : cg_direction(element[2], beta, p);
+    });
   }
 }
 
@@ -223,9 +178,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (!active) continue;
     T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
     double sum = 0;
-    for_columns<width, 0u>(rows, s.d, columns,
-                           [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
-    sum = block_sum(sum);
+    for_block<width, 0u>(rows, block_columns(columns, s.d),
+                         [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
+    sum = group_sum<kThreads>(sum);
     if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = sum;
   }
 }
@@ -237,12 +192,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     const CgPlan plan = plans[row];
     if (plan.steps == 0) continue;
-    const double rho = total(parts + row * gridDim.x, gridDim.x, 1);
+    const double rho = total(parts + row * gridDim.x, gridDim.x);
     if (blockIdx.x == 0 && threadIdx.x == 0) cg_scalar(s, kRho, row) = rho;
     const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(rho, plan.rho_before));
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
-    for_columns<width, 1u>(rows, s.d, columns,
-                           [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
+    for_block<width, 1u>(rows, block_columns(columns, s.d),
+                         [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
   }
 }
 

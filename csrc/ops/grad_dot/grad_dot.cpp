@@ -78,11 +78,15 @@ void for_tiles(const GradDot& x, int64_t examples, int64_t positions, F f) {
 
 // ---- kernels ----
 
-// An element of out is summed by one thread, so its order doesn't depend on how the work is divided.
+// On the CPU an element of out is summed by one thread, so its order doesn't depend on how the work is divided.
 void add_sums(const GradDotSums& s, [[maybe_unused]] const Tensor& out) {
 #if defined(TORCH_INFLUENCE_WITH_CUDA)
   if (on_gpu(out)) {
-    return launch_on_device_of(kName, out, [&](void* stream) { return grad_dot_sums_cuda(s, stream); });
+    return launch_on_device_of(kName, out, [&](void* stream) {
+      const int64_t count = grad_dot_cuda_parts(s);
+      const Tensor parts = count ? st::new_empty(out, {count}) : out;
+      return grad_dot_sums_cuda(s, parts.mutable_data_ptr(), stream);
+    });
   }
 #endif
   constexpr int64_t kGrain = 16384;  // elements of U that are worth waking a thread for
@@ -201,22 +205,7 @@ void gradients_first(const GradDot& x) {
     auto add = [&](const Tensor& left, int64_t first_column, int64_t columns) {
       const Tensor products = shaped(dots, {1, n, x.k});
       call_out("aten::mm", left, st::transpose(part(x.v, 1, first_column, columns), 0, 1), st::view(products, {n, x.k}));
-      const GradDotSums sums{
-          .u = products.const_data_ptr(),
-          .g = nullptr,
-          .b = nullptr,
-          .out = x.out_at(example, 0),
-          .g_example_stride = 0,
-          .g_position_stride = 0,
-          .b_stride = 0,
-          .out_stride = x.out.stride(0),
-          .examples = n,
-          .positions = 1,
-          .k = x.k,
-          .o = 1,
-          .dtype = x.wide_dtype,
-      };
-      add_sums(sums, x.out);
+      add_rows(kName, part(x.out, 0, example, n), st::view(products, {n, x.k}));
     };
     for (int64_t p = 0; p < x.o; p += outputs) {
       const int64_t o = std::min(outputs, x.o - p);

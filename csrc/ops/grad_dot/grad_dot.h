@@ -25,7 +25,7 @@ struct GradDotProducts {
 // out[i, j] += sum over positions and outputs of (U + b) g.
 struct GradDotSums {
   const void* u;  // [examples, positions, k, o] of the type that the arithmetic is done in, without gaps
-  const void* g;  // [examples, positions, o] of dtype, elements of a row adjacent; null: one, positions and o are too
+  const void* g;  // [examples, positions, o] of dtype, elements of a row adjacent
   const void* b;  // [k, o] of the type that the arithmetic is done in, elements of a row adjacent; null for zeros
   void* out;      // [examples, k] of that type, elements of a row adjacent
   int64_t g_example_stride, g_position_stride, b_stride, out_stride;
@@ -43,7 +43,9 @@ TORCH_INFLUENCE_INLINE W grad_dot_element(W sum, W product, W g) {
 TORCH_INFLUENCE_SIMD_DECLARE(void grad_dot_products(const GradDotProducts& s, int64_t first_row, int64_t last_row))
 TORCH_INFLUENCE_SIMD_DECLARE(void grad_dot_sums(const GradDotSums& s, int64_t first, int64_t last))
 
-// CUDA: enqueues everything on `stream`, a cudaStream_t. Returns null, or what is wrong with the launch.
-const char* grad_dot_sums_cuda(const GradDotSums& s, void* stream);
+// CUDA: enqueues everything on `stream`, a cudaStream_t; `parts` has grad_dot_cuda_parts() entries of the type that the
+// arithmetic is done in. Returns null, or what is wrong with the launch.
+int64_t grad_dot_cuda_parts(const GradDotSums& s);
+const char* grad_dot_sums_cuda(const GradDotSums& s, void* parts, void* stream);
 
 }  // namespace torch_influence

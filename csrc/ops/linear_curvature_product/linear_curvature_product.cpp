@@ -65,95 +65,32 @@ constexpr int64_t kLeastTile = 256;  // examples: below, BLAS is slower per exam
 // their products, stay small. Fresh memory costs more than all that is done with it.
 constexpr int64_t kColumnsAtOnce = 1024;
 
-template <class W>
-void cpu_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile) {
+// t <- B t for `rows` examples from `first` on, B by their probabilities.
+void apply_softmax(const LinearCurvatureProduct& s, const Tensor& t, int64_t first, int64_t rows) {
   const int64_t m = s.columns();
-  std::vector<W> bias(m);
-  for (int64_t j = 0; j < m; ++j) {
-    bias[j] = static_cast<const W*>(s.v)[linear_curvature_bias_at(j, s.c, s.f, s.v_stride)];
-  }
-  st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      W* t = static_cast<W*>(tile.t) + row * m;
-      for (int64_t j = 0; j < m; ++j) t[j] += bias[j];
-    }
-  });
-}
-
-template <class W>
-void cpu_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first_tile) {
-  auto put = [first_tile](W* to, const W* from, int64_t count) {
-    if (first_tile) {
-      std::memcpy(to, from, count * sizeof(W));
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-    }
+  void* elements = t.mutable_data_ptr();
+  const SoftmaxCurvature p{
+      .p = element_at(s.curvature, first * s.curvature_stride, s.dtype),
+      .t = elements,
+      .weights = s.weights ? element_at(s.weights, first, s.dtype) : nullptr,
+      .out = elements,
+      .p_stride = s.curvature_stride,
+      .t_stride = m,
+      .out_stride = m,
+      .t_tangent_stride = s.c,
+      .out_tangent_stride = s.c,
+      .k = s.k,
+      .n = rows,
+      .c = s.c,
+      .dtype = s.dtype,
   };
-  W* out = static_cast<W*>(s.out);
-  st::parallel_for(
-      0, s.columns(), std::max<int64_t>(32768 / std::max<int64_t>(s.f, 1), 1), [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-          put(out + linear_curvature_weight_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.product) + row * s.f,
-              s.f);
-          if (s.bias) {
-            put(out + linear_curvature_bias_at(row, s.c, s.f, s.out_stride), static_cast<const W*>(tile.bias_sums) + row, 1);
-          }
-        }
-      });
+#if defined(TORCH_INFLUENCE_WITH_CUDA)
+  if (on_gpu(t)) return launch_on_device_of(kName, t, [&](void* stream) { return softmax_curvature_cuda(p, stream); });
+#endif
+  static const auto block = TORCH_INFLUENCE_SIMD_PICK(softmax_curvature_block);
+  st::parallel_for(0, rows, std::max<int64_t>(32768 / m, 1),
+                   [&](int64_t begin, int64_t end) { block(p, begin, end, 0, s.k); });
 }
-
-// What comes between the products, where the tensors are.
-class Between {
- public:
-  Between(const LinearCurvatureProduct& s, const Tensor& out, const GpuGuard& guard) : s_(s), on_gpu_(on_gpu(out)) {
-    if (on_gpu_) stream_ = guard.stream();
-  }
-
-  void bias(const LinearCurvatureTile& tile) const {
-#if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (on_gpu_) return check_launch(kName, linear_curvature_product_cuda_bias(s_, tile, stream_));
-#endif
-    s_.dtype == DType::float64 ? cpu_bias<double>(s_, tile) : cpu_bias<float>(s_, tile);
-  }
-
-  // t <- B t for the examples from `first` on.
-  void softmax(const LinearCurvatureTile& tile, int64_t first) const {
-    const int64_t m = s_.columns();
-    const SoftmaxCurvature p{
-        .p = element_at(s_.curvature, first * s_.curvature_stride, s_.dtype),
-        .t = tile.t,
-        .weights = s_.weights ? element_at(s_.weights, first, s_.dtype) : nullptr,
-        .out = tile.t,
-        .p_stride = s_.curvature_stride,
-        .t_stride = m,
-        .out_stride = m,
-        .t_tangent_stride = s_.c,
-        .out_tangent_stride = s_.c,
-        .k = s_.k,
-        .n = tile.rows,
-        .c = s_.c,
-        .dtype = s_.dtype,
-    };
-#if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (on_gpu_) return check_launch(kName, softmax_curvature_cuda(p, stream_));
-#endif
-    static const auto block = TORCH_INFLUENCE_SIMD_PICK(softmax_curvature_block);
-    st::parallel_for(0, tile.rows, std::max<int64_t>(32768 / m, 1),
-                     [&](int64_t begin, int64_t end) { block(p, begin, end, 0, s_.k); });
-  }
-
-  void add(const LinearCurvatureTile& tile, bool first) const {
-#if defined(TORCH_INFLUENCE_WITH_CUDA)
-    if (on_gpu_) return check_launch(kName, linear_curvature_product_cuda_add(s_, tile, first, stream_));
-#endif
-    s_.dtype == DType::float64 ? cpu_add<double>(s_, tile, first) : cpu_add<float>(s_, tile, first);
-  }
-
- private:
-  const LinearCurvatureProduct& s_;
-  bool on_gpu_;
-  [[maybe_unused]] void* stream_ = nullptr;
-};
 
 // [k, row_length] -> its weights [m, f], without gaps.
 Tensor weights_of(const LinearCurvatureProduct& s, const Tensor& v) {
@@ -161,16 +98,28 @@ Tensor weights_of(const LinearCurvatureProduct& s, const Tensor& v) {
 }
 
 void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature,
-               const GpuGuard& guard) {
+               const Tensor& out) {
   const int64_t m = s.columns();
   const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element_size(s.dtype);
   const int64_t most = std::min(std::max(kTileBytes / per_example, kLeastTile), s.n);
-  const Between between(s, v, guard);
-  const Tensor columns = weights_of(s, v), columns_t = st::transpose(columns, 0, 1);
+  const int64_t weights = s.c * s.f, biases = s.bias ? s.c : 0;
+  const Tensor columns = weights_of(s, v);
+  std::optional<Tensor> bias;
+  if (s.bias) bias = st::view(st::contiguous(part(v, 1, weights, biases)), {m});
   const Tensor product = st::new_empty(v, {m, s.f}), bias_sums = st::new_empty(v, {1, m});
   const Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
   Tensor ones = st::new_empty(v, {1, most});
   if (s.bias) st::fill_(ones, 1.0);
+  // Columns [column, column + count) of out become, or grow by, what a tile gives.
+  auto put = [&](const Tensor& sums_of_tile, int64_t column, int64_t count, bool first_tile) {
+    Tensor to = part(out, 1, column, count);
+    const Tensor from = st::view(sums_of_tile, {s.k, count});
+    if (first_tile) {
+      st::copy_(to, from);
+    } else {
+      add_rows(kName, to, from);
+    }
+  };
 
   for (int64_t first = 0; first < s.n; first += most) {
     const int64_t rows = std::min(most, s.n - first);
@@ -181,27 +130,22 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
       x_tile = widened;
     }
     const Tensor t = part(all_t, 0, 0, rows), sums = part(all_s, 0, 0, rows);
-    call_out("aten::mm", x_tile, columns_t, t);
-    const LinearCurvatureTile tile{
-        .t = t.mutable_data_ptr(),
-        .product = product.const_data_ptr(),
-        .bias_sums = bias_sums.const_data_ptr(),
-        .rows = rows,
-    };
-    if (s.bias) between.bias(tile);
+    linear_out(x_tile, columns, bias, t);
     if (s.blocks) {
       const Tensor blocks = st::transpose(part(curvature, 0, first, rows), 1, 2);
       call_out("aten::bmm", st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
     } else {
-      between.softmax(tile, first);
+      apply_softmax(s, t, first, rows);
     }
     call_out("aten::mm", st::transpose(sums, 0, 1), x_tile, product);
-    if (s.bias) call_out("aten::mm", part(ones, 1, 0, rows), sums, bias_sums);
-    between.add(tile, first == 0);
+    put(product, 0, weights, first == 0);
+    if (!s.bias) continue;
+    call_out("aten::mm", part(ones, 1, 0, rows), sums, bias_sums);
+    put(bias_sums, weights, biases, first == 0);
   }
 }
 
-void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature, const GpuGuard& guard) {
+void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, const Tensor& curvature, const Tensor& out) {
   const int64_t slabs = on_gpu(v) || s.columns() > kFewColumns ? 0 : slabs_of(s);
   if (slabs > 0) {
     s.dtype == DType::float64 ? run_slabs<double>(s, slabs) : run_slabs<float>(s, slabs);
@@ -213,7 +157,7 @@ void run(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v, cons
     some.k = std::min(vectors, s.k - first);
     some.v = element_at(s.v, first * s.v_stride, s.dtype);
     some.out = element_at(s.out, first * s.out_stride, s.dtype);
-    run_tiles(some, x, part(v, 0, first, some.k), curvature, guard);
+    run_tiles(some, x, part(v, 0, first, some.k), curvature, part(out, 0, first, some.k));
   }
 }
 
@@ -268,7 +212,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
       .x_dtype = x_dtype,
       .dtype = dtype,
   };
-  run(product, x_rows, v_rows, curvature_rows, guard);
+  run(product, x_rows, v_rows, curvature_rows, out_rows);
   write_back(out, out_rows);
 }
 

@@ -45,27 +45,12 @@ inline int64_t linear_curvature_scratch(const LinearCurvatureProduct& s) {
 TORCH_INFLUENCE_SIMD_DECLARE(void linear_curvature_slab(const LinearCurvatureProduct& s, int64_t first, int64_t last,
                                                         void* sums, void* scratch))
 
-// A tile of `rows` examples between two products of matrices: what BLAS does not do.
-struct LinearCurvatureTile {
-  void* t;                // [rows, m]
-  const void* product;    // [m, f], of the tile's s^T x
-  const void* bias_sums;  // [m], of the tile's s over its examples
-  int64_t rows;
-};
-
-// CUDA: t += v_b, and out += product (out = product for the first tile), on `stream`, a cudaStream_t. Return null, or what
-// is wrong with the launch.
-const char* linear_curvature_product_cuda_bias(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile,
-                                               void* stream);
-const char* linear_curvature_product_cuda_add(const LinearCurvatureProduct& s, const LinearCurvatureTile& tile, bool first,
-                                              void* stream);
-
-// Where element j of row `row` of `product` belongs in `out`, and of `bias_sums`, for both devices.
-TORCH_INFLUENCE_INLINE int64_t linear_curvature_weight_at(int64_t row, int64_t c, int64_t f, int64_t out_stride) {
-  return row / c * out_stride + row % c * f;
+// Where element j of row `row` of the weights [m, f] is in a vector, and of the biases [m].
+TORCH_INFLUENCE_INLINE int64_t linear_curvature_weight_at(int64_t row, int64_t c, int64_t f, int64_t stride) {
+  return row / c * stride + row % c * f;
 }
-TORCH_INFLUENCE_INLINE int64_t linear_curvature_bias_at(int64_t row, int64_t c, int64_t f, int64_t out_stride) {
-  return row / c * out_stride + c * f + row % c;
+TORCH_INFLUENCE_INLINE int64_t linear_curvature_bias_at(int64_t row, int64_t c, int64_t f, int64_t stride) {
+  return row / c * stride + c * f + row % c;
 }
 
 }  // namespace torch_influence

@@ -11,70 +11,40 @@ constexpr int64_t kColumns = int64_t(kThreads) * kInFlight * kWidest<T>;  // per
 
 // A block owns kColumns<T> columns of a row (of every gridDim.y-th row, where there are more rows than a grid has), a thread
 // packs of `width` elements, kThreads packs apart. Reads h, v and hvp once, writes h once: 4 * sizeof(T) bytes per element
-// and 8 bytes per block. Order of summation: a thread from left to right, then block_sum's tree; the blocks of a row are
-// added by sum_kernel.
+// and 8 bytes per block. Order of summation: a thread from left to right, then group_sum's tree; the blocks of a row are
+// added by norms_kernel.
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, double* __restrict__ partials) {
   using W = Wide<T>;
   const W damp = static_cast<W>(p.damp), inverse_scale = static_cast<W>(p.inverse_scale);
-  constexpr int64_t kStride = int64_t(kThreads) * width;
-  const int64_t block_begin = blockIdx.x * kColumns<T>;
+  const Columns columns = block_columns(kColumns<T>, p.d);
 
   for (int64_t row = blockIdx.y; row < p.k; row += gridDim.y) {
-    T* h = static_cast<T*>(p.h) + row * p.h_stride;
-    const T* v = static_cast<const T*>(p.v) + row * p.v_stride;
-    const T* hvp = static_cast<const T*>(p.hvp) + row * p.hvp_stride;
+    // for_columns takes the rows that are only read in one array with the one that is written.
+    T* const rows[] = {static_cast<T*>(p.h) + row * p.h_stride, static_cast<T*>(const_cast<void*>(p.v)) + row * p.v_stride,
+                       static_cast<T*>(const_cast<void*>(p.hvp)) + row * p.hvp_stride};
     double sum = 0;
-
-    auto step = [&](T h_old, T v_old, T hvp_old) {
-      const W h_new = lissa_step_element<W>(widen(h_old), widen(v_old), widen(hvp_old), damp, inverse_scale);
-      const T stored = narrow(h_new, T());
-      const double x = widen(stored);
-      sum += x * x;
-      return stored;
-    };
-
-#pragma unroll 1
-    for (int64_t base = block_begin; base < block_begin + kColumns<T>; base += kInFlight * kStride) {
-      const int64_t first = base + threadIdx.x * width;
-      Pack<T, width> h_pack[kInFlight], v_pack[kInFlight], hvp_pack[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int64_t column = first + i * kStride;
-        if (column + width > p.d) continue;
-        h_pack[i] = load_pack<width>(h + column);
-        v_pack[i] = load_pack<width>(v + column);
-        hvp_pack[i] = load_pack<width>(hvp + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int64_t column = first + i * kStride;
-        if (column + width <= p.d) {
-#pragma unroll
-          for (int e = 0; e < width; ++e) {
-            T& h_e = h_pack[i].element[e];
-            h_e = step(h_e, v_pack[i].element[e], hvp_pack[i].element[e]);
-          }
-          store_pack(h + column, h_pack[i]);
-        } else {
-          for (int64_t j = column; j < p.d; ++j) h[j] = step(h[j], v[j], hvp[j]);
-        }
-      }
-    }
-
-    sum = block_sum(sum);
+    for_columns<width, 1u, kInFlight>(rows, columns, [&](T(&element)[3]) {
+      const W h = lissa_step_element<W>(widen(element[0]), widen(element[1]), widen(element[2]), damp, inverse_scale);
+      element[0] = narrow(h, T());
+      const double stored = widen(element[0]);
+      sum += stored * stored;
+    });
+    sum = group_sum<kThreads>(sum);
     if (threadIdx.x == 0) partials[row * gridDim.x + blockIdx.x] = sum;
   }
 }
 
-// A block owns a row's partial sums, a thread every kThreads-th of them. Reads 8 bytes per block of step_kernel, writes 8
-// per row. Order of summation: a thread from left to right, then block_sum's tree.
+// A block owns a row's partial sums (of every gridDim.x-th row), a thread every kThreads-th of them. Reads 8 bytes per block
+// of step_kernel, writes 8 per row. Order of summation: a thread from left to right, then group_sum's tree.
 __global__ void __launch_bounds__(kThreads)
-    sum_kernel(const double* __restrict__ partials, int64_t blocks, double* __restrict__ norms) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[blockIdx.x * blocks + i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) norms[blockIdx.x] = sum;
+    norms_kernel(const double* __restrict__ partials, int64_t k, int64_t blocks, double* __restrict__ norms) {
+  for (int64_t row = blockIdx.x; row < k; row += gridDim.x) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += partials[row * blocks + i];
+    sum = group_sum<kThreads>(sum);
+    if (threadIdx.x == 0) norms[row] = sum;
+  }
 }
 
 template <class T>
@@ -97,7 +67,7 @@ const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms,
         packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) && packs_fit<T>(p.hvp, p.hvp_stride, p.k);
     return launch(packed ? step_kernel<T, kWidest<T>> : step_kernel<T, 1>, grid, kThreads, stream, p, partials);
   });
-  return error ? error : launch(sum_kernel, grid_x(p.k), kThreads, stream, partials, blocks, norms);
+  return error ? error : launch(norms_kernel, grid_x(p.k), kThreads, stream, partials, p.k, blocks, norms);
 }
 
 }  // namespace torch_influence
