@@ -27,20 +27,43 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <class T>
 constexpr int kWidest = 16 / sizeof(T);
 
+// Neighbouring elements that a thread owns. It moves them in one access where they are `aligned`, which is a matter of the
+// tensors' addresses and strides, and else one by one. So where a row lies in memory doesn't change the order of its sums.
 template <class T, int width>
 struct alignas(width * sizeof(T)) Pack {
   T element[width];
 };
 
-template <int width, class T>
-__device__ __forceinline__ Pack<T, width> load_pack(const T* pointer) {
-  return *reinterpret_cast<const Pack<T, width>*>(pointer);
+// Loads a pack of which `count` elements are there; the others are zeros. Aligned ones are there as a whole.
+template <bool aligned, int width, class T>
+__device__ __forceinline__ Pack<T, width> load_pack(const T* pointer, int64_t count = width) {
+  if constexpr (aligned) return *reinterpret_cast<const Pack<T, width>*>(pointer);
+  Pack<T, width> pack{};
+  if constexpr (sizeof(T) == 2 && width % 2 == 0) {  // two to a register: nvcc would give each one of its own
+    uint32_t word[width / 2];
+#pragma unroll
+    for (int e = 0; e < width; e += 2) {
+      const uint32_t low = e < count ? pointer[e].bits : 0, high = e + 1 < count ? pointer[e + 1].bits : 0;
+      word[e / 2] = __byte_perm(low, high, 0x5410);  // low | high << 16
+    }
+    memcpy(&pack, word, sizeof pack);
+  } else {
+#pragma unroll
+    for (int e = 0; e < width; ++e) {
+      if (e < count) pack.element[e] = pointer[e];
+    }
+  }
+  return pack;
 }
 
-// In one access also where the elements have 16 bits: told to copy structs of them, nvcc stores them one by one.
-template <int width, class T>
-__device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack) {
-  if constexpr (sizeof pack == 16) {
+template <bool aligned, int width, class T>
+__device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack, int64_t count = width) {
+  if constexpr (!aligned) {
+#pragma unroll
+    for (int e = 0; e < width; ++e) {
+      if (e < count) pointer[e] = pack.element[e];
+    }
+  } else if constexpr (sizeof pack == 16) {  // nvcc stores a struct of 16-bit elements one by one
     uint4 bits;
     memcpy(&bits, &pack, sizeof bits);
     *reinterpret_cast<uint4*>(pointer) = bits;
@@ -49,9 +72,9 @@ __device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pac
   }
 }
 
-// Tells whether `rows` rows of elements of `T` that start at `pointer`, `stride` elements apart, can be moved in packs.
+// Tells whether packs of `width` elements are aligned in `rows` rows that start at `pointer`, `stride` elements apart.
 template <class T, int width = kWidest<T>>
-bool packs_fit(const void* pointer, int64_t stride, int64_t rows) {
+bool rows_aligned(const void* pointer, int64_t stride, int64_t rows) {
   return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0 && (rows == 1 || stride % width == 0);
 }
 
@@ -66,11 +89,11 @@ __device__ __forceinline__ Columns block_columns(int64_t columns, int64_t d) {
 }
 
 // Calls f with the elements of `arrays` rows at each of the block's columns that this thread owns, and stores those rows whose
-// bit in `written` is set. The columns begin at a pack. A thread owns packs of `width` elements, kThreads packs apart, of
+// bit in `written` is set. The columns begin at a pack. A thread owns packs of kWidest<T> elements, kThreads packs apart, of
 // which it loads `in_flight` of each array before it uses the first; and the first threads own what is left beyond the packs.
-template <int width, unsigned written, int in_flight, class T, int arrays, class F>
+template <bool aligned, unsigned written, int in_flight, class T, int arrays, class F>
 __device__ __forceinline__ void for_columns(T* const (&row)[arrays], const Columns& columns, F f) {
-  constexpr int kStride = kThreads * width;
+  constexpr int width = kWidest<T>, kStride = kThreads * width;
   const int whole = columns.count / width * width;
   T* part[arrays];
 #pragma unroll
@@ -82,7 +105,7 @@ __device__ __forceinline__ void for_columns(T* const (&row)[arrays], const Colum
     for (int u = 0; u < in_flight; ++u) {
       if (first + u * kStride >= whole) continue;
 #pragma unroll
-      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<width>(part[a] + first + u * kStride);
+      for (int a = 0; a < arrays; ++a) pack[u][a] = load_pack<aligned, width>(part[a] + first + u * kStride);
     }
 #pragma unroll
     for (int u = 0; u < in_flight; ++u) {
@@ -98,12 +121,12 @@ __device__ __forceinline__ void for_columns(T* const (&row)[arrays], const Colum
       }
 #pragma unroll
       for (int a = 0; a < arrays; ++a) {
-        if (written >> a & 1) store_pack(part[a] + first + u * kStride, pack[u][a]);
+        if (written >> a & 1) store_pack<aligned>(part[a] + first + u * kStride, pack[u][a]);
       }
     }
   }
   const int left = whole + threadIdx.x;
-  if (width > 1 && left < columns.count) {
+  if (left < columns.count) {
     T element[arrays];
 #pragma unroll
     for (int a = 0; a < arrays; ++a) element[a] = part[a][left];

@@ -117,4 +117,10 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATOR_HERE) {
   return emulator::of_bits<T>(emulator::shuffle(mask, emulator::bits_of(value), emulator::lane() ^ lanes, file, line));
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

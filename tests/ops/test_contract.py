@@ -62,7 +62,7 @@ def test_the_registered_ops_are_those_of_the_build():
 @every_op
 def test_every_part_is_in_its_place(op):
     sources = ROOT / "csrc" / "ops" / op
-    for path in (sources / f"{op}.h", sources / f"{op}.cpp", sources / f"{op}.cu"):
+    for path in (sources / f"{op}.h", sources / f"{op}.cpp"):
         assert path.is_file(), f"{path.relative_to(ROOT)} is missing"
     for path in (f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
         assert (ROOT / path).is_file(), f"{path} is missing"

@@ -12,9 +12,10 @@ namespace {
 constexpr int kResident = 3;  // blocks on a multiprocessor at least; the compiler would aim higher, and spill for it
 constexpr int64_t kMostBlocks = 1024;  // per row: enough for the largest GPU, few enough to add up their parts
 
-// Packs of each array that a thread loads before it uses the first.
-template <int arrays>
-constexpr int kInFlight = arrays == 2 ? 4 : 2;
+// Packs of each array that a thread loads before it uses the first: half as many where 16-bit elements are moved one by one,
+// which takes more registers.
+template <class T, int arrays, bool aligned>
+constexpr int kInFlight = (arrays == 2 ? 4 : 2) / (aligned || sizeof(T) > 2 ? 1 : 2);
 
 struct CgPlan {
   double steps;  // 1 where the kernel that reads it has anything to do
@@ -35,9 +36,9 @@ int64_t blocks_of(int64_t d) {
   return d ? (d + columns_of<T>(d) - 1) / columns_of<T>(d) : 1;
 }
 
-template <int width, unsigned written, class T, int arrays, class F>
+template <bool aligned, unsigned written, class T, int arrays, class F>
 __device__ __forceinline__ void for_block(T* const (&row)[arrays], const Columns& columns, F f) {
-  for_columns<width, written, kInFlight<arrays>>(row, columns, f);
+  for_columns<aligned, written, kInFlight<T, arrays, aligned>>(row, columns, f);
 }
 
 // Casts const away because for_columns takes rows that are only read (`given`) in one array with those that are written.
@@ -67,18 +68,18 @@ __device__ __forceinline__ double total(const double* parts, int64_t blocks) {
 // ---- the kernels ----
 //
 // In each a block owns columns_of<T>(d) columns of a row (of every gridDim.y-th row, where there are more rows than a grid
-// has), a thread packs of `width` elements of them. Order of summation: a thread as it goes, then group_sums' tree; the
+// has), a thread packs of kWidest<T> elements of them. Order of summation: a thread as it goes, then group_sums' tree; the
 // parts of a row's blocks are added by total(). A row at rest costs a block a few reads.
 
 // p'q, p'p and q'q. Reads p and q: 2 * sizeof(T) bytes per element; writes 24 bytes per block.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, kResident)
     dots_kernel(const CgStep s, int64_t columns, CgDots* __restrict__ parts) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
     if (cg_scalar(s, kActive, row) == 0) continue;
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
     double dots[] = {0, 0, 0};
-    for_block<width, 0u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) {
+    for_block<aligned, 0u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) {
       const double p = widen(element[0]), q = widen(element[1]);
       dots[0] += p * q;
       dots[1] += p * p;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // r <- r - alpha q and r'r; with a preconditioner x <- x + alpha p too. Reads r and q, writes r: 3 * sizeof(T) bytes per
 // element, with x 6 * sizeof(T); reads 24 bytes per block of the row, writes 8 per block.
-template <class T, int width, bool with_x>
+template <class T, bool aligned, bool with_x>
 __global__ void __launch_bounds__(kThreads, kResident)
     residual_kernel(const CgStep s, int64_t columns, const CgDots* __restrict__ parts, double* __restrict__ residuals,
                     CgPlan* __restrict__ plans) {
@@ -120,13 +121,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (with_x) {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row),
                          row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row)};
-      for_block<width, 5u>(rows, block_columns(columns, s.d), [&](T(&element)[4]) {
+      for_block<aligned, 5u>(rows, block_columns(columns, s.d), [&](T(&element)[4]) {
         move_r(element[0], element[1]);
         element[2] = cg_moved(element[2], step, element[3]);
       });
     } else {
       T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
-      for_block<width, 1u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) { move_r(element[0], element[1]); });
+      for_block<aligned, 1u>(rows, block_columns(columns, s.d), [&](T(&element)[2]) { move_r(element[0], element[1]); });
     }
     sum = group_sum<kThreads>(sum);
     if (threadIdx.x == 0) residuals[row * gridDim.x + blockIdx.x] = sum;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // x <- x + alpha p and, where the row isn't done, p <- r + beta p. Reads x, p and r, writes x and p: 5 * sizeof(T) bytes per
 // element; reads 8 bytes per block of the row.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, kResident)
     iterate_kernel(const CgStep s, int64_t columns, const double* __restrict__ residuals, const CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const auto alpha = static_cast<Wide<T>>(plan.alpha);
     const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(residual, plan.rho_before));
     T* const rows[] = {row_of<T>(s.x, s.x_stride, row), row_of<T>(s.p, s.p_stride, row), row_of<T>(s.r, s.r_stride, row)};
-    for_block<width, 3u>(rows, block_columns(columns, s.d), [&](T(&element)[3]) {
+    for_block<aligned, 3u>(rows, block_columns(columns, s.d), [&](T(&element)[3]) {
       const T p = element[1];
       element[0] = cg_moved(element[0], alpha, p);
       element[1] = done ? p : cg_direction(element[2], beta, p);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // r'z. Reads r and z: 2 * sizeof(T) bytes per element; writes 8 bytes per block.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, kResident)
     rho_kernel(const CgStep s, int64_t columns, double* __restrict__ parts, CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
@@ -178,15 +179,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (!active) continue;
     T* const rows[] = {row_of<T>(s.r, s.r_stride, row), row_of<T>(s.given, s.given_stride, row)};
     double sum = 0;
-    for_block<width, 0u>(rows, block_columns(columns, s.d),
-                         [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
+    for_block<aligned, 0u>(rows, block_columns(columns, s.d),
+                           [&](T(&element)[2]) { sum += double(widen(element[0])) * double(widen(element[1])); });
     sum = group_sum<kThreads>(sum);
     if (threadIdx.x == 0) parts[row * gridDim.x + blockIdx.x] = sum;
   }
 }
 
 // p <- z + beta p. Reads z and p, writes p: 3 * sizeof(T) bytes per element; reads 8 bytes per block of the row.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, kResident)
     turn_kernel(const CgStep s, int64_t columns, const double* __restrict__ parts, const CgPlan* __restrict__ plans) {
   for (int64_t row = blockIdx.y; row < s.k; row += gridDim.y) {
@@ -196,12 +197,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (blockIdx.x == 0 && threadIdx.x == 0) cg_scalar(s, kRho, row) = rho;
     const auto beta = static_cast<Wide<T>>(cg_beta<Wide<T>>(rho, plan.rho_before));
     T* const rows[] = {row_of<T>(s.p, s.p_stride, row), row_of<T>(s.given, s.given_stride, row)};
-    for_block<width, 1u>(rows, block_columns(columns, s.d),
-                         [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
+    for_block<aligned, 1u>(rows, block_columns(columns, s.d),
+                           [&](T(&element)[2]) { element[0] = cg_direction(element[1], beta, element[0]); });
   }
 }
 
-template <class T, int width>
+template <class T, bool aligned>
 const char* enqueue(const CgStep& s, double* scratch, void* stream) {
   const int64_t columns = columns_of<T>(s.d), blocks = blocks_of<T>(s.d);
   const dim3 grid(static_cast<unsigned>(blocks), grid_y(s.k));
@@ -209,15 +210,15 @@ const char* enqueue(const CgStep& s, double* scratch, void* stream) {
   auto* const dots = reinterpret_cast<CgDots*>(plans + s.k);
   auto* const sums = reinterpret_cast<double*>(dots + s.k * blocks);
   if (s.call == CgCall::turn) {
-    if (const char* error = launch(rho_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans)) return error;
-    return launch(turn_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans);
+    if (const char* error = launch(rho_kernel<T, aligned>, grid, kThreads, stream, s, columns, sums, plans)) return error;
+    return launch(turn_kernel<T, aligned>, grid, kThreads, stream, s, columns, sums, plans);
   }
-  if (const char* error = launch(dots_kernel<T, width>, grid, kThreads, stream, s, columns, dots)) return error;
+  if (const char* error = launch(dots_kernel<T, aligned>, grid, kThreads, stream, s, columns, dots)) return error;
   const bool moves = s.call == CgCall::move;
-  const auto residual_kernel_of = moves ? residual_kernel<T, width, true> : residual_kernel<T, width, false>;
+  const auto residual_kernel_of = moves ? residual_kernel<T, aligned, true> : residual_kernel<T, aligned, false>;
   if (const char* error = launch(residual_kernel_of, grid, kThreads, stream, s, columns, dots, sums, plans)) return error;
   if (moves) return launch(settle_kernel, grid_x(s.k), kThreads, stream, s, blocks, sums, plans);
-  return launch(iterate_kernel<T, width>, grid, kThreads, stream, s, columns, sums, plans);
+  return launch(iterate_kernel<T, aligned>, grid, kThreads, stream, s, columns, sums, plans);
 }
 
 }  // namespace
@@ -230,9 +231,9 @@ int64_t cg_step_cuda_scratch(DType dtype, int64_t k, int64_t d) {
 const char* cg_step_cuda(const CgStep& s, double* scratch, void* stream) {
   return with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool packed = packs_fit<T>(s.x, s.x_stride, s.k) && packs_fit<T>(s.r, s.r_stride, s.k) &&
-                        packs_fit<T>(s.p, s.p_stride, s.k) && packs_fit<T>(s.given, s.given_stride, s.k);
-    return packed ? enqueue<T, kWidest<T>>(s, scratch, stream) : enqueue<T, 1>(s, scratch, stream);
+    const bool aligned = rows_aligned<T>(s.x, s.x_stride, s.k) && rows_aligned<T>(s.r, s.r_stride, s.k) &&
+                         rows_aligned<T>(s.p, s.p_stride, s.k) && rows_aligned<T>(s.given, s.given_stride, s.k);
+    return aligned ? enqueue<T, true>(s, scratch, stream) : enqueue<T, false>(s, scratch, stream);
   });
 }
 

@@ -22,7 +22,8 @@ struct Split {
 int64_t ratio(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-Split split_of(const GradDotSums& s, int width) {
+Split split_of(const GradDotSums& s) {
+  const int width = 16 / static_cast<int>(element_size(wide_dtype(s.dtype)));
   Split split{};
   while (split.bits < 5 && (int64_t(2 * width) << split.bits) <= s.o) ++split.bits;
   split.vectors = s.k < kInFlight ? 1 : kInFlight;
@@ -39,14 +40,15 @@ Split split_of(const GradDotSums& s, int width) {
   return split;
 }
 
-// A group of lanes owns what its Split says, a lane packs of `width` outputs. Neighbouring groups own neighbouring vectors,
+// A group of lanes owns what its Split says, a lane packs of outputs. Neighbouring groups own neighbouring vectors,
 // so that they read neighbouring rows of U and the same g. Reads U once, g and b from the caches after the first of k vectors:
 // sizeof(W) bytes per element of U. Order of summation: a lane position by position, kInFlight sums side by side, then lanes by
 // halves; the parts of an element are added by parts_kernel.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2)
     sums_kernel(const GradDotSums s, const Split split, Wide<T>* __restrict__ parts) {
   using W = Wide<T>;
+  constexpr int width = kWidest<W>;
   const int lanes = 1 << split.bits, lane = threadIdx.x & (lanes - 1);
   const int64_t groups_per_warp = kWarp >> split.bits;
   const int64_t warps = int64_t(gridDim.x) * (kThreads / kWarp);
@@ -73,22 +75,28 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t g_next = one_vector ? s.g_position_stride : 0, b_next = one_vector ? 0 : s.b_stride;
         const int64_t count = one_vector ? positions - t : s.k - vector;
         for (int64_t p = first_output + lane * width; p < outputs; p += lanes * width) {
-          Pack<W, width> u_pack[kInFlight], b_pack[kInFlight] = {};
-          Pack<T, width> g_pack[kInFlight];
+          // At once: packs that are not aligned, or end beyond the outputs, take more registers.
+          constexpr int kAtOnce = aligned ? kInFlight : kInFlight / 2;
 #pragma unroll
-          for (int i = 0; i < kInFlight; ++i) {
-            if (i >= count) continue;
-            u_pack[i] = load_pack<width>(u + i * u_next + p);
-            g_pack[i] = load_pack<width>(g + i * g_next + p);
-            if (s.b) b_pack[i] = load_pack<width>(b + i * b_next + p);
-          }
+          for (int begin = 0; begin < kInFlight; begin += kAtOnce) {
+            Pack<W, width> u_pack[kAtOnce], b_pack[kAtOnce] = {};
+            Pack<T, width> g_pack[kAtOnce];
 #pragma unroll
-          for (int i = 0; i < kInFlight; ++i) {
-            if (i >= count) continue;
+            for (int a = 0; a < kAtOnce; ++a) {
+              const int i = begin + a;
+              if (i >= count) continue;
+              u_pack[a] = load_pack<aligned, width>(u + i * u_next + p, outputs - p);
+              g_pack[a] = load_pack<aligned, width>(g + i * g_next + p, outputs - p);
+              if (s.b) b_pack[a] = load_pack<aligned, width>(b + i * b_next + p, outputs - p);
+            }
 #pragma unroll
-            for (int e = 0; e < width; ++e) {
-              const W product = u_pack[i].element[e] + b_pack[i].element[e];
-              sum[i] = grad_dot_element<W>(sum[i], product, widen(g_pack[i].element[e]));
+            for (int a = 0; a < kAtOnce; ++a) {
+              if (begin + a >= count) continue;
+#pragma unroll
+              for (int e = 0; e < width; ++e) {
+                const W product = u_pack[a].element[e] + b_pack[a].element[e];
+                sum[begin + a] = grad_dot_element<W>(sum[begin + a], product, widen(g_pack[a].element[e]));
+              }
             }
           }
         }
@@ -128,38 +136,30 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const GradDotSums s, in
   }
 }
 
-// Tells whether rows of U, g and b can be moved in packs of `width` elements.
-template <class T, int width>
-bool in_packs(const GradDotSums& s) {
-  return s.o % width == 0 && packs_fit<Wide<T>, width>(s.u, 0, 1) &&
-         packs_fit<T, width>(s.g, s.g_example_stride, s.examples) &&
-         packs_fit<T, width>(s.g, s.g_position_stride, s.positions) &&
-         (!s.b || packs_fit<Wide<T>, width>(s.b, s.b_stride, s.k));
-}
-
-// Calls f(T(), whether it is packs, the Split).
-template <class F>
-auto with_split(const GradDotSums& s, F f) {
-  return with_element_type(s.dtype, [&](auto element) {
-    constexpr int kWidth = kWidest<Wide<decltype(element)>>;
-    const bool packed = in_packs<decltype(element), kWidth>(s);
-    return f(element, packed, split_of(s, packed ? kWidth : 1));
-  });
+// Tells whether packs of W's width are aligned in the rows of U, g and b.
+template <class T>
+bool all_aligned(const GradDotSums& s) {
+  using W = Wide<T>;
+  constexpr int width = kWidest<W>;
+  return s.o % width == 0 && rows_aligned<W>(s.u, 0, 1) && rows_aligned<T, width>(s.g, s.g_example_stride, s.examples) &&
+         rows_aligned<T, width>(s.g, s.g_position_stride, s.positions) && (!s.b || rows_aligned<W>(s.b, s.b_stride, s.k));
 }
 
 }  // namespace
 
 int64_t grad_dot_cuda_parts(const GradDotSums& s) {
-  return with_split(s, [&](auto, bool, const Split& split) { return split.parts > 1 ? s.examples * s.k * split.parts : 0; });
+  const Split split = split_of(s);
+  return split.parts > 1 ? s.examples * s.k * split.parts : 0;
 }
 
 const char* grad_dot_sums_cuda(const GradDotSums& s, void* scratch, void* stream) {
-  return with_split(s, [&](auto element, bool packed, const Split& split) {
+  return with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     using W = Wide<T>;
     constexpr int64_t kWarps = kThreads / kWarp;
+    const Split split = split_of(s);
     W* parts = split.parts > 1 ? static_cast<W*>(scratch) : nullptr;
-    const auto kernel = packed ? sums_kernel<T, kWidest<W>> : sums_kernel<T, 1>;
+    const auto kernel = all_aligned<T>(s) ? sums_kernel<T, true> : sums_kernel<T, false>;
     const unsigned blocks = grid_x(ratio(ratio(split.groups, kWarp >> split.bits), kWarps));
     const char* error = launch(kernel, blocks, kThreads, stream, s, split, parts);
     if (error || !parts) return error;

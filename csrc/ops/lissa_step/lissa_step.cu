@@ -10,10 +10,10 @@ template <class T>
 constexpr int64_t kColumns = int64_t(kThreads) * kInFlight * kWidest<T>;  // per block: 16 KiB of a row
 
 // A block owns kColumns<T> columns of a row (of every gridDim.y-th row, where there are more rows than a grid has), a thread
-// packs of `width` elements, kThreads packs apart. Reads h, v and hvp once, writes h once: 4 * sizeof(T) bytes per element
+// packs of kWidest<T> elements, kThreads packs apart. Reads h, v and hvp once, writes h once: 4 * sizeof(T) bytes per element
 // and 8 bytes per block. Order of summation: a thread from left to right, then group_sum's tree; the blocks of a row are
 // added by norms_kernel.
-template <class T, int width>
+template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, double* __restrict__ partials) {
   using W = Wide<T>;
   const W damp = static_cast<W>(p.damp), inverse_scale = static_cast<W>(p.inverse_scale);
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const LissaStep p, doubl
     T* const rows[] = {static_cast<T*>(p.h) + row * p.h_stride, static_cast<T*>(const_cast<void*>(p.v)) + row * p.v_stride,
                        static_cast<T*>(const_cast<void*>(p.hvp)) + row * p.hvp_stride};
     double sum = 0;
-    for_columns<width, 1u, kInFlight>(rows, columns, [&](T(&element)[3]) {
+    for_columns<aligned, 1u, kInFlight>(rows, columns, [&](T(&element)[3]) {
       const W h = lissa_step_element<W>(widen(element[0]), widen(element[1]), widen(element[2]), damp, inverse_scale);
       element[0] = narrow(h, T());
       const double stored = widen(element[0]);
@@ -63,9 +63,9 @@ const char* lissa_step_cuda(const LissaStep& p, double* partials, double* norms,
   const dim3 grid(static_cast<unsigned>(blocks), grid_y(p.k));
   const char* error = with_element_type(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool packed =
-        packs_fit<T>(p.h, p.h_stride, p.k) && packs_fit<T>(p.v, p.v_stride, p.k) && packs_fit<T>(p.hvp, p.hvp_stride, p.k);
-    return launch(packed ? step_kernel<T, kWidest<T>> : step_kernel<T, 1>, grid, kThreads, stream, p, partials);
+    const bool aligned = rows_aligned<T>(p.h, p.h_stride, p.k) && rows_aligned<T>(p.v, p.v_stride, p.k) &&
+                         rows_aligned<T>(p.hvp, p.hvp_stride, p.k);
+    return launch(aligned ? step_kernel<T, true> : step_kernel<T, false>, grid, kThreads, stream, p, partials);
   });
   return error ? error : launch(norms_kernel, grid_x(p.k), kThreads, stream, partials, p.k, blocks, norms);
 }
