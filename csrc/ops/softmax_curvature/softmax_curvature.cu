@@ -114,27 +114,32 @@ const char* launch_short_rows(const SoftmaxCurvature& s, void* stream) {
 
 // ---- longer rows: one per group of threads ----
 
-// A group of threads (a warp, or the block) owns a row: all tangents of an example are neighbours, so that its p is read
-// from memory once and then from the caches. A thread owns packs of kWidest<T> elements, `group` packs apart. Reads t once as
-// far as `kept` packs per thread go, what is beyond is read a second time from the caches; writes out once:
-// (2 + 1 / k) * sizeof(T) bytes per element. Order of summation: a thread from left to right, then group_sum's tree.
+// A group of threads (2^bits lanes of a warp, or the block) owns a row: all tangents of an example are neighbours, so that its p
+// is read from memory once and then from the caches. A thread owns packs of kWidest<T> elements, as many packs apart as the
+// group has threads. Reads t once as far as `kept` packs per thread go, what is beyond is read a second time from the caches;
+// writes out once: (2 + 1 / k) * sizeof(T) bytes per element. Order of summation: a thread from left to right, then lanes by
+// halves or group_sum's tree.
 template <class T, bool aligned, int group, int kept, bool any_length>
-__global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_kernel(const SoftmaxCurvature s) {
+__global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_kernel(const SoftmaxCurvature s, int bits) {
   using W = Wide<T>;
-  constexpr int width = kWidest<T>, kStep = group * width, kMostKept = kept * kStep;
-  const int kept_columns = static_cast<int>(any_length && s.c > kMostKept ? kMostKept : s.c);
-  const int64_t groups = int64_t(gridDim.x) * (blockDim.x / group);
-  const int lane = threadIdx.x % group;
+  constexpr int width = kWidest<T>;
+  const int lanes = group > kWarp ? group : 1 << bits, lane = threadIdx.x & (lanes - 1);
+  const int step = lanes * width, most_kept = kept * step;
+  const int64_t rows = s.n * s.k, rows_of_block = blockDim.x / lanes, rows_of_grid = gridDim.x * rows_of_block;
 
-  for (int64_t row = int64_t(blockIdx.x) * (blockDim.x / group) + threadIdx.x / group; row < s.n * s.k; row += groups) {
-    const Division at = divided(row, s.k);
+  // A warp stays together, as shuffles need all of its lanes: beyond the last row a group has no columns.
+  for (int64_t first = blockIdx.x * rows_of_block; first < rows; first += rows_of_grid) {
+    const int64_t row = first + threadIdx.x / lanes;
+    const int64_t c = row < rows ? s.c : 0;
+    const int kept_columns = static_cast<int>(any_length && c > most_kept ? most_kept : c);
+    const Division at = divided(row < rows ? row : first, s.k);
     const int64_t example = at.quotient, tangent = at.remainder;
     const T* p = static_cast<const T*>(s.p) + example * s.p_stride;
     const T* t = static_cast<const T*>(s.t) + tangent * s.t_tangent_stride + example * s.t_stride;
     T* out = static_cast<T*>(s.out) + tangent * s.out_tangent_stride + example * s.out_stride;
 
     W sum = 0;
-    auto load = [&](const T* from, int64_t column) { return load_pack<aligned, width>(from + column, s.c - column); };
+    auto load = [&](const T* from, int64_t column) { return load_pack<aligned, width>(from + column, c - column); };
     auto add = [&](const Pack<T, width>& p_pack, const Pack<T, width>& t_pack) {
 #pragma unroll
       for (int e = 0; e < width; ++e) sum += widen(p_pack.element[e]) * widen(t_pack.element[e]);
@@ -142,29 +147,29 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
     Pack<T, width> t_pack[kept];
 #pragma unroll
     for (int i = 0; i < kept; ++i) {
-      const int column = i * kStep + lane * width;
+      const int column = i * step + lane * width;
       if (column < kept_columns) t_pack[i] = load(t, column);
     }
 #pragma unroll
     for (int i = 0; i < kept; ++i) {
-      const int column = i * kStep + lane * width;
+      const int column = i * step + lane * width;
       if (column < kept_columns) add(load(p, column), t_pack[i]);
     }
     // Beyond what is kept: kAhead packs of p and t are loaded before the first is used.
     auto beyond = [&](auto use) {
       constexpr int kAhead = sizeof(T) == 2 ? 3 : 4;
 #pragma unroll 1
-      for (int64_t column = kMostKept + lane * width; column < s.c; column += kAhead * kStep) {
+      for (int64_t column = most_kept + lane * width; column < c; column += kAhead * step) {
         Pack<T, width> p_ahead[kAhead], t_ahead[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-          if (column + i * kStep >= s.c) continue;
-          p_ahead[i] = load(p, column + i * kStep);
-          t_ahead[i] = load(t, column + i * kStep);
+          if (column + i * step >= c) continue;
+          p_ahead[i] = load(p, column + i * step);
+          t_ahead[i] = load(t, column + i * step);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-          if (column + i * kStep < s.c) use(column + i * kStep, p_ahead[i], t_ahead[i]);
+          if (column + i * step < c) use(column + i * step, p_ahead[i], t_ahead[i]);
         }
       }
     };
@@ -172,18 +177,24 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
       beyond([&](int64_t, const Pack<T, width>& p_pack, const Pack<T, width>& t_pack) { add(p_pack, t_pack); });
     }
 
-    const W mean = group_sum<group>(sum), weight = weight_of<W>(s, example);
+    W mean = sum;
+    if constexpr (group > kWarp) {
+      mean = group_sum<group>(sum);
+    } else {
+      for (int offset = lanes / 2; offset > 0; offset /= 2) mean += __shfl_xor_sync(kAllLanes, mean, offset);
+    }
+    const W weight = weight_of<W>(s, example);
     auto finish = [&](int64_t column, const Pack<T, width>& p_pack, Pack<T, width> pack) {
 #pragma unroll
       for (int e = 0; e < width; ++e) {
         const W weighted = weight * widen(p_pack.element[e]);
         pack.element[e] = narrow(softmax_curvature_element<W>(weighted, widen(pack.element[e]), mean), T());
       }
-      store_pack<aligned>(out + column, pack, s.c - column);
+      store_pack<aligned>(out + column, pack, c - column);
     };
 #pragma unroll
     for (int i = 0; i < kept; ++i) {
-      const int column = i * kStep + lane * width;
+      const int column = i * step + lane * width;
       if (column < kept_columns) finish(column, load(p, column), t_pack[i]);
     }
     if constexpr (any_length) beyond(finish);
@@ -197,8 +208,11 @@ constexpr int64_t kMostColumns = int64_t(group) * kept * kWidest<T>;
 template <class T, bool aligned, int group, int kept, bool any_length = false>
 const char* launch_rows(const SoftmaxCurvature& s, void* stream) {
   constexpr int kBlock = group > kThreads ? group : kThreads;
-  const int64_t blocks = (s.n * s.k + kBlock / group - 1) / (kBlock / group);
-  return launch(rows_kernel<T, aligned, group, kept, any_length>, grid_x(blocks), kBlock, stream, s);
+  int bits = 0;  // of the fewest lanes of a warp that can keep a row
+  while (bits < 5 && (int64_t(kept) * kWidest<T> << bits) < s.c) ++bits;
+  const int64_t rows_of_block = group > kWarp ? 1 : kBlock >> bits;
+  const unsigned blocks = grid_x((s.n * s.k + rows_of_block - 1) / rows_of_block);
+  return launch(rows_kernel<T, aligned, group, kept, any_length>, blocks, kBlock, stream, s, bits);
 }
 
 // The smallest group that can keep a row. With few packs more groups run at a time, which short rows need to keep enough
