@@ -23,7 +23,8 @@ class Contract:
     """An op's inputs and what its results may differ by.
 
     arguments: shape, dtype, device -> valid arguments by name, tensors freshly made and contiguous.
-    shapes: what `arguments` takes, by what it stands for; "usual", "empty", "one_row" and "odd" must be there.
+    shapes: what `arguments` takes, by what it stands for; "usual", "empty", "one_row", "odd" and "packs" (rows
+        of multiples of 16 bytes) must be there.
     dtypes: those that the op takes.
     written: names of the arguments that it changes.
     bound: arguments (before the call) -> for every written argument, then every result, how far two right

@@ -103,7 +103,7 @@ def changed(**changes):
 CONTRACT = Contract(
     arguments=arguments,
     # A CPU block has 16384 columns, and a row of more than two of them is shared by the threads; a CUDA block has 2048
-    # to 8192 or, in rows of some millions, more.
+    # to 8192 or, in rows of some millions, more. Rows of "packs" are multiples of 16 bytes.
     shapes={
         "usual": (6, 256, WHOLE),
         "empty": (0, 5, WHOLE),
@@ -119,6 +119,11 @@ CONTRACT = Contract(
         "turn": (6, 1237, TURN),
         "long_turn": (6, 40_001, TURN),
         "turn_no_columns": (2, 0, TURN),
+        "packs": (5, 4104, WHOLE),
+        "packs_move": (5, 4104, MOVE),
+        "packs_turn": (5, 4104, TURN),
+        "rows_beyond_a_grid": (65_540, 1, WHOLE),
+        "columns_beyond_a_grid": (1, 4_200_007, WHOLE),
     },
     dtypes=DTYPES,
     written=("x", "r", "p", "scalars"),

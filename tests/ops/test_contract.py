@@ -68,7 +68,7 @@ def test_every_part_is_in_its_place(op):
         assert (ROOT / path).is_file(), f"{path} is missing"
     assert callable(wrapper_of(op)), f"torch_influence.ops doesn't export {op}"
     assert wrapper_of(op).__doc__
-    assert {"usual", "empty", "one_row", "odd"} <= set(contract_of(op).shapes)
+    assert {"usual", "empty", "one_row", "odd", "packs"} <= set(contract_of(op).shapes)
 
 
 @every_op
@@ -119,13 +119,20 @@ LAYOUTS = {
     "columns strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() >= 2 else t,
     "rows apart": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
-    "unaligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "rows a column apart": lambda t: torch.nn.functional.pad(t, (0, 1))[..., : t.shape[-1]] if t.dim() >= 2 else t,
+    "unaligned": lambda t: moved(t, 1),
+    "aligned to 8 bytes": lambda t: moved(t, 8 // t.element_size()),
 }
+
+
+def moved(t: torch.Tensor, elements: int) -> torch.Tensor:
+    """A copy that begins so many elements after where memory is allocated."""
+    return torch.cat([t.new_zeros(elements), t.flatten()])[elements:].view(t.shape)
 
 
 @on_devices
 @pytest.mark.parametrize("layout", LAYOUTS)
-@cases(["odd"])
+@cases(["odd", "packs"])
 def test_any_memory_layout(op, dtype, shape, layout, device):
     contract = contract_of(op)
     arguments = contract.arguments(contract.shapes[shape], dtype, device)

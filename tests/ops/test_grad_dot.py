@@ -51,7 +51,8 @@ CONTRACT = Contract(
     arguments=arguments,
     # Which way a size takes is a matter of its costs: few columns k·o by our own kernel (4 rows by 3 or 6 columns, 2048
     # elements of f at a time), vectors first by BLAS (2048 columns of U, 512 rows), gradients first where s·k is larger
-    # than s + k (about 128 examples, 2²² elements of gradients; of 16-bit inputs 2²¹ are widened).
+    # than s + k (about 128 examples, 2²² elements of gradients; of 16-bit inputs 2²¹ are widened). On CUDA
+    # a long sum is divided by positions and by outputs, as "one_sequence" is.
     shapes={
         "usual": (100, 1, 30, 10, 1, 1),
         "empty": (0, 1, 5, 3, 2, 1),
@@ -74,6 +75,8 @@ CONTRACT = Contract(
         "long_sequence": (3, 3001, 61, 31, 5, 1),
         "long_sequence_one_vector": (2, 2003, 31, 37, 1, 1),
         "wide_sequence": (2, 3001, 900, 2, 9, 1),
+        "packs": (9, 2, 16, 64, 5, 1),
+        "one_sequence": (1, 301, 16, 1032, 1, 1),
     },
     dtypes=DTYPES,
     written=("out",),

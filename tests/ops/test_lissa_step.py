@@ -44,6 +44,7 @@ def changed(**changes):
 CONTRACT = Contract(
     arguments=arguments,
     # A CPU block has 16384 columns, a CUDA block up to 8192: "long" and "many" have several, and a part of one.
+    # Rows of "packs" are multiples of 16 bytes.
     shapes={
         "usual": (4, 256),
         "empty": (0, 5),
@@ -53,6 +54,8 @@ CONTRACT = Contract(
         "odd": (3, 1237),
         "long": (1, 100_003),
         "many": (7, 40_001),
+        "packs": (3, 4104),
+        "rows_beyond_a_grid": (65_540, 1),
     },
     dtypes=DTYPES,
     written=("h",),

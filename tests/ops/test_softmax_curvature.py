@@ -46,7 +46,8 @@ def changed(**changes):
 CONTRACT = Contract(
     arguments=arguments,
     # On the CPU rows of less than a vector (2 to 15 elements), of up to 4 vectors and longer ones differ; on CUDA rows
-    # of up to 32 elements, those that a warp keeps in few and many registers, a block in few and many, and longer ones.
+    # of up to 32 elements, those that some lanes or a warp keep in few and many registers, a block in few and many, and
+    # longer ones, each aligned (multiples of 8 elements) and not; where one ends depends on the dtype.
     shapes={
         "usual": (2, 100, 10),
         "empty": (2, 0, 5),
@@ -57,10 +58,21 @@ CONTRACT = Contract(
         "two_classes": (3, 3001, 2),
         "many_examples": (5, 1003, 7),
         "odd": (3, 37, 29),
-        "warp": (2, 9, 500),
+        "packs": (2, 5, 64),
+        "lanes": (2, 9, 120),
+        "odd_lanes": (2, 9, 121),
+        "warp": (2, 9, 504),
+        "odd_warp": (2, 9, 501),
+        "wide_warp": (2, 3, 2000),
+        "odd_wide_warp": (2, 3, 2001),
         "block": (2, 3, 4000),
-        "vocabulary": (2, 2, 32000),
-        "odd_vocabulary": (2, 2, 50257),
+        "odd_block": (2, 3, 4001),
+        "large_block": (1, 2, 16_000),
+        "odd_large_block": (1, 2, 16_001),
+        "vocabulary": (2, 2, 32_000),
+        "odd_vocabulary": (2, 2, 50_257),
+        "beyond": (1, 1, 65_544),
+        "odd_beyond": (1, 1, 65_537),
     },
     dtypes=DTYPES,
     written=("out",),
