@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const AddRows s) {
 template <class W>
 const char* enqueue(const AddRows& s, void* stream) {
   const bool aligned = rows_aligned<W>(s.to, s.to_stride, s.rows) && rows_aligned<W>(s.from, s.from_stride, s.rows);
-  const dim3 grid(grid_x((s.columns + kColumns<W> - 1) / kColumns<W>), grid_y(s.rows));
+  const dim3 grid(static_cast<unsigned>((s.columns + kColumns<W> - 1) / kColumns<W>), grid_y(s.rows));
   return launch(aligned ? add_kernel<W, true> : add_kernel<W, false>, grid, kThreads, stream, s);
 }
 

@@ -28,10 +28,10 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def counts() -> dict[str, dict[str, int]]:
+def counts() -> dict[str, list[int]]:
     """What this process has launched of each kernel: launches, and the most blocks and threads of one of them."""
     lines = (line.split("\t") for line in _library().emulator_counts().decode().splitlines())
-    return {name: dict(zip(("launches", "blocks", "threads"), map(int, rest), strict=True)) for name, *rest in lines}
+    return {name: [int(count) for count in rest] for name, *rest in lines}
 
 
 def pytest_runtest_setup(item: Any) -> None:
