@@ -50,7 +50,7 @@ void* shared(const void* key, size_t bytes, size_t alignment);
 // Runs call(context) once in each thread of the grid. `kernel` is the kernel's address, for its name.
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, void (*call)(const void*), const void* context);
 // A variable whose members are asked for when they are read: threadIdx and its like.
-template <uint3 (*ask)(), unsigned uint3::*member>
+template <uint3 (*ask)(), unsigned uint3::* member>
 struct Asked {
   constexpr Asked() {}
   operator unsigned() const { return ask().*member; }

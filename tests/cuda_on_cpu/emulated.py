@@ -1,4 +1,4 @@
-"""The ops with their CUDA kernels run on the CPU, for a pytest that has this folder on its PYTHONPATH and `-p emulated`.
+"""The ops with their CUDA kernels run on the CPU, for a pytest with this folder on its PYTHONPATH and `-p emulated`.
 
 EMULATED_LIBRARY names the library, EMULATED_COUNTS a file that gets a line for what each process has launched.
 """

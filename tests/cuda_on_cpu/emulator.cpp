@@ -34,7 +34,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kMostShared = 48 << 10, kRedZone = 64;
-constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostVariables = 32, kMostMeetings = 8;
 
 struct Block;
 
@@ -58,17 +58,30 @@ struct Meeting {
   int line = 0;
 };
 
+// Of a kernel's shared variables the one that `key` names, in one block.
+struct Shared {
+  const void* key;
+  char* address;
+};
+
+struct Warp {
+  unsigned count = 0;
+  Meeting meetings[kMostMeetings];
+};
+
+// While threads run, nothing here allocates: a sanitizer would take that for the kernel's own doing.
 struct Block {
   uint3 index;
   std::deque<Thread> threads;
-  std::vector<std::vector<Meeting>> warps;
+  std::vector<Warp> warps;
   unsigned waiting = 0, exited = 0, phase = 0;
   const char* file = nullptr;  // of the barrier that threads wait at
   int line = 0;
   char sync[2];  // what the barriers of even and of odd phases order memory by, for the thread sanitizer
   std::unique_ptr<char[]> shared;
   size_t used = 0, with_zones = 0;
-  std::map<const void*, char*> variables;
+  unsigned variables = 0;
+  Shared variable[kMostVariables];
 };
 
 struct Grid {
@@ -148,12 +161,18 @@ void entry() {
   thread.fiber.switch_to(scheduler, true);
 }
 
-// Blocks that have run, whose memory the next ones take over; under a sanitizer each has memory of its own.
+#if defined(EMULATOR_ADDRESS) || defined(EMULATOR_THREAD)
+constexpr bool kReuse = false;
+#else
+constexpr bool kReuse = true;
+#endif
+
+// Blocks that have run, whose memory the next ones take over; under a sanitizer each has memory of its own until the end.
 std::vector<std::unique_ptr<Block>> used_blocks;
 
 std::unique_ptr<Block> new_block(uint64_t number, unsigned threads) {
   std::unique_ptr<Block> block;
-  if (!used_blocks.empty()) {
+  if (kReuse && !used_blocks.empty()) {
     block = std::move(used_blocks.back());
     used_blocks.pop_back();
   } else {
@@ -168,9 +187,9 @@ std::unique_ptr<Block> new_block(uint64_t number, unsigned threads) {
                   unsigned(number / blocks.x / blocks.y)};
   block->waiting = block->exited = 0;
   block->used = block->with_zones = 0;
-  block->variables.clear();
+  block->variables = 0;
   block->warps.resize((threads + kWarp - 1) / kWarp);
-  for (auto& meetings : block->warps) meetings.clear();
+  for (Warp& warp : block->warps) warp.count = 0;
   while (block->threads.size() > threads) block->threads.pop_back();
   while (block->threads.size() < threads) block->threads.emplace_back();
   unsigned id = 0;
@@ -185,9 +204,7 @@ std::unique_ptr<Block> new_block(uint64_t number, unsigned threads) {
 
 void end(std::unique_ptr<Block> block) {
   for (Thread& thread : block->threads) thread.fiber.end();
-#if !defined(EMULATOR_ADDRESS) && !defined(EMULATOR_THREAD)
   used_blocks.push_back(std::move(block));
-#endif
 }
 
 const char* environment(const char* name, const char* otherwise) {
@@ -222,6 +239,7 @@ void run_grid(uint64_t blocks, unsigned threads) {
   grid->by_priority = policy >= kWarpPriorities;
   std::vector<std::unique_ptr<Block>> running;
   std::vector<Thread*>& runnable = grid->runnable;
+  runnable.reserve(resident * threads);
   std::vector<unsigned> warp_priority(kMostThreads / kWarp);
   uint64_t started = 0;
   while (grid->error.empty()) {
@@ -329,13 +347,16 @@ uint64_t shuffle(unsigned mask, uint64_t bits, int source, const char* file, int
   const unsigned there = std::min(kWarp, static_cast<unsigned>(block.threads.size()) - warp * kWarp);
   if (!(mask >> lane & 1)) fail(text("a shuffle at %s:%d whose mask %08x lacks the lane that calls it", file, line, mask));
   if (there < kWarp) mask &= (1u << there) - 1;
-  std::vector<Meeting>& meetings = block.warps[warp];
-  auto found = std::find_if(meetings.begin(), meetings.end(), [mask](const Meeting& m) { return m.mask == mask; });
-  if (found == meetings.end()) {
-    meetings.emplace_back().mask = mask;
-    found = meetings.end() - 1;
+  Warp& of_warp = block.warps[warp];
+  unsigned which = 0;
+  while (which < of_warp.count && of_warp.meetings[which].mask != mask) ++which;
+  if (which == kMostMeetings) fail(text("a warp's %u-th mask of shuffles, at %s:%d", kMostMeetings + 1, file, line));
+  Meeting& meeting = of_warp.meetings[which];
+  if (which == of_warp.count) {
+    ++of_warp.count;
+    meeting.mask = mask;
+    meeting.arrived = 0;
   }
-  Meeting& meeting = *found;
   if (meeting.arrived && elsewhere(file, line, meeting.file, meeting.line)) {
     fail(text("lanes of a warp meet in different shuffles, %s:%d and %s:%d", meeting.file, meeting.line, file, line));
   }
@@ -360,19 +381,23 @@ uint64_t shuffle(unsigned mask, uint64_t bits, int source, const char* file, int
 
 void* shared(const void* key, size_t bytes, size_t alignment) {
   Block& block = *now->block;
-  char*& address = block.variables[key];
-  if (address) return address;
+  for (unsigned i = 0; i < block.variables; ++i) {
+    if (block.variable[i].key == key) return block.variable[i].address;
+  }
   block.used += bytes;
   const size_t begin = (block.with_zones + kRedZone + alignment - 1) / alignment * alignment;
   if (block.used > kMostShared) {
     fail(text("%zu bytes of shared memory, more than the %zu that a kernel may have", block.used, kMostShared));
   }
   block.with_zones = begin + bytes;
-  address = block.shared.get() + begin;
+  char* address = block.shared.get() + begin;
+  if (block.variables == kMostVariables) fail(text("more than %u shared variables", kMostVariables));
+  block.variable[block.variables++] = {key, address};
 #if defined(EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(address, bytes);
 #endif
-  std::memset(address, 0xff, bytes);  // NaNs, since shared memory begins as anything
+  // NaNs, since shared memory begins as anything. By a loop: a sanitizer would take memset for the kernel's own.
+  for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(address)[i] = static_cast<char>(0xff);
   return address;
 }
 
@@ -397,6 +422,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, void (*
   __tsan_release(&this_grid.begin);
   run_grid(all_blocks, static_cast<unsigned>(threads));
   __tsan_acquire(&this_grid.end);
+  if (!kReuse) used_blocks.clear();
   grid = nullptr;
   return this_grid.error.empty() ? cudaSuccess : refuse(cudaErrorLaunchFailure, this_grid.error);
 }

@@ -1,4 +1,4 @@
-"""Loads the emulated ops into this process and those that it starts: Python imports a module of this name when it starts."""
+"""Loads the emulated ops into this process and those that it starts: Python imports this module when it starts."""
 
 import emulated
 
