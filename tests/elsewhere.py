@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -49,6 +49,12 @@ class _There(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_copied(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_copied(index), value)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func} on a tensor of another device, outside of its mode")
@@ -76,6 +82,8 @@ class Elsewhere(TorchDispatchMode):
         packet = func.overloadpacket
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [t for t in tensors if isinstance(t, _There)]
+        if any(t.is_meta and not isinstance(t, _There) for t in tensors):
+            raise RuntimeError(f"{func}: a tensor without numbers")
         mixed = there and any(t.dim() and not isinstance(t, _There) for t in tensors)
         wanted = kwargs.get("device")
         on_device = bool(there) if wanted is None else torch.device(wanted).type == "meta"
@@ -121,6 +129,13 @@ class Elsewhere(TorchDispatchMode):
             raise RuntimeError(f"{name}: values on the CPU for a tensor elsewhere")
 
 
+def _copied(index: Any) -> Any:
+    """Copies a list of indices there, as for a GPU."""
+    if isinstance(index, tuple):
+        return tuple(_copied(part) for part in index)
+    return torch.tensor(index, device=Elsewhere.device) if isinstance(index, list) else index
+
+
 def _here(t: Any) -> Any:
     return t.here if isinstance(t, _There) else t
 
@@ -130,9 +145,21 @@ def numbers(t: Tensor) -> Tensor:
     return t.here if isinstance(t, _There) else t
 
 
+def moved(model: nn.Module) -> nn.Module:
+    """Moves a model's parameters and buffers there, in place: ``nn.Module.to`` can't swap such tensors."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.detach().to(Elsewhere.device), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(Elsewhere.device)
+    return model
+
+
 @contextlib.contextmanager
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
-    """Switches the device on, with events and a stream in place of CUDA's."""
+    """Switches the device on: with events and a stream in place of CUDA's, and modules that take ``meta``."""
     mode = Elsewhere()
 
     class Event:
@@ -142,7 +169,18 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
         def synchronize(self) -> None:
             mode.late += 1
 
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        """Makes it on the host and copies it, as for a GPU; for ``meta`` it would make nothing."""
+        if device is None or torch.device(device) != Elsewhere.device:
+            return made(data, device=device, **options)
+        return made(data, device="cpu", **options).to(device)
+
+    autocast, made = torch.is_autocast_enabled, torch.tensor
+    monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast(kind))
+    monkeypatch.setattr("torch_influence.base.check_device", torch.device)
+    monkeypatch.setattr("torch_influence.problem.check_model", lambda model: None)
     with mode:
         yield mode
