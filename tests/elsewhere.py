@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torch_influence.batches import _stores
+
 aten = torch.ops.aten
 # The host reads a number, or needs one to know the size of a result; LAPACK's errors are read as well.
 _READS = {
@@ -175,6 +177,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
             return made(data, device=device, **options)
         return made(data, device="cpu", **options).to(device)
 
+    stacks = _stores._stacks
+    monkeypatch.setattr(_stores, "_stacks", lambda t, size: stacks(numbers(t), size))  # it takes no subclasses
     autocast, made = torch.is_autocast_enabled, torch.tensor
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "Event", Event)

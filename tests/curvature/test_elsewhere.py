@@ -27,9 +27,7 @@ kinds = pytest.mark.parametrize("gnh", [False, True], ids=["hessian", "gauss-new
 def module(case: Case, gnh: bool) -> CGInfluenceModule:
     model = moved(case.model())
     loader = case.loader
-    return CGInfluenceModule(
-        model, case.objective, loader(), loader(), Elsewhere.device, 0.0, gnh, params=case.params
-    )
+    return CGInfluenceModule(model, case.objective, loader(), loader(), Elsewhere.device, 0.0, gnh, params=case.params)
 
 
 def parts(operator: Curvature, rows: Tensor) -> Iterator[Tensor]:
