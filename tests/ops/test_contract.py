@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import Contract, as_tuple, assert_within, copy_of, needs_native, on_devices
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_influence.ops
 from torch_influence import backend_info
@@ -113,6 +114,25 @@ def native_equals_reference(op, dtype, shape, device, counts_of_threads):
                 assert_within(repeated, first, bound)
             else:
                 assert torch.equal(first, repeated)
+
+
+@cases()
+def test_shapes_are_known_without_numbers(op, dtype, shape):
+    """On meta tensors, which go to the reference, and on fake ones, for which the op's fake answers."""
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes[shape], dtype, "cpu")
+    expected = [like(t, "cpu") for t in contract.run(wrapper_of(op), arguments)]
+    for function in (wrapper_of(op), module_of(op).reference):
+        on_meta = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+        assert [like(t, "cpu") for t in contract.run(function, on_meta)] == expected
+        assert all(t.is_meta for t in contract.run(function, on_meta))
+        with FakeTensorMode() as mode:
+            fakes = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+            assert [like(t, t.device.type) for t in contract.run(function, fakes)] == expected
+
+
+def like(t, device):
+    return t.shape, t.stride(), t.dtype, device
 
 
 LAYOUTS = {

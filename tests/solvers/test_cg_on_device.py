@@ -1,4 +1,4 @@
-"""Conjugate gradients' use of cg_step: results are the references', and no iteration waits for the device."""
+"""Conjugate gradients' use of cg_step: results are the references', and no iteration waits for its own end."""
 
 from __future__ import annotations
 

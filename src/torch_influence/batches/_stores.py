@@ -41,7 +41,7 @@ class Stacked:
         where: dict[torch.device, Tensor] = {}
         for t in self.tensors:
             if t.device not in where:
-                where[t.device] = indices.to(t.device)
+                where[t.device] = indices.to(t.device, non_blocking=True)
         return [t.index_select(0, where[t.device]) for t in self.tensors]
 
     def batch(self, indices: Sequence[int] | Tensor) -> Any:

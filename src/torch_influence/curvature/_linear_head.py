@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch_influence.linop import Dual, DualCost, LinearOperator
 from torch_influence.plan import NotPossible
 
 _TILE_BYTES = 64 * 2**20  # scratch of the dense matrix's assembly
+_INDICES_AT_ONCE = 2**16  # of drawn examples that are copied to the device together: 512 KiB
 
 
 class LinearHead(Curvature):
@@ -123,12 +125,21 @@ class LinearHead(Curvature):
         return matrix
 
     def sampled(self, steps: int, generator: torch.Generator | None) -> Iterator[LinearOperator]:
-        """``steps`` estimates, by the minibatches that the plain curvature would draw."""
+        """``steps`` estimates, by the minibatches that the plain curvature would draw.
+
+        Many minibatches are drawn ahead, and their indices copied to the device at once. From a generator of the user's
+        each is drawn when its step comes, as the plain curvature does: others may draw from it between two steps.
+        """
         if not self.at_outputs.explicit or self.plain.why_not_grouped:
             yield from self.plain.sampled(steps, generator)
             return
-        for indices in self.plain.batches.draw(steps, generator=generator):
-            yield _OfExamples(self, torch.tensor(indices, device=self.device))
+        batches = self.plain.batches
+        draws = batches.draw(steps, generator=generator)
+        at_once = 1 if generator is not None else max(1, _INDICES_AT_ONCE // (batches.batch_size or 1))
+        while some := list(itertools.islice(draws, at_once)):
+            indices = torch.tensor(list(itertools.chain(*some)), device="cpu").to(self.device, non_blocking=True)
+            for which in indices.split([len(drawn) for drawn in some]):
+                yield _OfExamples(self, which)
 
     def dual(self, shift: float, room: float) -> Dual:
         """GᵀG + rI with rows of G Bᵢᵀ ⊗ x̃ᵢᵀ; costs a product."""

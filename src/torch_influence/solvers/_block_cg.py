@@ -89,7 +89,8 @@ def block_cg(
     Cost:
         iterations + 1 products (2 without an exact zero start), at most about d/k iterations where rounding is no
         matter; besides 6 k² d multiplications per iteration, 2 k² d of them in float64, and small matrices on the
-        host, for which it waits twice. Memory 5 k d, and 7 k d where rows go on by ``cg``.
+        host, which waits for the device twice in an iteration, three times where a basis takes its second pass, and
+        once more in every 16th. Memory 5 k d, and 7 k d where rows go on by ``cg``.
 
     Source:
         O'Leary (1980); Dubrulle (2001), the variant with QR factorisation of the residuals. Here that is CholeskyQR2
@@ -129,6 +130,10 @@ def block_cg(
 class _Block:
     """The rows in units of their own size, and the block's recurrence. Tensors [k] and [m, m] are float64, on the host.
 
+    The host waits twice in an iteration, for the two Gram matrices. On the device the small matrices would make it wait
+    more often: an iteration asks at least six times what they are (finite, definite, regular, accurate; who is done,
+    who makes headway), and the number of rows that go on is a size.
+
     Attributes:
         unit: [k, 1], powers of 2, which change no digit: the solver sees b / unit and x / unit.
         x: [k, d].
@@ -165,7 +170,7 @@ class _Block:
         self.best = torch.full_like(self.residual, torch.inf)  # smallest true residual at a restart
         self.limited, self.negative, self.handed = torch.zeros(3, k, dtype=torch.bool, device="cpu")
         self.iterations = torch.zeros(k, dtype=torch.int64, device="cpu")
-        self.largest = b.new_zeros(())  # a lower bound of |A|
+        self.largest = torch.zeros((), dtype=b.dtype, device="cpu")  # a lower bound of |A|
         self.at_work = self.size.isfinite() & ~self.converged
         which = self.at_work.nonzero().flatten()
         if self.history is not None:
@@ -206,7 +211,7 @@ class _Block:
         self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64, device="cpu")
         self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64, device="cpu")
         if len(self.q):
-            self.turn(_gram(self.q, self.q))
+            self.turn(_gram(self.q, self.q).cpu())
         # No direction can make a residual smaller that is within reach of rounding.
         within_reach = self.at_work & ~self.going
         self.leave(within_reach.nonzero().flatten())
@@ -226,21 +231,22 @@ class _Block:
         """Does one iteration, along at least one direction."""
         z = self.product(self.p)
         self.steps += 1
-        curvature = _gram(self.p, z)
-        if not curvature.isfinite().all():
-            return self.hand_over()
         # The rows' own precision is enough for an estimate: float64 takes 40 times as long.
         size = torch.linalg.vector_norm(self.p, dim=1)
         ratio = torch.linalg.vector_norm(z, dim=1) / size
-        self.largest = torch.maximum(self.largest, ratio.max())
+        seen = torch.cat([_gram(self.p, z), size[None].double(), ratio[None].double()]).cpu()  # in one copy
+        curvature, size, ratio = seen[:-2], seen[-2], seen[-1]
+        if not curvature.isfinite().all():
+            return self.hand_over()
+        self.largest = torch.maximum(self.largest, ratio.max().to(self.largest.dtype))
         inverse = self.inverse_curvature(curvature)
         if inverse is None:
             return self.hand_over()
-        quotients = curvature.diagonal() / size.cpu().double().square()
+        quotients = curvature.diagonal() / size.square()
         sound = rounding(z.dtype) * float(self.largest) <= DIGITS_OF_RITZ * float(quotients.min())
         self.krylov.step(curvature, sound)
         self.iterations += self.going
-        lengths, inverse = (self.coefficients @ inverse).to(z), inverse.to(z)
+        lengths, inverse = _beside(z, self.coefficients @ inverse), _beside(z, inverse)
         gram = torch.zeros(len(z), len(z), dtype=torch.float64, device=z.device)
         for part in _tiles(z):
             self.x[:, part].addmm_(lengths, self.p[:, part])
@@ -267,7 +273,7 @@ class _Block:
 
     def look_for_negative(self, curvature: Tensor) -> None:
         """Marks the rows as negative if a Rayleigh quotient of A in the span of the directions is, beyond rounding."""
-        lower, failed = torch.linalg.cholesky_ex(_gram(self.p, self.p))
+        lower, failed = torch.linalg.cholesky_ex(_gram(self.p, self.p).cpu())
         if failed:
             return  # directions that are equal up to rounding show nothing; the row-wise iteration will
         half = torch.linalg.solve_triangular(lower, curvature, upper=False)
@@ -284,7 +290,7 @@ class _Block:
         factor, inverse = split.factor, split.inverse
         if not split.accurate:
             self.q = _multiply(inverse, self.q)
-            second = _split(_gram(self.q, self.q), d, self.q.dtype)
+            second = _split(_gram(self.q, self.q).cpu(), d, self.q.dtype)
             factor, inverse = factor @ second.factor, second.inverse
         self.coefficients = self.coefficients @ factor
         self.judge()
@@ -420,16 +426,21 @@ def _tiles(rows: Tensor) -> Iterator[slice]:
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """Computes a bᵀ in float64, and returns it on the host."""
+    """Computes a bᵀ in float64."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for part in _tiles(a):
         total.addmm_(a[:, part].double(), b[:, part].double().mT)
-    return total.cpu()
+    return total
+
+
+def _beside(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Copies a matrix of the host to the rows' device and dtype, and does not wait for that: nobody writes to it."""
+    return matrix.to(rows.dtype).to(rows.device, non_blocking=True)
 
 
 def _multiply(matrix: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
     """Replaces rows by matrix rows (+ plus) in place; the result must not have more rows."""
-    matrix, product = matrix.to(rows), rows[: len(matrix)]
+    matrix, product = _beside(rows, matrix), rows[: len(matrix)]
     for part in _tiles(rows):
         tile = matrix @ rows[:, part] if plus is None else torch.addmm(plus[:, part], matrix, rows[:, part])
         product[:, part] = tile

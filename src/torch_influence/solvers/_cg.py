@@ -86,8 +86,9 @@ def cg(
         NegativeCurvatureWarning: p'Ap < 0 beyond rounding, with the smallest Ritz value and the damping that cures it.
 
     Cost:
-        iterations + 1 products (2 without an exact zero start); memory 5 k d. On a GPU an iteration never waits for the
-        device, so a row's end is noticed one iteration late, and one product more is made.
+        iterations + 1 products (2 without an exact zero start); memory 5 k d. On a GPU the host waits only for
+        the iteration before the last, so that the device has work meanwhile: a row's end is noticed one iteration late,
+        and one product more is made.
 
     Source:
         Hestenes and Stiefel (1952), section 3.

@@ -227,15 +227,16 @@ class _Basis:
         return self._orthogonal(rest)
 
     def _orthogonal(self, row: Tensor) -> tuple[Tensor, float]:
-        before = float(norms(row))
+        before = norms(row)
         for _ in range(2):  # twice is enough (Parlett 1998, section 6.9), and once where little was taken out
             for _, block in self.parts():
                 row = row - (row @ block.mT) @ block
-            after = float(norms(row))
-            if not after < 0.7 * before:
+            after = norms(row)
+            longer, left = torch.cat([before, after]).tolist()  # in one copy
+            if not left < 0.7 * longer:
                 break
             before = after
-        return row / (after if after else 1.0), after
+        return row / (left if left else 1.0), left
 
     def combined(self, combination: Tensor, k: int) -> Tensor:
         """Computes the Ritz vectors of the k first and the k last columns of ``combination`` [m, m]."""

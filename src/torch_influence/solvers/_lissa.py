@@ -118,8 +118,8 @@ def lissa(
 
     Cost:
         repeat x depth products with one minibatch, up to 160 more to find the scale, and up to 540 to explain a
-        failure; memory 6 k d beside B, whatever the depth, for the scale about 40 d, to explain a failure 70 d. A GPU
-        is not waited for: divergence is noticed there one step late.
+        failure; memory 6 k d beside B, whatever the depth, for the scale about 40 d, to explain a failure 70 d. On a
+        GPU the host waits only for the step before the last: divergence is noticed there one step late.
 
     Source:
         Agarwal, Bullins and Hazan (2017), section 3; Koh and Liang (2017), section 3.

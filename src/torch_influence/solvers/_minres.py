@@ -91,9 +91,9 @@ def minres(
     Cost:
         iterations + 1 products (2 without an exact zero start), at most three times as many where the system may be
         inconsistent; memory 6 k d, 9 k d with M. Beside the product an iteration reads 16 and writes 8 numbers per
-        element; with M 25 and 12, since |r| takes a recurrence of r. On a GPU an iteration never waits for the device,
-        so a row's end is noticed one iteration late. Rounding leaves about u κ² of a residual until it is computed
-        anew: where A is definite and ill-conditioned, ``cg`` gets further.
+        element; with M 25 and 12, since |r| takes a recurrence of r. On a GPU the host waits only for the iteration
+        before the last, so a row's end is noticed one iteration late. Rounding leaves about u κ² of a residual until it
+        is computed anew: where A is definite and ill-conditioned, ``cg`` gets further.
 
     Source:
         Paige and Saunders (1975); the recurrence of r as in Choi, Paige and Saunders (2011); rounding as in Sleijpen,

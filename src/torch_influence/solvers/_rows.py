@@ -263,7 +263,9 @@ class RowIteration(abc.ABC, Generic[S]):
             self.all_scalars[:, self.at_work] = self.scalars
 
     def keep(self, which: Tensor) -> None:
-        if which.all():
+        """Keeps these rows (a mask) at work, by number: each use of a mask would make the host wait."""
+        mask, which = which, which.nonzero().flatten()
+        if len(which) == len(mask):
             return
         self.at_work = self.at_work[which]
         self.x, self.scalars = self.x[which], self.scalars[:, which]
