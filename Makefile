@@ -23,7 +23,7 @@ NATIVE_ON = -Ccmake.define.TORCH_INFLUENCE_NATIVE=ON -Ccmake.define.TORCH_INFLUE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutate dev lint types docs links bench bench-all bench-peers gpu wheel check-wheel clean
+.PHONY: help demo test mutate emulate emulate-sanitize emulate-mutate dev lint types docs links bench bench-all bench-peers gpu wheel check-wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,10 +39,19 @@ mutate: dev ## change the package in a hundred wrong ways and expect the tests t
 
 dev: $(BUILT) ## create .venv with an editable install
 
+emulate: dev ## the CUDA kernels run on the CPU by the tests of the ops: see tests/cuda_on_cpu; QUICK=1 without large shapes
+	$(PY) tests/cuda_on_cpu/run.py $(if $(QUICK),--quick)
+
+emulate-sanitize: dev ## small shapes of them under the address and the thread sanitizer
+	$(PY) tests/cuda_on_cpu/run.py --sanitize
+
+emulate-mutate: dev ## change the kernels in wrong ways and expect the emulator to notice each; writes the table; minutes
+	$(PY) tests/cuda_on_cpu/mutate.py --write
+
 lint: dev ## style and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --style=file --dry-run -Werror $$(find csrc -type f)
+	$(VENV)/bin/clang-format --style=file --dry-run -Werror $$(find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 types: dev ## static types of the package
 	$(PY) -m mypy

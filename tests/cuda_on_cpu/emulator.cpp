@@ -396,8 +396,8 @@ void* shared(const void* key, size_t bytes, size_t alignment) {
 #if defined(EMULATOR_ADDRESS)
   __asan_unpoison_memory_region(address, bytes);
 #endif
-  // NaNs, since shared memory begins as anything. By a loop: a sanitizer would take memset for the kernel's own.
-  for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(address)[i] = static_cast<char>(0xff);
+  // NaNs, since shared memory begins as anything, and some beyond it. By a loop: a sanitizer would take memset for the kernel's.
+  for (size_t i = 0; i < bytes + kRedZone; ++i) static_cast<volatile char*>(address)[i] = static_cast<char>(0xff);
   return address;
 }
 

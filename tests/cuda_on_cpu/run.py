@@ -4,8 +4,8 @@
     python tests/cuda_on_cpu/run.py --quick    without the largest shapes: what continuous integration runs
     python tests/cuda_on_cpu/run.py --sanitize small shapes under the address and the thread sanitizer
 
-Builds what is missing in build/emulator, prints what ran of each kernel, and fails where a test fails or where a variant
-of a kernel was never launched.
+Builds what is missing in build/emulator, prints what ran of each kernel, and fails where a test fails or where a
+variant of a kernel was never launched.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -74,26 +76,39 @@ def counts_in(file: Path) -> dict[str, list[int]]:
     return found
 
 
-def tests(library: Path, kind: str, select: str, workers: int, **settings: str) -> tuple[bool, dict[str, list[int]]]:
-    """Runs tests/ops in a process of its own; returns whether all passed, and the counts of the kernels."""
+class Outcome(NamedTuple):
+    """Of some tests: whether all passed (None: there were none), what ran of each kernel, and what pytest said."""
+
+    passed: bool | None
+    counts: dict[str, list[int]]
+    said: str
+
+
+def run_tests(library: Path, kind: str, select: str, workers: int, file: str = "", **settings: str) -> Outcome:
+    """Runs those of tests/ops that are selected, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts")
         counts.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "-p", "no:cacheprovider", "-rfE"]
-        command += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--no-header", "-k", select, "tests/ops"]
-        command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "emulated",
+            "-p",
+            "no:cacheprovider",
+            "-rfE",
+            "--capture=sys",
+        ]
+        command += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--no-header", "-k", select, f"tests/ops/{file}"]
+        command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-x", "-p", "no:xdist"]
         settings |= {"EMULATED_COUNTS": str(counts)}
-        said = " ".join(f"{name}={value}" for name, value in settings.items() if name != "EMULATED_COUNTS")
-        print(f"-- {kind.lower()}: {said}", flush=True)
-        begin = time.monotonic()
         done = subprocess.run(
             command, cwd=ROOT, env=environment(library, kind, **settings), capture_output=True, text=True
         )
-        lines = done.stdout.splitlines()
-        print(f"   {lines[-1] if lines else done.stderr[-2000:]}  ({time.monotonic() - begin:.0f} s)", flush=True)
-        if done.returncode:
-            print(done.stdout[-6000:], done.stderr[-6000:], sep="\n", flush=True)
-        return done.returncode == 0, counts_in(counts)
+        passed = {0: True, 5: None}.get(done.returncode, False)  # pytest's 5: no tests
+        return Outcome(passed, counts_in(counts), done.stdout + done.stderr)
 
 
 def table(counts: dict[str, list[int]]) -> str:
@@ -130,9 +145,17 @@ def main() -> int:
         runs = [("ON", select, {"EMULATOR_SEED": "1"}), ("ON", cut, {"EMULATOR_SEED": "2", "EMULATOR_GRID": "2,1"})]
     passed, counts = True, {}
     for kind, select, settings in runs:
-        all_passed, found = tests(build(kind), kind, select, options.workers, **settings)
-        passed &= all_passed
-        for name, (launches, blocks, threads) in found.items():
+        library = build(kind)
+        said = " ".join(f"{name}={value}" for name, value in settings.items())
+        print(f"-- {kind.lower()}: {said}", flush=True)
+        begin = time.monotonic()
+        outcome = run_tests(library, kind, select, options.workers, **settings)
+        summary = re.findall(r"^.*(?:passed|failed|error|no tests).*$", outcome.said, re.MULTILINE)
+        print(f"   {summary[-1] if summary else 'no summary'}  ({time.monotonic() - begin:.0f} s)", flush=True)
+        if not outcome.passed:
+            print(outcome.said[-8000:], flush=True)
+        passed &= bool(outcome.passed)
+        for name, (launches, blocks, threads) in outcome.counts.items():
             before = counts.get(name, [0, 0, 0])
             counts[name] = [before[0] + launches, max(before[1], blocks), max(before[2], threads)]
     print(table(counts))

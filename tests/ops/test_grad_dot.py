@@ -76,7 +76,7 @@ CONTRACT = Contract(
         "long_sequence_one_vector": (2, 2003, 31, 37, 1, 1),
         "wide_sequence": (2, 3001, 900, 2, 9, 1),
         "packs": (9, 2, 16, 64, 5, 1),
-        "one_sequence": (1, 301, 16, 1032, 1, 1),
+        "one_sequence": (1, 301, 400, 1032, 1, 1),
     },
     dtypes=DTYPES,
     written=("out",),

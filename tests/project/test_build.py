@@ -265,6 +265,6 @@ def test_info_command():
 def test_cuda_tensors_are_accounted_for():
     info = backend_info()
     if info.cuda_archs and not info.cuda_tested:
-        assert "CUDA kernels not yet run on a GPU" in str(info)
+        assert "run on an emulator of CUDA's execution; not yet on a GPU" in str(info)
     if not (info.ops and info.cuda_archs and torch.version.cuda and torch.cuda.is_available()):
         assert info.cuda, "CUDA tensors can't be native here"

@@ -30,7 +30,8 @@ class BackendInfo:
         cuda: Why CUDA tensors go to the references; empty if they run natively.
         simd_level: Instruction set of the CPU ops on this machine.
         cuda_archs: GPU architectures that the kernels were compiled for; empty without CUDA.
-        cuda_tested: Whether exactly these kernels have passed their tests on a GPU.
+        cuda_tested: Whether exactly these kernels have passed their tests on a GPU. On an emulator of CUDA's execution,
+            on the CPU, they have passed them in any case: docs/emulator.md.
         csrc_sha256: Hash of the C++ and CUDA sources that the library was built from.
     """
 
@@ -48,7 +49,7 @@ class BackendInfo:
         cuda = "native" if not self.cuda else f"reference, because {self.cuda}"
         lines = [f"native ops: {', '.join(self.ops)}", f"cpu: native, {self.simd_level} instructions", f"cuda: {cuda}"]
         if self.cuda_archs:
-            tested = "" if self.cuda_tested else "; CUDA kernels not yet run on a GPU"
+            tested = "" if self.cuda_tested else "; run on an emulator of CUDA's execution; not yet on a GPU"
             lines.append(f"cuda kernels: compiled for {', '.join(self.cuda_archs)}{tested}")
         lines.append(f"csrc: {self.csrc_sha256}")
         return "\n".join(lines)
