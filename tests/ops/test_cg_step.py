@@ -122,7 +122,7 @@ CONTRACT = Contract(
         "packs": (5, 4104, WHOLE),
         "packs_move": (5, 4104, MOVE),
         "packs_turn": (5, 4104, TURN),
-        "rows_beyond_a_grid": (65_540, 1, WHOLE),
+        "rows_beyond_a_grid": (65_540, 8, WHOLE),
         "columns_beyond_a_grid": (1, 4_200_007, WHOLE),
     },
     dtypes=DTYPES,
