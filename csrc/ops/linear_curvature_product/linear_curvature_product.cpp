@@ -166,7 +166,7 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
   const int64_t per_example = (m * (s.blocks ? 2 : 1) + (s.x_dtype == s.dtype ? 0 : s.f)) * element_size(s.dtype);
   const int64_t most = std::min(std::max(kTileBytes / per_example, kLeastTile), s.n);
   const Between between(s, v, guard);
-  const Tensor columns = weights_of(s, v), columns_t = st::transpose(columns, 0, 1);
+  const Tensor columns = weights_of(s, v), columns_t = transposed(columns, 0, 1);
   const Tensor product = st::new_empty(v, {m, s.f}), bias_sums = st::new_empty(v, {1, m});
   const Tensor all_t = st::new_empty(v, {most, m}), all_s = s.blocks ? st::new_empty(v, {most, m}) : all_t;
   Tensor ones = st::new_empty(v, {1, most});
@@ -190,12 +190,12 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
     };
     if (s.bias) between.bias(tile);
     if (s.blocks) {
-      const Tensor blocks = st::transpose(part(curvature, 0, first, rows), 1, 2);
+      const Tensor blocks = transposed(part(curvature, 0, first, rows), 1, 2);
       call_out("aten::bmm", st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
     } else {
       between.softmax(tile, first);
     }
-    call_out("aten::mm", st::transpose(sums, 0, 1), x_tile, product);
+    call_out("aten::mm", transposed(sums, 0, 1), x_tile, product);
     if (s.bias) call_out("aten::mm", part(ones, 1, 0, rows), sums, bias_sums);
     between.add(tile, first == 0);
   }
@@ -237,6 +237,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   const int64_t d = c * f + (bias ? c : 0);
   if (v.size(1) != d) fail(kName, "v", "expected shape [k, ", d, "], got ", shape_text(v));
   check_like(kName, "out", out, "v", v);
+  check_written(kName, "out", out);
   if (weights) {
     if (blocks) fail(kName, "weights", "expected none with blocks, got some");
     check_shape(kName, "weights", *weights, {n});
@@ -247,8 +248,8 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   if (n == 0) return (void)st::zero_(out);
   const GpuGuard guard(v);
   const Tensor x_rows = adjacent_columns(x), v_rows = adjacent_columns(v), out_rows = adjacent_columns(out);
-  const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
-  const Tensor weights_row = weights ? st::contiguous(*weights) : v;
+  const Tensor curvature_rows = blocks ? packed(curvature) : adjacent_columns(curvature);
+  const Tensor weights_row = weights ? packed(*weights) : v;
   const LinearCurvatureProduct product{
       .x = x_rows.const_data_ptr(),
       .v = v_rows.const_data_ptr(),
