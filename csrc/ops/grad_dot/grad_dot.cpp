@@ -107,11 +107,14 @@ void few_products(const GradDotProducts& s, int64_t rows) {
 // ---- order 1: vectors meet inputs, and the products U = V_j a meet g ----
 
 constexpr int64_t kFewColumns = 16;  // of U: up to here our own kernel is faster than BLAS, at f = 784 up to 24
-constexpr double kFewMultiplications = 32768;  // and up to here at any number of columns, since BLAS is slow to call
+// And so many multiplications at any number of columns, since BLAS is slow to call. A short dot product costs as much as one
+// of kLeastProduct elements.
+constexpr int64_t kFewMultiplications = 32768, kLeastProduct = 16;
 constexpr int64_t kColumns = 2048, kRows = 512;  // of U, for BLAS: rows and columns beyond that gain nothing more
 
+// Tells whether our own kernel makes U faster than BLAS does.
 bool few_products_do(const GradDot& x) {
-  const double multiplications = double(x.n) * x.s * x.f * x.k * x.o;
+  const double multiplications = double(x.n) * x.s * x.k * x.o * std::max(x.f, kLeastProduct);
   return !on_gpu(x.out) && (x.k * x.o <= kFewColumns || multiplications <= kFewMultiplications);
 }
 
