@@ -1,11 +1,14 @@
-// Argument checks of the ops. They protect memory; the Python wrappers check again in their callers' words.
+// Argument checks of the ops. They protect memory, so an op makes them before it writes anything: the Python wrappers call it
+// with arguments that nobody has checked, and say what is wrong in their callers' words once it has refused.
 //
-// std::invalid_argument reaches Python as ValueError. Check everything before st::parallel_for: what is thrown inside it
+// What is thrown reaches Python as an exception. Check everything before st::parallel_for: what is thrown inside it
 // loses its message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -20,7 +23,7 @@ using torch::stable::Tensor;
 
 // fail("lissa_step", "v", "expected 2 dimensions, got ", 3): ValueError "lissa_step: v: expected 2 dimensions, got 3".
 template <class... Parts>
-[[noreturn]] void fail(const char* op, const char* argument, const Parts&... parts) {
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* op, const char* argument, const Parts&... parts) {
   std::ostringstream text;
   text << op << ": " << argument << ": ";
   (text << ... << parts);
@@ -37,9 +40,8 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 inline std::string shape_text(const Tensor& t) {
-  std::vector<int64_t> shape(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
-  return shape_text(shape);
+  const auto sizes = t.sizes();
+  return shape_text(std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
 inline void check_dim(const char* op, const char* argument, const Tensor& t, int64_t dim) {
@@ -47,9 +49,24 @@ inline void check_dim(const char* op, const char* argument, const Tensor& t, int
 }
 
 inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> shape) {
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];
-  if (!same) fail(op, argument, "expected shape ", shape_text(shape), ", got ", shape_text(t));
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()))
+    fail(op, argument, "expected shape ", shape_text(shape), ", got ", shape_text(t));
+}
+
+// Checks that t can be written to: an expanded tensor holds the same memory several times.
+inline void check_written(const char* op, const char* argument, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  bool expanded = false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    expanded |= strides[i] == 0 && sizes[i] > 1;
+  }
+  if (expanded) fail(op, argument, "expected a tensor with memory of its own, got an expanded one");
+}
+
+inline void check_finite(const char* op, const char* argument, double value) {
+  if (!std::isfinite(value)) fail(op, argument, "expected a finite number, got ", value);
 }
 
 // The checks below compare t with `like`, another argument, which the message calls `name`.
@@ -68,9 +85,10 @@ inline void check_beside(const char* op, const char* argument, const Tensor& t, 
 
 // Checks shape, dtype and device.
 inline void check_like(const char* op, const char* argument, const Tensor& t, const char* name, const Tensor& like) {
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  if (!same) fail(op, argument, "expected the shape of ", name, ", ", shape_text(like), ", got ", shape_text(t));
+  const auto sizes = t.sizes(), wanted = like.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end())) {
+    fail(op, argument, "expected the shape of ", name, ", ", shape_text(like), ", got ", shape_text(t));
+  }
   check_beside(op, argument, t, name, like);
 }
 

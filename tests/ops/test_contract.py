@@ -222,8 +222,46 @@ def test_written_arguments_count_a_version(op, dtype, shape):
 )
 def test_wrong_arguments_are_named(op, what):
     arguments, exception, message = contract_of(op).wrong[what]
+    written = [arguments[name] for name in contract_of(op).written if isinstance(arguments.get(name), torch.Tensor)]
+    written = [tensor for tensor in written if tensor.device.type != "meta"]
+    before = [tensor.clone() for tensor in written]
     with pytest.raises(exception, match=message):
         wrapper_of(op)(**arguments)
+    for tensor, copy in zip(written, before, strict=True):  # all is checked before anything is written
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("what", ["expanded", "other shape", "other dtype"])
+@every_op
+def test_the_op_itself_protects_memory(op, what):
+    """Since the wrappers call it with arguments that nobody has checked."""
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes["usual"], torch.float32, "cpu")
+    written = contract.written[-1]
+    wrong = {
+        "expanded": lambda t: t[:1].expand(t.shape),
+        "other shape": lambda t: t[..., :-1],
+        "other dtype": lambda t: t.half(),
+    }[what](arguments[written])
+    before = wrong.clone()
+    with pytest.raises((RuntimeError, ValueError), match="expected"):
+        native_of(op)(**arguments | {written: wrong})
+    torch.testing.assert_close(wrong, before, rtol=0, atol=0, equal_nan=True)
+
+
+@every_op
+def test_parameters_and_subclasses_are_taken(op):
+    """Though they aren't handed to the op unchecked."""
+    contract = contract_of(op)
+    arguments = contract.arguments(contract.shapes["usual"], torch.float32, "cpu")
+    expected = contract.run(wrapper_of(op), arguments)
+    given = {
+        name: torch.nn.Parameter(value.clone(), requires_grad=False) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    results = as_tuple(wrapper_of(op)(**given))
+    for actual, first in zip((*(given[name] for name in contract.written), *results), expected, strict=True):
+        assert torch.equal(actual, first)
 
 
 @pytest.mark.cuda

@@ -238,3 +238,12 @@ def test_every_simd_level_keeps_the_contract(level):
     if "this processor has none of it" in done.stderr:
         pytest.skip(f"this processor has no {level}")
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+@needs_native
+@pytest.mark.parametrize(("damp", "scale"), [(float("nan"), 1.0), (0.0, 0.0), (0.0, float("inf"))])
+def test_the_op_itself_refuses_numbers_that_make_no_sense(damp, scale):
+    h, v, hvp = torch.ones(3, 2, 3)
+    with pytest.raises((RuntimeError, ValueError), match="expected a"):
+        torch.ops.torch_influence.lissa_step(h, v, hvp, damp, scale)
+    assert torch.equal(h, torch.ones(2, 3))

@@ -124,11 +124,15 @@ void cg_step(Tensor x, Tensor r, Tensor p, Tensor scalars, const std::optional<T
   if (z && !preconditioned) fail(kName, "z", "expected none without a preconditioner, got one");
   if (q) check_like(kName, "q", *q, "x", x);
   if (z) check_like(kName, "z", *z, "x", x);
+  check_written(kName, "x", x);
+  check_written(kName, "r", r);
+  check_written(kName, "p", p);
+  check_written(kName, "scalars", scalars);
   if (k == 0) return;
 
   const CgCall call = z ? CgCall::turn : preconditioned ? CgCall::move : CgCall::whole;
   const Tensor x_rows = adjacent_columns(x), r_rows = adjacent_columns(r), p_rows = adjacent_columns(p);
-  const Tensor given = adjacent_columns(z ? *z : *q), all_scalars = st::contiguous(scalars);
+  const Tensor given = adjacent_columns(z ? *z : *q), all_scalars = packed(scalars);
   const CgStep step{
       .call = call,
       .dtype = dtype,

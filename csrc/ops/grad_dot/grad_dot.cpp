@@ -48,11 +48,17 @@ struct GradDot {
 // ---- tensors ----
 
 // Memory for so many elements of the type of the arithmetic; where there are none, any tensor.
-Tensor scratch_for(const GradDot& x, int64_t elements) { return elements ? st::new_empty(x.out, {elements}) : x.out; }
+Tensor scratch_for(const GradDot& x, int64_t elements) {
+  return elements ? empty_beside(x.out, x.wide_dtype, elements) : x.out;
+}
 
-// The beginning of a scratch tensor, in a shape.
-Tensor shaped(const Tensor& scratch, const std::array<int64_t, 3>& shape) {
-  return st::view(part(scratch, 0, 0, shape[0] * shape[1] * shape[2]), {shape[0], shape[1], shape[2]});
+// The beginning of a scratch tensor, in a shape: without gaps.
+template <size_t dim>
+Tensor shaped(const Tensor& scratch, const std::array<int64_t, dim>& shape) {
+  std::array<int64_t, dim> strides;
+  strides[dim - 1] = 1;
+  for (size_t i = dim - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
+  return view_of(scratch, dim, shape.data(), strides.data(), 0);
 }
 
 // Examples [example, example + examples) and positions of a or g. Without scratch a view; else a copy there, without gaps and
@@ -61,7 +67,7 @@ Tensor tile_of(const Tensor& t, int64_t example, int64_t examples, int64_t posit
                const Tensor* scratch) {
   const Tensor tile = part(part(t, 0, example, examples), 1, position, positions);
   if (!scratch) return tile;
-  Tensor copy = shaped(*scratch, {examples, positions, t.size(2)});
+  Tensor copy = shaped<3>(*scratch, {examples, positions, t.size(2)});
   st::copy_(copy, tile);
   return copy;
 }
@@ -105,21 +111,30 @@ void few_products(const GradDotProducts& s, int64_t rows) {
 // ---- order 1: vectors meet inputs, and the products U = V_j a meet g ----
 
 constexpr int64_t kFewColumns = 16;  // of U: up to here our own kernel is faster than BLAS, at f = 784 up to 24
+// And so many multiplications at any number of columns, since BLAS is slow to call. A short dot product costs as much as one
+// of kLeastProduct elements.
+constexpr int64_t kFewMultiplications = 32768, kLeastProduct = 16;
 constexpr int64_t kColumns = 2048, kRows = 512;  // of U, for BLAS: rows and columns beyond that gain nothing more
+
+// Tells whether our own kernel makes U faster than BLAS does.
+bool few_products_do(const GradDot& x) {
+  const double multiplications = double(x.n) * x.s * x.k * x.o * std::max(x.f, kLeastProduct);
+  return !on_gpu(x.out) && (x.k * x.o <= kFewColumns || multiplications <= kFewMultiplications);
+}
 
 // Vectors [first, first + count) as [f, count * o]: a view, or a copy in `scratch` where they have gaps in between.
 Tensor vectors(const GradDot& x, int64_t first, int64_t count, const Tensor* scratch) {
   Tensor matrix = part(part(x.v, 0, first, count), 1, 0, x.o * x.f);
   if (scratch) {
-    Tensor copy = shaped(*scratch, {1, count, x.o * x.f});
+    Tensor copy = shaped<2>(*scratch, {count, x.o * x.f});
     st::copy_(copy, matrix);
     matrix = copy;
   }
-  return st::transpose(st::view(matrix, {count * x.o, x.f}), 0, 1);
+  return transposed(st::view(matrix, {count * x.o, x.f}), 0, 1);
 }
 
 void vectors_first(const GradDot& x) {
-  const bool few = x.k * x.o <= kFewColumns && !on_gpu(x.out);
+  const bool few = few_products_do(x);
   const bool rows_apart = x.n > 1 && x.s > 1 && x.a.stride(0) != x.s * x.a.stride(1);
   const bool copy_a = !few && (!x.wide() || rows_apart);
   const bool copy_v = !few && x.k > 1 && x.v.stride(0) != x.o * x.f;
@@ -134,19 +149,24 @@ void vectors_first(const GradDot& x) {
   rows = std::min(rows, x.n * x.s);
   const int64_t examples = std::max<int64_t>(rows / x.s, 1), positions = std::min(rows, x.s);
 
-  const Tensor u = scratch_for(x, examples * positions * count * x.o);
+  // A small U lies on the stack: where all is small, fresh memory takes as long as the work.
+  constexpr int64_t kOnStack = 512;
+  alignas(64) double on_stack[kOnStack];
+  const int64_t elements = examples * positions * count * x.o;
+  const bool on_heap = !few || elements > kOnStack;
+  const Tensor u = scratch_for(x, on_heap ? elements : 0);
+  void* const products = on_heap ? u.mutable_data_ptr() : on_stack;
   const Tensor a_copy = scratch_for(x, copy_a ? examples * positions * x.f : 0);
   const Tensor v_copy = scratch_for(x, copy_v && count > 1 ? count * x.o * x.f : 0);
   for (int64_t j = 0; j < x.k; j += count) {
     const int64_t k = std::min(count, x.k - j);
     const Tensor matrix = few ? x.v : vectors(x, j, k, copy_v && k > 1 ? &v_copy : nullptr);
     for_tiles(x, examples, positions, [&](int64_t example, int64_t n, int64_t position, int64_t s) {
-      const Tensor products = shaped(u, {1, n * s, k * x.o});
       if (few) {
         const GradDotProducts few_columns{
             .a = x.a_at(example, position),
             .v = x.v_at(j, 0),
-            .u = products.mutable_data_ptr(),
+            .u = products,
             .a_example_stride = x.a.stride(0),
             .a_position_stride = x.a.stride(1),
             .v_stride = x.v.stride(0),
@@ -159,10 +179,10 @@ void vectors_first(const GradDot& x) {
         few_products(few_columns, n * s);
       } else {
         const Tensor a = tile_of(x.a, example, n, position, s, copy_a ? &a_copy : nullptr);
-        call_out("aten::mm", st::view(a, {n * s, x.f}), matrix, st::view(products, {n * s, k * x.o}));
+        call_out("aten::mm", st::view(a, {n * s, x.f}), matrix, shaped<2>(u, {n * s, k * x.o}));
       }
       const GradDotSums sums{
-          .u = products.const_data_ptr(),
+          .u = products,
           .g = x.g_at(example, position),
           .b = x.bias ? x.v_at(j, x.o * x.f) : nullptr,
           .out = x.out_at(example, j),
@@ -203,15 +223,15 @@ void gradients_first(const GradDot& x) {
     const Tensor g = tile_of(x.g, example, n, position, s, x.wide() ? nullptr : &g_copy);
     // out += left * (columns of v)^T
     auto add = [&](const Tensor& left, int64_t first_column, int64_t columns) {
-      const Tensor products = shaped(dots, {1, n, x.k});
-      call_out("aten::mm", left, st::transpose(part(x.v, 1, first_column, columns), 0, 1), st::view(products, {n, x.k}));
-      add_rows(kName, part(x.out, 0, example, n), st::view(products, {n, x.k}));
+      const Tensor products = shaped<2>(dots, {n, x.k});
+      call_out("aten::mm", left, transposed(part(x.v, 1, first_column, columns), 0, 1), products);
+      add_rows(kName, part(x.out, 0, example, n), products);
     };
     for (int64_t p = 0; p < x.o; p += outputs) {
       const int64_t o = std::min(outputs, x.o - p);
-      const Tensor tile = shaped(gradients, {n, o, x.f});
-      call_out(s == 1 ? "aten::mul" : "aten::bmm", st::transpose(part(g, 2, p, o), 1, 2), a, tile);
-      add(st::view(tile, {n, o * x.f}), p * x.f, o * x.f);
+      const Tensor tile = shaped<3>(gradients, {n, o, x.f});
+      call_out(s == 1 ? "aten::mul" : "aten::bmm", transposed(part(g, 2, p, o), 1, 2), a, tile);
+      add(shaped<2>(gradients, {n, o * x.f}), p * x.f, o * x.f);
     }
     if (x.bias) add(s == 1 ? st::select(g, 1, 0) : st::sum(g, {{1}}), x.o * x.f, x.o);
   });
@@ -240,6 +260,7 @@ void grad_dot(const Tensor& a, const Tensor& g, const Tensor& v, bool bias, Tens
   const int64_t k = v.size(0);
   check_shape(kName, "out", out, {n, k});
   check_wide(kName, "out", out, "a", a);
+  check_written(kName, "out", out);
 
   if (n == 0 || s == 0 || k == 0 || d == 0) return;
   const GradDot x{
@@ -256,7 +277,7 @@ void grad_dot(const Tensor& a, const Tensor& g, const Tensor& v, bool bias, Tens
       .wide_dtype = wide_dtype(dtype),
       .bias = bias,
   };
-  if (gradients_are_cheaper(x)) {
+  if (!few_products_do(x) && gradients_are_cheaper(x)) {
     gradients_first(x);
   } else {
     vectors_first(x);

@@ -132,12 +132,12 @@ void run_tiles(const LinearCurvatureProduct& s, const Tensor& x, const Tensor& v
     const Tensor t = part(all_t, 0, 0, rows), sums = part(all_s, 0, 0, rows);
     linear_out(x_tile, columns, bias, t);
     if (s.blocks) {
-      const Tensor blocks = st::transpose(part(curvature, 0, first, rows), 1, 2);
+      const Tensor blocks = transposed(part(curvature, 0, first, rows), 1, 2);
       call_out("aten::bmm", st::view(t, {rows, s.k, s.c}), blocks, st::view(sums, {rows, s.k, s.c}));
     } else {
       apply_softmax(s, t, first, rows);
     }
-    call_out("aten::mm", st::transpose(sums, 0, 1), x_tile, product);
+    call_out("aten::mm", transposed(sums, 0, 1), x_tile, product);
     put(product, 0, weights, first == 0);
     if (!s.bias) continue;
     call_out("aten::mm", part(ones, 1, 0, rows), sums, bias_sums);
@@ -181,6 +181,7 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   const int64_t d = c * f + (bias ? c : 0);
   if (v.size(1) != d) fail(kName, "v", "expected shape [k, ", d, "], got ", shape_text(v));
   check_like(kName, "out", out, "v", v);
+  check_written(kName, "out", out);
   if (weights) {
     if (blocks) fail(kName, "weights", "expected none with blocks, got some");
     check_shape(kName, "weights", *weights, {n});
@@ -191,8 +192,8 @@ void linear_curvature_product(const Tensor& x, const Tensor& v, const Tensor& cu
   if (n == 0) return (void)st::zero_(out);
   const GpuGuard guard(v);
   const Tensor x_rows = adjacent_columns(x), v_rows = adjacent_columns(v), out_rows = adjacent_columns(out);
-  const Tensor curvature_rows = blocks ? st::contiguous(curvature) : adjacent_columns(curvature);
-  const Tensor weights_row = weights ? st::contiguous(*weights) : v;
+  const Tensor curvature_rows = blocks ? packed(curvature) : adjacent_columns(curvature);
+  const Tensor weights_row = weights ? packed(*weights) : v;
   const LinearCurvatureProduct product{
       .x = x_rows.const_data_ptr(),
       .v = v_rows.const_data_ptr(),

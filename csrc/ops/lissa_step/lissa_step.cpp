@@ -24,7 +24,8 @@ void run_cpu(const LissaStep& p, double* norms) {
   const int64_t blocks = row_blocks(p.d);
   std::vector<double> partials(p.k * blocks);
   static const auto step = TORCH_INFLUENCE_SIMD_PICK(lissa_step_block);
-  st::parallel_for(0, p.k * blocks, 1, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(kRowBlock / p.d, 1);  // as many short rows as make a block
+  st::parallel_for(0, p.k * blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % blocks * kRowBlock;
       partials[i] = step(p, i / blocks, begin, std::min(begin + kRowBlock, p.d));
@@ -51,12 +52,16 @@ void run(const LissaStep& p, const Tensor& norms) {
 Tensor lissa_step(Tensor h, const Tensor& v, const Tensor& hvp, double damp, double scale) {
   check_dim(kName, "h", h, 2);
   const DType dtype = floating_dtype(kName, "h", h);
+  check_written(kName, "h", h);
   check_like(kName, "v", v, "h", h);
   check_like(kName, "hvp", hvp, "h", h);
+  check_finite(kName, "damp", damp);
+  check_finite(kName, "scale", scale);
+  if (scale == 0) fail(kName, "scale", "expected a nonzero number, got 0");
 
   const int64_t k = h.size(0), d = h.size(1);
   if (k == 0 || d == 0) return st::new_zeros(h, {k}, torch::headeronly::ScalarType::Double);
-  const Tensor norms = st::new_empty(h, {k}, torch::headeronly::ScalarType::Double);
+  const Tensor norms = empty_beside(h, DType::float64, k);
   const Tensor h_rows = adjacent_columns(h), v_rows = adjacent_columns(v), hvp_rows = adjacent_columns(hvp);
   const LissaStep step{
       .h = h_rows.mutable_data_ptr(),

@@ -52,6 +52,7 @@ void softmax_curvature(const Tensor& p, const Tensor& t, const std::optional<Ten
   check_shape(kName, "p", p, {n, c});
   check_beside(kName, "p", p, "t", t);
   check_like(kName, "out", out, "t", t);
+  check_written(kName, "out", out);
   if (weights) {
     check_shape(kName, "weights", *weights, {n});
     check_wide(kName, "weights", *weights, "t", t);
@@ -59,7 +60,7 @@ void softmax_curvature(const Tensor& p, const Tensor& t, const std::optional<Ten
 
   if (k == 0 || n == 0 || c == 0) return;
   const Tensor p_rows = adjacent_columns(p), t_rows = adjacent_columns(t), out_rows = adjacent_columns(out);
-  const Tensor weights_row = weights ? st::contiguous(*weights) : p;
+  const Tensor weights_row = weights ? packed(*weights) : p;
   const SoftmaxCurvature curvature{
       .p = p_rows.const_data_ptr(),
       .t = t_rows.const_data_ptr(),

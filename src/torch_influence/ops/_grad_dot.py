@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torch_influence.ops import _arguments
-from torch_influence.ops._native import register_fake, runs_natively
+from torch_influence.ops._native import checks_itself, native_op, runs_natively
 
 
 def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | None = None) -> Tensor:
@@ -44,13 +45,18 @@ def grad_dot(a: Tensor, g: Tensor, v: Tensor, bias: bool = False, out: Tensor | 
     Source:
         Goodfellow (2015), Efficient per-example gradient computations, for the layer's outer products.
     """
-    _check(a, g, v, bias, out)
-    if not runs_natively("grad_dot", a):
-        return reference(a, g, v, bias, out)
-    if out is None:
-        out = v.new_zeros(a.shape[0], v.shape[0])
-    torch.ops.torch_influence.grad_dot(a, g, v, bias, out)
-    torch.autograd.graph.increment_version(out)  # the op's schema alone doesn't
+    if not (checks_itself("grad_dot", a, g, v, out) and type(bias) is bool):
+        _check(a, g, v, bias, out)
+        if not runs_natively("grad_dot", a):
+            return reference(a, g, v, bias, out)
+    try:
+        if out is None:
+            out = v.new_zeros(a.shape[0], v.shape[0])
+        _native(a, g, v, bias, out)
+    except Exception:
+        _check(a, g, v, bias, out)  # says what is wrong in the caller's words
+        raise
+    increment_version(out)  # the op's schema alone doesn't
     return out
 
 
@@ -101,7 +107,7 @@ def fake(a: Tensor, g: Tensor, v: Tensor, bias: bool, out: Tensor) -> None:
     """Returns nothing, as the op does: it writes to out."""
 
 
-register_fake("grad_dot", fake)
+_native = native_op("grad_dot", fake)
 
 WIDE = ("v",)  # arguments that stay in the dtype of the arithmetic when the others are 16-bit
 

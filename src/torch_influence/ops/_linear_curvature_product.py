@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torch_influence.ops import _arguments, _softmax_curvature
-from torch_influence.ops._native import register_fake, runs_natively
+from torch_influence.ops._native import checks_itself, native_op, runs_natively
 
 _OP = "linear_curvature_product"
 _TILE = 2**22  # elements of the reference's scratch
@@ -56,13 +57,18 @@ def linear_curvature_product(
     Source:
         Pearlmutter (1994) and Schraudolph (2002, eq. 6) for a network that is one linear layer: there the two agree.
     """
-    _check(x, v, curvature, weights, bias, out)
-    if not runs_natively(_OP, x):
-        return reference(x, v, curvature, weights, bias, out)
-    if out is None:
-        out = torch.empty_like(v)
-    torch.ops.torch_influence.linear_curvature_product(x, v, curvature, weights, bias, out)
-    torch.autograd.graph.increment_version(out)  # the op's schema alone doesn't
+    if not checks_itself(_OP, x, v, curvature, weights, out):
+        _check(x, v, curvature, weights, bias, out)
+        if not runs_natively(_OP, x):
+            return reference(x, v, curvature, weights, bias, out)
+    try:
+        if out is None:
+            out = torch.empty_like(v)
+        _native(x, v, curvature, weights, bias, out)
+    except Exception:
+        _check(x, v, curvature, weights, bias, out)  # says what is wrong in the caller's words
+        raise
+    increment_version(out)  # the op's schema alone doesn't
     return out
 
 
@@ -126,7 +132,7 @@ def fake(x: Tensor, v: Tensor, curvature: Tensor, weights: Tensor | None, bias: 
     """Returns nothing, as the op does: it writes to out."""
 
 
-register_fake(_OP, fake)
+_native = native_op(_OP, fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torch_influence.ops import _arguments
-from torch_influence.ops._native import register_fake, runs_natively
+from torch_influence.ops._native import checks_itself, native_op, runs_natively
 
 
 def lissa_step(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor:
@@ -36,17 +37,26 @@ def lissa_step(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> 
     Source:
         Agarwal, Bullins and Hazan (2017), the recursion of section 3, with damping inside the scaled curvature.
     """
+    if not (checks_itself("lissa_step", h, v, hvp) and type(damp) is float and type(scale) is float):
+        _check(h, v, hvp, damp, scale)
+        if not runs_natively("lissa_step", h):
+            return reference(h, v, hvp, damp, scale)
+    try:
+        norms = _native(h, v, hvp, damp, scale)
+    except Exception:
+        _check(h, v, hvp, damp, scale)  # says what is wrong in the caller's words
+        raise
+    increment_version(h)  # the op's schema alone doesn't
+    return norms
+
+
+def _check(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> None:
     _arguments.check_rows("lissa_step", "h", h)
     _arguments.check_written("lissa_step", "h", h)
     _arguments.check_like("lissa_step", "v", v, "h", h)
     _arguments.check_like("lissa_step", "hvp", hvp, "h", h)
     _arguments.check_number("lissa_step", "damp", damp)
     _arguments.check_number("lissa_step", "scale", scale, nonzero=True)
-    if not runs_natively("lissa_step", h):
-        return reference(h, v, hvp, damp, scale)
-    norms = torch.ops.torch_influence.lissa_step(h, v, hvp, damp, scale)
-    torch.autograd.graph.increment_version(h)  # the op's schema alone doesn't
-    return norms
 
 
 def reference(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor:
@@ -65,7 +75,7 @@ def fake(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> Tensor
     return h.new_empty(h.shape[0], dtype=torch.float64)
 
 
-register_fake("lissa_step", fake)
+_native = native_op("lissa_step", fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 # The csrc_sha256 whose CUDA kernels last passed `make gpu` on a GPU, with the results in benchmarks/results.
 _CSRC_RUN_ON_GPU: str | None = None
@@ -114,7 +115,7 @@ def _problem(device: torch.device) -> str:
         return "the library was built without CUDA kernels"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ""  # a trace can't launch anything
     if device.index not in _cuda_problems:
         _cuda_problems[device.index] = _launch_problem(device)
@@ -137,6 +138,21 @@ def _launch_problem(device: torch.device) -> str:
 def runs_natively(op: str, tensor: Tensor) -> bool:
     """Tells whether the native `op` takes tensors like this one."""
     return op in _ops and tensor.dtype in DTYPES and not _problem(tensor.device)
+
+
+def checks_itself(op: str, *tensors: Tensor | None) -> bool:
+    """Tells whether the native `op` may be called with arguments that nobody has checked: these tensors, and others.
+
+    On the CPU it refuses what it can't take before it writes anything, and Python would need longer to check than the
+    op for a small call. It can't see that a graph is recorded; and something else is called for subclasses of tensors,
+    for tensors of another device among them, and while a trace is taken.
+    """
+    if op not in _ops or is_compiling():
+        return False
+    for tensor in tensors:  # all() and a generator take twice as long
+        if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu or tensor.requires_grad):
+            return False
+    return True
 
 
 def backend_info() -> BackendInfo:
@@ -162,7 +178,12 @@ def backend_info() -> BackendInfo:
     )
 
 
-def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Tells torch.compile and torch.export the shapes of an op's results, where the op is loaded."""
-    if op in _ops:
-        torch.library.register_fake(f"torch_influence::{op}", fake)
+def native_op(op: str, fake: Callable[..., Any]) -> Any:
+    """Looks the native op up, once for all calls; None where it isn't loaded.
+
+    `fake` tells torch.compile and torch.export the shapes of its results.
+    """
+    if op not in _ops:
+        return None
+    torch.library.register_fake(f"torch_influence::{op}", fake)
+    return getattr(torch.ops.torch_influence, op).default

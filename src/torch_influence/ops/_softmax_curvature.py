@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torch_influence.ops import _arguments
-from torch_influence.ops._native import register_fake, runs_natively
+from torch_influence.ops._native import checks_itself, native_op, runs_natively
 
 
 def softmax_curvature(p: Tensor, t: Tensor, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -38,13 +39,18 @@ def softmax_curvature(p: Tensor, t: Tensor, weights: Tensor | None = None, out: 
     Source:
         Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent, table 1.
     """
-    _check(p, t, weights, out)
-    if not runs_natively("softmax_curvature", t):
-        return reference(p, t, weights, out)
-    if out is None:
-        out = torch.empty_like(t)
-    torch.ops.torch_influence.softmax_curvature(p, t, weights, out)
-    torch.autograd.graph.increment_version(out)  # the op's schema alone doesn't
+    if not checks_itself("softmax_curvature", p, t, weights, out):
+        _check(p, t, weights, out)
+        if not runs_natively("softmax_curvature", t):
+            return reference(p, t, weights, out)
+    try:
+        if out is None:
+            out = torch.empty_like(t)
+        _native(p, t, weights, out)
+    except Exception:
+        _check(p, t, weights, out)  # says what is wrong in the caller's words
+        raise
+    increment_version(out)  # the op's schema alone doesn't
     return out
 
 
@@ -82,7 +88,7 @@ def fake(p: Tensor, t: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """Returns nothing, as the op does: it writes to out."""
 
 
-register_fake("softmax_curvature", fake)
+_native = native_op("softmax_curvature", fake)
 
 
 def example(generator: torch.Generator) -> dict[str, Any]:
