@@ -1,9 +1,9 @@
-"""What nvcc makes of the CUDA kernels, and what that means for their speed on paper: no GPU is needed, nothing is timed.
+"""What nvcc makes of the CUDA kernels, and what that means for their speed on paper. Nothing is timed.
 
     python benchmarks/kernels.py [--csrc PATH] [--before PATH] [--write]
 
-prints the tables of docs/kernels.md; --write puts them there. --csrc names the sources of another checkout, --before those
-to compare with (its table stays as it is without).
+prints the tables of docs/kernels.md; --write puts them there. --csrc names the sources of another checkout, --before
+those to compare with (its table stays as it is without).
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class About:
     """What a kernel's sources say and its code doesn't."""
 
     element: str
-    bytes: Callable[[int, int], int]  # moved per element at k = 1, by the sizes of T and of Wide<T>: from the .cu's comment
+    bytes: Callable[
+        [int, int], int
+    ]  # moved per element at k = 1, by the sizes of T and of Wide<T>: from the .cu's comment
     written: int = 0  # rows
     small: str = ""  # the reason why it needn't keep the memory busy
 
@@ -62,7 +64,7 @@ ABOUT = {
 
 @dataclasses.dataclass
 class Kernel:
-    """A kernel as compiled: registers and shared memory by architecture, the rest by the PTX that they are made from."""
+    """A kernel as compiled: registers and shared memory by architecture, the rest by the PTX they are made from."""
 
     name: str
     arguments: list[str]
@@ -123,8 +125,8 @@ class Kernel:
     def store_faults(self) -> list[str]:
         """Says where an aligned kernel stores its rows in less than 16 bytes.
 
-        What is left of a row beyond its packs is stored element by element, once for each row written, and sums are of 8
-        bytes. So no more than that may be narrower. softmax_curvature's rows have nothing left: they end at a pack.
+        What is left of a row beyond its packs is stored element by element, once for each row written, and sums
+        have 8 bytes. So no more than that may be narrower. softmax_curvature's rows have nothing left: they end at a pack.
         """
         found = []
         for arch, stores in self.stores.items() if self.aligned and self.about.written else ():
@@ -154,19 +156,20 @@ def accesses(body: str, operation: str) -> list[int]:
 def widest_batch(body: str) -> int:
     """Returns the most bytes that a thread loads from memory before it uses any of them.
 
-    Follows the text of the PTX. A batch ends where an instruction other than a move reads a loaded register, at a store, a
-    barrier, a shuffle, a jump back (a loop) or one that is always taken. What branches forward only skips what a row lacks.
+    Follows the text of the PTX. A batch ends where an instruction other than a move reads a loaded register, at a store,
+    a barrier, a shuffle, a jump back (a loop) or one that is always taken. What branches forward only skips what a row
+    lacks.
     """
     registers, labels = re.compile(r"%[a-z]+\d+"), set()
     loaded: set[str] = set()
     total = widest = 0
     for line in body.splitlines():
-        line = re.sub(r"^@!?%p\d+\s+", "", line.strip())
+        line = re.sub(r"^\{?\s*(?:@!?%p\d+\s+)?", "", line.strip())  # {...}: assembly of cuda_fp16.h
         if label := re.match(r"(\$\w+):", line):
             labels.add(label[1])
             continue
-        operation, _, operands = line.partition("\t") if "\t" in line else line.partition(" ")
-        if not operation or operation[0] in ".{}(/":
+        operation, operands = [*line.split(maxsplit=1), "", ""][:2]
+        if not operation or operation[0] in ".}(/":
             continue
         destination = re.match(r"\s*(\{[^}]*\}|[^,;]+)", operands)
         into = set(registers.findall(destination[1])) if destination and not operation.startswith("st.") else set()
@@ -282,23 +285,34 @@ def by_arch(values: dict[int, int] | Callable[[int], float]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-def kinds(accesses: dict[int, list[int]]) -> str:
-    """Returns the number of instructions that move 16 bytes and that of others, for sm_80 and sm_90 and for sm_100."""
-    texts = [f"{accesses[a].count(16)} + {len(accesses[a]) - accesses[a].count(16)}" for a in (90, 100)]
-    return texts[0] if texts[0] == texts[1] else ", ".join(texts)
+def kinds(accesses: dict[int, list[int]], archs: tuple[int, ...] = (90, 100)) -> str:
+    """Returns the number of instructions that move 16 bytes and that of others; sm_80 is as sm_90."""
+    texts = [f"{accesses[a].count(16)} + {len(accesses[a]) - accesses[a].count(16)}" for a in archs]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
 
 
 def line(op: str, k: Kernel) -> list[str]:
     size = SIZES[k.dtype]
     reason = k.about.small or ("" if k.in_flight(90) >= ENOUGH_KIB else "moves elements one by one")
-    cells = [f"{op}: {k.title}", k.dtype if k.arguments else "", str(k.about.bytes(size, max(size, 4))), k.about.element]
+    cells = [
+        f"{op}: {k.title}",
+        k.dtype if k.arguments else "",
+        str(k.about.bytes(size, max(size, 4))),
+        k.about.element,
+    ]
     cells += [by_arch(k.registers), by_arch(k.shared), by_arch(k.spills), str(k.threads), by_arch(k.blocks)]
     cells += [by_arch(lambda a: 100 * k.blocks(a) * k.threads / 2048), by_arch(k.batch), by_arch(k.in_flight)]
     return [*cells, kinds(k.loads), kinds(k.stores), reason if k.in_flight(90) < ENOUGH_KIB else ""]
 
 
 HEAD = ["Kernel", "T", "Bytes per element", "An element is", "Registers", "Shared memory", "Spills", "Threads"]
-HEAD += ["Blocks per SM", "Occupancy, %", "Bytes a thread loads at once", "KiB in flight per SM", "Loads: 16-byte + others"]
+HEAD += [
+    "Blocks per SM",
+    "Occupancy, %",
+    "Bytes a thread loads at once",
+    "KiB in flight per SM",
+    "Loads: 16-byte + others",
+]
 HEAD += ["Stores: 16-byte + others", f"Why less than {ENOUGH_KIB} KiB"]
 
 
@@ -338,9 +352,10 @@ def comparison(before: dict[str, list[Kernel]], now: dict[str, list[Kernel]]) ->
             return k.dtype == "float" and k.name in ABOUT and not k.about.small and k.aligned is not False
 
         return [
-            [f"{op}: {k.title}", when, str(k.registers[90]), str(k.blocks(90)), str(k.batch[90])]
-            + [f"{k.in_flight(90):.0f}", kinds({a: k.loads[90] for a in (90, 100)})]
-            + [kinds({a: k.stores[90] for a in (90, 100)})]
+            [
+                *(f"{op}: {k.title}", when, str(k.registers[90]), str(k.blocks(90)), str(k.batch[90])),
+                *(f"{k.in_flight(90):.0f}", kinds(k.loads, (90,)), kinds(k.stores, (90,))),
+            ]
             for op, kernels in by_op.items()
             for k in kernels
             if use(k)
