@@ -38,7 +38,7 @@ class About:
     element: str
     bytes: Callable[
         [int, int], int
-    ]  # moved per element at k = 1, by the sizes of T and of Wide<T>: from the .cu's comment
+    ]  # moved per element at k = 1, by the sizes of T and Wide<T>: from the .cu's comment
     written: int = 0  # rows
     small: str = ""  # the reason why it needn't keep the memory busy
 
@@ -126,7 +126,7 @@ class Kernel:
         """Says where an aligned kernel stores its rows in less than 16 bytes.
 
         What is left of a row beyond its packs is stored element by element, once for each row written, and sums
-        have 8 bytes. So no more than that may be narrower. softmax_curvature's rows have nothing left: they end at a pack.
+        have 8 bytes. So no more than that may be narrower. softmax_curvature's rows end at a pack and have nothing left.
         """
         found = []
         for arch, stores in self.stores.items() if self.aligned and self.about.written else ():
@@ -156,9 +156,9 @@ def accesses(body: str, operation: str) -> list[int]:
 def widest_batch(body: str) -> int:
     """Returns the most bytes that a thread loads from memory before it uses any of them.
 
-    Follows the text of the PTX. A batch ends where an instruction other than a move reads a loaded register, at a store,
-    a barrier, a shuffle, a jump back (a loop) or one that is always taken. What branches forward only skips what a row
-    lacks.
+    Follows the text of the PTX. A batch ends where an instruction other than a move reads a loaded register, at a
+    store, a barrier, a shuffle, a jump back (a loop) or one that is always taken. What branches forward only skips what
+    a row lacks.
     """
     registers, labels = re.compile(r"%[a-z]+\d+"), set()
     loaded: set[str] = set()
@@ -261,7 +261,7 @@ def grid(kernel: Kernel, count: int) -> int:
         groups, bits = grad_dot_groups(ratio(count, 512 * 1024), 512, 1, 1024, max(size, 4))
         return ratio(ratio(groups, 32 >> bits), 8)
     if kernel.name == "short_rows_kernel":  # of 32 elements
-        return ratio(count // 32, 16384 // max(size, 4) // 32 // width * width)
+        return ratio(count // 32, columns // 32 // width * width)
     if kernel.name == "rows_kernel":  # of the longest that are kept, or twice the longest of all
         group, kept = int(kernel.arguments[2]), int(kernel.arguments[3])
         longest = group * kept * width * (4 if kernel.arguments[4] == "true" else 1)
@@ -306,14 +306,8 @@ def line(op: str, k: Kernel) -> list[str]:
 
 
 HEAD = ["Kernel", "T", "Bytes per element", "An element is", "Registers", "Shared memory", "Spills", "Threads"]
-HEAD += [
-    "Blocks per SM",
-    "Occupancy, %",
-    "Bytes a thread loads at once",
-    "KiB in flight per SM",
-    "Loads: 16-byte + others",
-]
-HEAD += ["Stores: 16-byte + others", f"Why less than {ENOUGH_KIB} KiB"]
+HEAD += ["Blocks per SM", "Occupancy, %", "Bytes a thread loads at once", "KiB in flight per SM"]
+HEAD += ["Loads: 16-byte + others", "Stores: 16-byte + others", f"Why less than {ENOUGH_KIB} KiB"]
 
 
 def waves(op: str, k: Kernel) -> list[str]:
@@ -328,7 +322,7 @@ def tables(by_op: dict[str, list[Kernel]]) -> dict[str, str]:
     """Returns what stands between each pair of markers of the page."""
     every = [(op, k) for op, kernels in by_op.items() for k in kernels]
     names = list(COUNTS)
-    old_groups, new = 1, grad_dot_groups(1, 512, 1, 3072, 4)
+    new = grad_dot_groups(1, 512, 1, 3072, 4)
     warps = ratio(new[0], 32 >> new[1])
     return {
         "aligned": table(HEAD, [line(op, k) for op, k in every if k.aligned is not False]),
@@ -339,7 +333,7 @@ def tables(by_op: dict[str, list[Kernel]]) -> dict[str, str]:
         ),
         "grad_dot": table(
             ["", "Blocks", "Warps at work"],
-            [["before", "1", str(old_groups)], ["now", str(ratio(warps, 8)), str(warps)]],
+            [["before", "1", "1"], ["now", str(ratio(warps, 8)), str(warps)]],
         ),
     }
 

@@ -36,7 +36,7 @@ struct alignas(width * sizeof(T)) Pack {
 
 // Loads a pack of which `count` elements are there; the others are zeros. Aligned ones are there as a whole.
 template <bool aligned, int width, class T>
-__device__ __forceinline__ Pack<T, width> load_pack(const T* pointer, int64_t count = width) {
+__device__ __forceinline__ Pack<T, width> load_pack(const T* pointer, int count = width) {
   if constexpr (aligned) return *reinterpret_cast<const Pack<T, width>*>(pointer);
   Pack<T, width> pack{};
   if constexpr (sizeof(T) == 2 && width % 2 == 0) {  // two to a register: nvcc would give each one of its own
@@ -57,16 +57,16 @@ __device__ __forceinline__ Pack<T, width> load_pack(const T* pointer, int64_t co
 }
 
 template <bool aligned, int width, class T>
-__device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack, int64_t count = width) {
+__device__ __forceinline__ void store_pack(T* pointer, const Pack<T, width>& pack, int count = width) {
   if constexpr (!aligned) {
 #pragma unroll
     for (int e = 0; e < width; ++e) {
       if (e < count) pointer[e] = pack.element[e];
     }
-  } else if constexpr (sizeof pack == 16) {  // nvcc stores a struct of 16-bit elements one by one
+  } else if constexpr (sizeof pack == 16) {  // in one access by name: nvcc may take an assignment apart
     uint4 bits;
     memcpy(&bits, &pack, sizeof bits);
-    *reinterpret_cast<uint4*>(pointer) = bits;
+    __stwb(reinterpret_cast<uint4*>(pointer), bits);
   } else {
     *reinterpret_cast<Pack<T, width>*>(pointer) = pack;
   }

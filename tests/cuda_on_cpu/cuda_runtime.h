@@ -117,6 +117,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATOR_HERE) {
   return emulator::of_bits<T>(emulator::shuffle(mask, emulator::bits_of(value), emulator::lane() ^ lanes, file, line));
 }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   unsigned result = 0;

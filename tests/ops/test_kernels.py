@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,14 +24,6 @@ LOADED_AT_ONCE = {
     "sums_kernel": 4 * 3 * 16,  # with b
 }
 
-# What is known to be wrong with the kernels. Take off what is repaired.
-KNOWN = [
-    r"16-byte stores and \d+ of less on sm_(80|90)$",  # the front end for these takes store_pack's uint4 apart
-    r"rows_kernel, 512 threads, 16 kept <(float, false|double, true), .* spills \d+ bytes on sm_(80|100)$",
-    r"rows_kernel, 512 threads, 8 kept and more <(double, false|float, true), .* spills \d+ bytes on sm_100$",
-    r"short_rows_kernel <(Half|BFloat16), true> has 24 KiB in flight",  # all tangents use p widened: before t is loaded
-]
-
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -44,9 +35,7 @@ def test_kernels_are_good_on_paper(source: Path) -> None:
         if kernel.name in LOADED_AT_ONCE and kernel.arguments[:2] == ["float", "true"]:
             assert kernel.batch[90] == LOADED_AT_ONCE[kernel.name], kernel.title
     faults = [f"{k.title} <{', '.join(k.arguments)}> {f}" for k in compiled for f in k.faults() + k.store_faults()]
-    assert [f for f in faults if not any(re.search(known, f) for known in KNOWN)] == []
-    if faults:
-        pytest.xfail("\n".join(faults))
+    assert faults == []
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -69,7 +69,7 @@ CONTRACT = Contract(
         "block": (2, 3, 4000),
         "odd_block": (2, 3, 4001),
         "large_block": (1, 2, 16_000),
-        "odd_large_block": (1, 2, 16_001),
+        "odd_large_block": (1, 2, 14_001),
         "vocabulary": (2, 2, 32_000),
         "odd_vocabulary": (2, 2, 50_257),
         "beyond": (1, 1, 65_544),

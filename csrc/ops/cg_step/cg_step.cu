@@ -51,7 +51,7 @@ __device__ __forceinline__ T* row_of(const void* rows, int64_t stride, int64_t r
 // tree.
 template <int count>
 __device__ __forceinline__ void total(const double* parts, int64_t blocks, double (&sums)[count]) {
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
 #pragma unroll
     for (int j = 0; j < count; ++j) sums[j] += parts[i * count + j];

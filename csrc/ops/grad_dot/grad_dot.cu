@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t g_next = one_vector ? s.g_position_stride : 0, b_next = one_vector ? 0 : s.b_stride;
         const int64_t count = one_vector ? positions - t : s.k - vector;
         for (int64_t p = first_output + lane * width; p < outputs; p += lanes * width) {
+          const int left = static_cast<int>(outputs - p < width ? outputs - p : width);
           // At once: packs that are not aligned, or end beyond the outputs, take more registers.
           constexpr int kAtOnce = aligned ? kInFlight : kInFlight / 2;
 #pragma unroll
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int a = 0; a < kAtOnce; ++a) {
               const int i = begin + a;
               if (i >= count) continue;
-              u_pack[a] = load_pack<aligned, width>(u + i * u_next + p, outputs - p);
-              g_pack[a] = load_pack<aligned, width>(g + i * g_next + p, outputs - p);
-              if (s.b) b_pack[a] = load_pack<aligned, width>(b + i * b_next + p, outputs - p);
+              u_pack[a] = load_pack<aligned, width>(u + i * u_next + p, left);
+              g_pack[a] = load_pack<aligned, width>(g + i * g_next + p, left);
+              if (s.b) b_pack[a] = load_pack<aligned, width>(b + i * b_next + p, left);
             }
 #pragma unroll
             for (int a = 0; a < kAtOnce; ++a) {

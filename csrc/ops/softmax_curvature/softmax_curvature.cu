@@ -13,16 +13,16 @@ __device__ W weight_of(const SoftmaxCurvature& s, int64_t example) {
 
 constexpr int64_t kShort = 32;  // elements of a row, at most
 
-// Elements of a tile: 16 KiB once they are widened.
+// Elements of a tile: four packs for each thread of a block; 16 KiB, and 32 KiB of 16-bit ones once they are widened.
 template <class T>
-constexpr int kTile = 16384 / sizeof(Wide<T>);
+constexpr int kTile = 4 * kThreads * kWidest<T>;
 
 // A block owns as many whole examples as a tile holds (so many that every tile begins at a pack), for every gridDim.y-th
 // tangent; a thread owns packs of the tile, kThreads packs apart, in registers. Reads t and writes out once, p once per block:
 // (2 + gridDim.y / k) * sizeof(T) bytes per element. Means are summed from shared memory by groups of lanes, as many as the
 // largest power of two within c. Order of summation: a lane from left to right, then lanes by halves.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads, 1) short_rows_kernel(const SoftmaxCurvature s, int rows_per_tile) {
+__global__ void __launch_bounds__(kThreads, aligned ? 3 : 2) short_rows_kernel(const SoftmaxCurvature s, int rows_per_tile) {
   using W = Wide<T>;
   using Words = Pack<W, kWidest<W>>;
   constexpr int width = kWidest<T>, kPacks = kTile<T> / width / kThreads;
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
     T* out = static_cast<T*>(s.out) + tangent * s.out_tangent_stride + example * s.out_stride;
 
     W sum = 0;
-    auto load = [&](const T* from, int64_t column) { return load_pack<aligned, width>(from + column, c - column); };
+    auto left_of = [&](int64_t column) { return static_cast<int>(c - column < width ? c - column : width); };
+    auto load = [&](const T* from, int64_t column) { return load_pack<aligned, width>(from + column, left_of(column)); };
     auto add = [&](const Pack<T, width>& p_pack, const Pack<T, width>& t_pack) {
 #pragma unroll
       for (int e = 0; e < width; ++e) sum += widen(p_pack.element[e]) * widen(t_pack.element[e]);
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
     }
     // Beyond what is kept: kAhead packs of p and t are loaded before the first is used.
     auto beyond = [&](auto use) {
-      constexpr int kAhead = sizeof(T) == 2 ? 3 : 4;
+      constexpr int kAhead = 3;
 #pragma unroll 1
       for (int64_t column = most_kept + lane * width; column < c; column += kAhead * step) {
         Pack<T, width> p_ahead[kAhead], t_ahead[kAhead];
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(group > kThreads ? group : kThreads, 1) rows_k
         const W weighted = weight * widen(p_pack.element[e]);
         pack.element[e] = narrow(softmax_curvature_element<W>(weighted, widen(pack.element[e]), mean), T());
       }
-      store_pack<aligned>(out + column, pack, c - column);
+      store_pack<aligned>(out + column, pack, left_of(column));
     };
 #pragma unroll
     for (int i = 0; i < kept; ++i) {
@@ -223,7 +224,8 @@ const char* enqueue(const SoftmaxCurvature& s, void* stream) {
   if (s.c <= kMostColumns<T, kWarp, 2>) return launch_rows<T, aligned, kWarp, 2>(s, stream);
   if (s.c <= kMostColumns<T, kWarp, 8>) return launch_rows<T, aligned, kWarp, 8>(s, stream);
   if (s.c <= kMostColumns<T, kThreads, 8>) return launch_rows<T, aligned, kThreads, 8>(s, stream);
-  if (s.c <= kMostColumns<T, 512, 16>) return launch_rows<T, aligned, 512, 16>(s, stream);
+  constexpr int kMost = aligned ? 16 : 14;  // moved one by one, elements take more registers
+  if (s.c <= kMostColumns<T, 512, kMost>) return launch_rows<T, aligned, 512, kMost>(s, stream);
   return launch_rows<T, aligned, 512, 8, true>(s, stream);
 }
 
