@@ -126,7 +126,7 @@ class Kernel:
         """Says where an aligned kernel stores its rows in less than 16 bytes.
 
         What is left of a row beyond its packs is stored element by element, once for each row written, and sums
-        have 8 bytes. So no more than that may be narrower. softmax_curvature's rows end at a pack and have nothing left.
+        have 8 bytes, so no more may be narrower. softmax_curvature's rows end at a pack and have nothing left.
         """
         found = []
         for arch, stores in self.stores.items() if self.aligned and self.about.written else ():
