@@ -35,30 +35,27 @@ TARGETS = ["-gencode", "arch=compute_80,code=[sm_80,sm_90]", "-gencode", "arch=c
 class About:
     """What a kernel's sources say and its code doesn't."""
 
-    element: str
-    bytes: Callable[
-        [int, int], int
-    ]  # moved per element at k = 1, by the sizes of T and Wide<T>: from the .cu's comment
+    # Moved per element at k = 1, by the sizes of T and of Wide<T>: from the comment above the kernel.
+    bytes: Callable[[int, int], int]
     written: int = 0  # rows
     small: str = ""  # the reason why it needn't keep the memory busy
 
 
-IN_ROW = "an element of a row"
 ABOUT = {
-    "add_kernel": About(IN_ROW, lambda t, w: 3 * w, 1),
-    "dots_kernel": About(IN_ROW, lambda t, w: 2 * t),
-    "residual_kernel": About(IN_ROW, lambda t, w: 3 * t, 1),
-    "residual_kernel, with x": About(IN_ROW, lambda t, w: 6 * t, 2),
-    "settle_kernel": About("a block of residual_kernel", lambda t, w: 8, small="reads 8 bytes for 16 KiB of a row"),
-    "iterate_kernel": About(IN_ROW, lambda t, w: 5 * t, 2),
-    "rho_kernel": About(IN_ROW, lambda t, w: 2 * t),
-    "turn_kernel": About(IN_ROW, lambda t, w: 3 * t, 1),
-    "sums_kernel": About("an element of U", lambda t, w: w + t),
-    "parts_kernel": About("a part of a sum", lambda t, w: w, small="reads one number for each group of sums_kernel"),
-    "step_kernel": About(IN_ROW, lambda t, w: 4 * t, 1),
-    "norms_kernel": About("a block of step_kernel", lambda t, w: 8, small="reads 8 bytes for 16 KiB of a row"),
-    "short_rows_kernel": About("an element of t", lambda t, w: 3 * t, 1),
-    "rows_kernel": About("an element of t", lambda t, w: 3 * t, 1),
+    "add_kernel": About(lambda t, w: 3 * w, 1),
+    "dots_kernel": About(lambda t, w: 2 * t),
+    "residual_kernel": About(lambda t, w: 3 * t, 1),
+    "residual_kernel, with x": About(lambda t, w: 6 * t, 2),
+    "settle_kernel": About(lambda t, w: 8, small="reads 8 bytes for 16 KiB of a row"),
+    "iterate_kernel": About(lambda t, w: 5 * t, 2),
+    "rho_kernel": About(lambda t, w: 2 * t),
+    "turn_kernel": About(lambda t, w: 3 * t, 1),
+    "sums_kernel": About(lambda t, w: w + t),
+    "parts_kernel": About(lambda t, w: w, small="reads one number for each group of sums_kernel"),
+    "step_kernel": About(lambda t, w: 4 * t, 1),
+    "norms_kernel": About(lambda t, w: 8, small="reads 8 bytes for 16 KiB of a row"),
+    "short_rows_kernel": About(lambda t, w: 3 * t, 1),
+    "rows_kernel": About(lambda t, w: 3 * t, 1),
 }
 
 
@@ -294,20 +291,14 @@ def kinds(accesses: dict[int, list[int]], archs: tuple[int, ...] = (90, 100)) ->
 def line(op: str, k: Kernel) -> list[str]:
     size = SIZES[k.dtype]
     reason = k.about.small or ("" if k.in_flight(90) >= ENOUGH_KIB else "moves elements one by one")
-    cells = [
-        f"{op}: {k.title}",
-        k.dtype if k.arguments else "",
-        str(k.about.bytes(size, max(size, 4))),
-        k.about.element,
-    ]
-    cells += [by_arch(k.registers), by_arch(k.shared), by_arch(k.spills), str(k.threads), by_arch(k.blocks)]
+    cells = [f"{op}: {k.title}", k.dtype if k.arguments else "", str(k.about.bytes(size, max(size, 4)))]
+    cells += [by_arch(k.registers), by_arch(k.shared), by_arch(k.spills), by_arch(k.blocks)]
     cells += [by_arch(lambda a: 100 * k.blocks(a) * k.threads / 2048), by_arch(k.batch), by_arch(k.in_flight)]
     return [*cells, kinds(k.loads), kinds(k.stores), reason if k.in_flight(90) < ENOUGH_KIB else ""]
 
 
-HEAD = ["Kernel", "T", "Bytes per element", "An element is", "Registers", "Shared memory", "Spills", "Threads"]
-HEAD += ["Blocks per SM", "Occupancy, %", "Bytes a thread loads at once", "KiB in flight per SM"]
-HEAD += ["Loads: 16-byte + others", "Stores: 16-byte + others", f"Why less than {ENOUGH_KIB} KiB"]
+HEAD = ["Kernel", "T", "B/element", "Registers", "Shared, B", "Spills", "Blocks/SM", "Occupancy, %", "B/thread at once"]
+HEAD += ["KiB in flight", "Loads", "Stores", f"Why less than {ENOUGH_KIB} KiB"]
 
 
 def waves(op: str, k: Kernel) -> list[str]:
@@ -355,8 +346,8 @@ def comparison(before: dict[str, list[Kernel]], now: dict[str, list[Kernel]]) ->
             if use(k)
         ]
 
-    head = ["Kernel (float, sm_90)", "When", "Registers", "Blocks per SM", "Bytes a thread loads at once"]
-    head += ["KiB in flight per SM", "Loads: 16-byte + others", "Stores: 16-byte + others"]
+    head = ["Kernel (float, sm_90)", "When", "Registers", "Blocks/SM", "B/thread at once"]
+    head += ["KiB in flight", "Loads", "Stores"]
     rows = lines("before", before) + lines("now", now)
     return table(head, sorted(rows, key=lambda row: (row[0].split(",")[0], row[1], row[0])))
 

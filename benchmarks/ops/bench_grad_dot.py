@@ -28,6 +28,9 @@ SIZES = [
     (5000, 1, 784, 10, 500),
     (100, 1, 100, 10, 1),
     (1, 1, 100, 10, 1),
+    (1, 1, 100, 10, 10),
+    (10, 1, 10, 3, 1),
+    (10, 4, 10, 3, 10),
 ]
 
 
@@ -62,6 +65,25 @@ def gradients_first(a: Tensor, g: Tensor, v: Tensor, out: Tensor, elements: int 
             (torch.mul if s == 1 else torch.bmm)(g_some, a_tile, out=gradients)
             out_tile.addmm_(gradients.flatten(1), v[:, first * f : first * f + gradients[0].numel()].mT)
     return out
+
+
+def small_vectors_first(a: Tensor, g: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The fewest calls where all products of a with vectors may be in memory at once."""
+    (n, s, f), o, k = a.shape, g.shape[2], v.shape[0]
+    if n * s * k == 1:
+        return torch.dot(torch.mv(v.view(o, f), a.view(f)), g.view(o))
+    u = torch.mm(a.view(n * s, f), v.view(k * o, f).mT)
+    if k == 1:
+        return u.view(n, s * o).mul_(g.view(n, s * o)).sum(1, True)
+    if s == 1:
+        return u.view(n, k, o).mul_(g).sum(2)
+    return torch.einsum("nsko,nso->nk", u.view(n, s, k, o), g)
+
+
+def small_gradients_first(a: Tensor, g: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The fewest calls where all gradients may be in memory at once."""
+    gradients = g.mT * a if a.shape[1] == 1 else torch.bmm(g.mT, a)
+    return torch.mm(gradients.view(len(a), -1), v.mT)
 
 
 def textbook(a: Tensor, g: Tensor, v: Tensor, out: Tensor, elements: int = 2**26) -> Tensor:
@@ -101,6 +123,8 @@ VARIANTS = {
     "textbook": textbook,
 }
 
+SMALL = {"small torch, v first": small_vectors_first, "small torch, g first": small_gradients_first}
+
 
 def benchmark(device: str, seconds: float) -> Iterator[harness.Measured]:
     """Float32 at each of SIZES."""
@@ -109,8 +133,9 @@ def benchmark(device: str, seconds: float) -> Iterator[harness.Measured]:
         v, out = torch.randn(k, o * f, device=device), torch.empty(n, k, device=device)
         exact = reference(a.double(), g.double(), v.double())
         calls, errors = {}, {}
-        for name, variant in VARIANTS.items():
-            errors[name] = harness.relative_error(variant(a, g, v, out), exact)
+        small = SMALL if n * max(k * s * o, f * o) <= 2**20 else {}
+        for name, variant in (VARIANTS | small).items():
+            errors[name] = harness.relative_error(variant(a, g, v, out).view(n, k), exact)
             calls[name] = partial(variant, a, g, v, out)
         flops = cheaper_order(n, s, f, o, k)
         traffic = 4 * (a.numel() + g.numel() + v.numel() + out.numel())

@@ -16,13 +16,18 @@ import harness
 from torch_influence.ops import softmax_curvature
 from torch_influence.ops._softmax_curvature import reference
 
-SIZES = [(k, n, c) for n, c in [(4096, 10), (4096, 1000), (128, 32000)] for k in (1, 16)] + [(1, 100, 10)]
+SIZES = [(k, n, c) for n, c in [(4096, 10), (4096, 1000), (128, 32000)] for k in (1, 16)] + [(1, 100, 10), (1, 1, 10)]
 
 
 def best_in_place(p: Tensor, t: Tensor, work: Tensor) -> Tensor:
     """Whole tensors at a time: of mul and sum, vecdot, bmm and einsum the first is the fastest on small rows."""
     mean = torch.mul(p, t, out=work).sum(-1, keepdim=True)
     return t.sub_(mean).mul_(p)
+
+
+def best_in_place_small(p: Tensor, t: Tensor, work: Tensor) -> Tensor:
+    """The same with the fewest arguments to be read from Python, into memory that torch takes from its own."""
+    return t.sub_((p * t).sum(-1, True)).mul_(p)
 
 
 def best_in_place_einsum(p: Tensor, t: Tensor, work: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ def in_place_tiled(p: Tensor, t: Tensor, work: Tensor, elements: int = 2**16) ->
 
 def softmax_backward(p: Tensor, t: Tensor, work: Tensor) -> Tensor:
     """The kernel in which torch does the same for the backward pass of softmax: private, and for one p per tangent."""
-    for t_k in t:
+    for t_k in t if len(t) > 1 else [t.view(p.shape)]:
         torch.ops.aten._softmax_backward_data.out(t_k, p, -1, p.dtype, grad_input=t_k)
     return t
 
@@ -56,6 +61,7 @@ VARIANTS = {
     "native, new tensor": lambda p, t, work: softmax_curvature(p, t),
     "reference, in place": lambda p, t, work: reference(p, t, out=t),
     "best in-place torch": best_in_place,
+    "best in-place torch, small": best_in_place_small,
     "best in-place torch, einsum": best_in_place_einsum,
     "in-place torch in tiles": in_place_tiled,
     "torch's softmax backward": softmax_backward,

@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kInFlight; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], offset);
     }
     if (group >= split.groups || lane != 0) continue;
+    static_assert(kInFlight == 4);
     if (one_vector) sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

@@ -37,7 +37,8 @@ def lissa_step(h: Tensor, v: Tensor, hvp: Tensor, damp: float, scale: float) -> 
     Source:
         Agarwal, Bullins and Hazan (2017), the recursion of section 3, with damping inside the scaled curvature.
     """
-    if not (checks_itself("lissa_step", h, v, hvp) and type(damp) is float and type(scale) is float):
+    numbers = isinstance(damp, (int, float)) and isinstance(scale, (int, float))
+    if not (numbers and checks_itself("lissa_step", h, v, hvp)):
         _check(h, v, hvp, damp, scale)
         if not runs_natively("lissa_step", h):
             return reference(h, v, hvp, damp, scale)
