@@ -4,18 +4,18 @@
 namespace torch_influence {
 namespace {
 
-constexpr int kInFlight = 4;          // packs of U that a thread loads before it uses the first
-constexpr int64_t kEnough = 8192;     // groups of threads that the largest GPU has work for at a time
+constexpr int kInFlight = 4;       // packs of U that a thread loads before it uses the first
+constexpr int64_t kEnough = 8192;  // groups of threads that the largest GPU has work for at a time
 
 // How the sums are divided: a group of 2^bits lanes of a warp adds up a part of the positions and of the outputs for an
 // example, and for one vector or kInFlight of them. It depends on the sizes alone, and so does the order of summation.
 struct Split {
   int bits;
-  int64_t vectors;                       // of a group
-  int64_t vector_groups;                 // of all vectors
-  int64_t positions, position_parts;     // of a group; groups that share an example's
-  int64_t outputs, output_parts;         // likewise
-  int64_t parts;  // of an example's sum for a vector
+  int64_t vectors;                    // of a group
+  int64_t vector_groups;              // of all vectors
+  int64_t positions, position_parts;  // of a group; groups that share an example's
+  int64_t outputs, output_parts;      // likewise
+  int64_t parts;                      // of an example's sum for a vector
   int64_t groups;
 };
 
