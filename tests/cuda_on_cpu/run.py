@@ -26,8 +26,8 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 CSRC = ROOT / "csrc"
 
-# They test the CPU's own instruction sets and memory, and look at the sources.
-NOT_OF_KERNELS = "not simd and not memory and not test_kernels"
+# They test the CPU's own instruction sets and memory, look at the sources, or launch nothing.
+NOT_OF_KERNELS = "not simd and not memory and not test_kernels and not shapes_are_known and not wrong_arguments"
 LARGEST = "not beyond_a_grid and not every_small_size and not inductor and not opcheck and not without_graph_breaks"
 SMALL = "test_native_equals_reference and (usual or odd or packs or one_row or turn or move) or test_any_memory_layout"
 SMALLER = "test_native_equals_reference and float32 and (usual or packs or odd-) or float32-one_sequence"
