@@ -1,5 +1,5 @@
 // Stands in for the CUDA runtime's header, so that a C++ compiler takes CUDA kernels: each thread of a block is a fiber, which
-// emulator.cpp runs. Here is what our kernels use of CUDA, and no more; README.md says how to add to it.
+// emulator.cpp runs. Here is what our kernels use of CUDA, and no more; docs/emulator.md says how to add to it.
 #pragma once
 
 #include <cstddef>
@@ -108,11 +108,6 @@ constexpr emulator::Index<emulator::grid_size> gridDim;
 
 inline void __syncthreads(EMULATOR_HERE) { emulator::barrier(file, line); }
 
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATOR_HERE) {
-  const unsigned lane = emulator::lane(), source = lane + delta < 32 ? lane + delta : lane;
-  return emulator::of_bits<T>(emulator::shuffle(mask, emulator::bits_of(value), source, file, line));
-}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATOR_HERE) {
   return emulator::of_bits<T>(emulator::shuffle(mask, emulator::bits_of(value), emulator::lane() ^ lanes, file, line));

@@ -1,6 +1,6 @@
 // Runs the threads of a grid as fibers on the calling thread, in an order drawn at random wherever CUDA leaves it open, and
 // refuses what a GPU would let pass: barriers that do not match, shuffles whose lanes are not there, grids beyond the limits.
-// What it refuses comes back as the launch's error, with the places in the source. README.md says what it shows and what not.
+// What it refuses comes back as the launch's error, with the places in the source. docs/emulator.md says what it shows and what not.
 //
 //   EMULATOR_SEED=n      draws other orders (default 0; "in order": threads and blocks by their numbers)
 //   EMULATOR_GRID=x,y    cuts grids down to x and y blocks where the kernel goes on by gridDim, so that small inputs turn twice
@@ -218,7 +218,7 @@ uint64_t common_divisor(uint64_t a, uint64_t b) { return b ? common_divisor(b, a
 // How the next thread is chosen among those that can run.
 enum Policy {
   kAnyThread,  // each is as likely as any other
-  kAnyThreadToo,  // twice as often as each of those below
+  kAnyThreadToo,  // the same: so half of the launches are without priorities
   kWarpPriorities,  // a warp that can run starves those of lower priority: what is read late shows
   kThreadPriorities  // so does a thread
 };

@@ -113,6 +113,7 @@ def outcome(mutation: Mutation, kind: str, work: Path) -> str:
 
 
 def reason(said: str) -> str:
+    """What of all that pytest, the emulator or a sanitizer said names the fault."""
     for pattern, words in (
         (r"ThreadSanitizer: data race", "data race"),
         (r"AddressSanitizer: ([\w-]+)", None),
@@ -126,7 +127,7 @@ def reason(said: str) -> str:
     ):
         if found := re.search(pattern, said):
             return words or (found[2] if found.re.groups == 2 else found[1] if found.re.groups else found[0])
-    return "failed"
+    sys.exit(f"the tests fail for a reason that has nothing to do with the change:\n{said[-4000:]}")
 
 
 def markdown(found: list[tuple[Mutation, dict[str, str]]]) -> str:

@@ -66,52 +66,45 @@ def environment(library: Path, kind: str, **settings: str) -> dict[str, str]:
     return os.environ | of_python | settings
 
 
-def counts_in(file: Path) -> dict[str, list[int]]:
-    """Of each kernel the launches in all processes that wrote to the file, and the most blocks and threads of one."""
-    found: dict[str, list[int]] = {}
-    for line in file.read_text().splitlines():
-        for name, (launches, blocks, threads) in json.loads(line).items():
-            before = found.get(name, [0, 0, 0])
-            found[name] = [before[0] + launches, max(before[1], blocks), max(before[2], threads)]
-    return found
+Counts = dict[str, list[int]]  # of each kernel the launches, and the most blocks and threads of one
+
+
+def add(counts: Counts, more: Counts) -> None:
+    """Adds the counts of another process, or of another run."""
+    for name, (launches, blocks, threads) in more.items():
+        before = counts.get(name, [0, 0, 0])
+        counts[name] = [before[0] + launches, max(before[1], blocks), max(before[2], threads)]
 
 
 class Outcome(NamedTuple):
     """Of some tests: whether all passed (None: there were none), what ran of each kernel, and what pytest said."""
 
     passed: bool | None
-    counts: dict[str, list[int]]
+    counts: Counts
     said: str
 
 
 def run_tests(library: Path, kind: str, select: str, workers: int, file: str = "", **settings: str) -> Outcome:
     """Runs those of tests/ops that are selected, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        counts = Path(folder, "counts")
-        counts.touch()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "emulated",
-            "-p",
-            "no:cacheprovider",
-            "-rfE",
-            "--capture=sys",
-        ]
+        file_of_counts = Path(folder, "counts")
+        file_of_counts.touch()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "-p", "no:cacheprovider", "-rfE"]
+        command += ["--capture=sys"]  # what a sanitizer says as it ends the process isn't lost
         command += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--no-header", "-k", select, f"tests/ops/{file}"]
         command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-x", "-p", "no:xdist"]
-        settings |= {"EMULATED_COUNTS": str(counts)}
+        settings |= {"EMULATED_COUNTS": str(file_of_counts)}
         done = subprocess.run(
             command, cwd=ROOT, env=environment(library, kind, **settings), capture_output=True, text=True
         )
         passed = {0: True, 5: None}.get(done.returncode, False)  # pytest's 5: no tests
-        return Outcome(passed, counts_in(counts), done.stdout + done.stderr)
+        counts: Counts = {}
+        for line in file_of_counts.read_text().splitlines():
+            add(counts, json.loads(line))
+        return Outcome(passed, counts, done.stdout + done.stderr)
 
 
-def table(counts: dict[str, list[int]]) -> str:
+def table(counts: Counts) -> str:
     """The counts by kernel: its variants, launches, and the most blocks and threads of one launch."""
     kernels: dict[str, list[list[int]]] = {}
     for name, count in counts.items():
@@ -119,11 +112,8 @@ def table(counts: dict[str, list[int]]) -> str:
     lines = [f"{'kernel':<20}{'variants':>9}{'launched':>9}{'launches':>10}{'most blocks':>12}{'most threads':>13}"]
     for name, variants in sorted(kernels.items()):
         launched = sum(count[0] > 0 for count in variants)
-        launches, blocks, threads = (
-            sum(c[0] for c in variants),
-            max(c[1] for c in variants),
-            max(c[2] for c in variants),
-        )
+        launches = sum(count[0] for count in variants)
+        blocks, threads = (max(count[which] for count in variants) for which in (1, 2))
         lines.append(f"{name:<20}{len(variants):>9}{launched:>9}{launches:>10}{blocks:>12}{threads:>13}")
     return "\n".join(lines)
 
@@ -143,7 +133,8 @@ def main() -> int:
         select = f"{NOT_OF_KERNELS} and {LARGEST}" if options.quick else NOT_OF_KERNELS
         cut = f"{NOT_OF_KERNELS} and {LARGEST}"  # what is beyond a grid is beyond the one cut down in any case
         runs = [("ON", select, {"EMULATOR_SEED": "1"}), ("ON", cut, {"EMULATOR_SEED": "2", "EMULATOR_GRID": "2,1"})]
-    passed, counts = True, {}
+    passed = True
+    counts: Counts = {}
     for kind, select, settings in runs:
         library = build(kind)
         said = " ".join(f"{name}={value}" for name, value in settings.items())
@@ -155,9 +146,7 @@ def main() -> int:
         if not outcome.passed:
             print(outcome.said[-8000:], flush=True)
         passed &= bool(outcome.passed)
-        for name, (launches, blocks, threads) in outcome.counts.items():
-            before = counts.get(name, [0, 0, 0])
-            counts[name] = [before[0] + launches, max(before[1], blocks), max(before[2], threads)]
+        add(counts, outcome.counts)
     print(table(counts))
     missing = sorted(name for name, (launches, *_) in counts.items() if not launches)
     if missing and not options.sanitize:

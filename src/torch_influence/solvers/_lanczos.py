@@ -73,7 +73,7 @@ def _smallest(diagonal: Tensor, squares: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class RitzValues:
-    """What ``lanczos`` has found.
+    """Holds what ``lanczos`` has found.
 
     Attributes:
         values: [m], float64, ascending: the eigenvalues of A on the Krylov space.

@@ -61,7 +61,7 @@ class Refits:
 
     @property
     def slope(self) -> float:
-        """Of actual on predicted changes, through the origin: 1 where the size is right."""
+        """Gives the slope of actual on predicted changes, through the origin: 1 where the size is right."""
         return float((self.predicted * self.actual).sum() / self.predicted.square().sum())
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Refits:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What ``verify`` has found; ``print`` it.
+    """Holds what ``verify`` has found; ``print`` it.
 
     Attributes:
         checks: in the order in which they were made.
@@ -102,7 +102,7 @@ class Verification:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """In one line."""
+        """Says it in one line."""
         failed = [check.name for check in self.checks if not check.passed]
         verdict = f"FAILED: {', '.join(failed)}" if failed else "passed"
         return f"{verdict} ({len(self.checks) - len(failed)} of {len(self.checks)} checks)"
