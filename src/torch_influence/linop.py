@@ -45,6 +45,20 @@ class LinearOperator(abc.ABC):
     def product(self, rows: Tensor) -> Tensor:
         """Multiplies rows [k, d] by A; returns a new tensor [k, d]."""
 
+    def product_and_dots(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiplies rows [k, d] by A, and returns beside it what is known on the way of an A made of n vectors gᵢ.
+
+        Returns:
+            The product [k, d], and the dot products gᵢ·v [n, k] with these rows, in an order that the operator's maker
+            knows; None where they are not computed.
+        """
+        return self.product(rows), None
+
+    @property
+    def least(self) -> float | None:
+        """A lower bound of A's eigenvalues; None where none is known."""
+        return None
+
     def damped(self, shift: float) -> Damped:
         """Returns A + shift·I. Damping is part of the operator, so that no solver can get it wrong."""
         return Damped(self, shift)
@@ -107,6 +121,15 @@ class Damped(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:  # noqa: D102
         return self.base.product(rows).add_(rows, alpha=self.shift)
+
+    def product_and_dots(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        product, dots = self.base.product_and_dots(rows)
+        return product.add_(rows, alpha=self.shift), dots
+
+    @property
+    def least(self) -> float | None:  # noqa: D102
+        known = self.base.least
+        return None if known is None else known + self.shift
 
     def diagonal(self) -> Tensor | None:  # noqa: D102
         known = self.base.diagonal()

@@ -12,7 +12,16 @@ from oracles import assert_close, tolerance, with_spectrum
 from torch import Tensor
 
 from torch_influence.linop import Dense
-from torch_influence.solvers import ConvergenceWarning, NegativeCurvatureWarning, _block_cg, block_cg, cg
+from torch_influence.solvers import (
+    BlockCG,
+    ConvergenceWarning,
+    Jacobi,
+    NegativeCurvatureWarning,
+    Nystrom,
+    block_cg,
+    cg,
+)
+from torch_influence.solvers._block import Block
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -155,7 +164,7 @@ def test_the_block_shrinks_when_rows_are_done() -> None:
 def test_rows_close_to_each_other_in_float32_give_an_orthonormal_basis(gap: float) -> None:
     """At a condition number of 1e5 a Gram matrix in float32 has no digits left, and one pass leaves two of them."""
     rows = (ordinary()[:1] + gap * ordinary()).float()
-    block = _block_cg._Block(Dense(positive_definite(D).float()), rows, None, (1e-4, 0.0), False)
+    block = Block(Dense(positive_definite(D).float()), rows, None, (1e-4, 0.0, 0.0), False)
     assert block.q.shape == rows.shape
     half_of_the_digits = torch.finfo(torch.float32).eps ** 0.5
     identity = torch.eye(K, dtype=torch.float64)
@@ -409,3 +418,302 @@ def test_a_recurrence_that_does_not_end_is_left_to_single_rows() -> None:
         _, report = block_cg(Dense(matrix), ordinary(), rtol=1e-8)
     assert "finished one by one" in report.method
     assert not (report.converged | report.precision_limit).any()
+
+
+# -- verification by combinations -------------------------------------------------------------------------------------
+
+
+def many(k: int = 200, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(k, D, dtype=torch.float64).to(dtype)
+
+
+@dtypes
+def test_many_rows_are_verified_by_a_few_combinations_of_them(dtype: torch.dtype) -> None:
+    matrix, rows = positive_definite(D).to(dtype), many(dtype=dtype)
+    rtol = 1e-3 if dtype == torch.float32 else 1e-9
+    operator = Spoiled(matrix)
+    x, report = block_cg(operator, rows, rtol=rtol)
+    assert report.converged.all()
+    assert "12 random combinations" in report.verification
+    assert report.verification in str(report)
+    assert operator.rows[-1] < len(rows) / 2  # the combinations, and rows close to their tolerance
+    true = true_residuals(matrix, x, rows)
+    rounding = tolerance(dtype, operations=D, condition=CONDITION)
+    assert (report.residual >= true - rounding).all()  # a bound
+    assert (report.residual <= rtol).all()
+    assert report.residual.median() <= 2 * true.median() + rounding  # and no loose one
+    everyone = Spoiled(matrix)
+    same, full = block_cg(everyone, rows, rtol=rtol, verify="all")
+    assert torch.equal(x, same)
+    assert not full.verification
+    assert everyone.rows == [*operator.rows[:-1], len(rows)]
+    assert_close(full.residual, true, operations=D, scale=1.0, inherent=rounding)
+
+
+def test_rows_that_combinations_find_wrong_are_all_judged_and_start_again() -> None:
+    """Products with noise of 1e-4 let the recurrence go astray by more than its tolerance."""
+    matrix, rows = positive_definite(D, 9.0), many(dtype=torch.float64)
+    operator = Spoiled(matrix, spoiled_from=0, noise=1e-4)
+    _, report = block_cg(operator, rows, rtol=1e-4, maxiter=40, on_failure="ignore")
+    assert len(rows) in operator.rows[1:]
+    # What products say has their noise, of norm 1e-4 |x|'s entries' number to the root.
+    assert (report.residual[report.converged] <= 1e-4).all()
+
+
+def test_a_wrong_verification_is_refused() -> None:
+    with pytest.raises(ValueError, match='verify: expected "combinations" or "all", got \'none\''):
+        block_cg(Dense(positive_definite(D)), ordinary(), verify="none")  # type: ignore[arg-type]
+
+
+# -- budgets, errors and preconditioners ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 5, 200])
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+def test_a_budget_of_products_gives_the_iterate_of_so_many_steps_with_its_residual(k: int, budget: int) -> None:
+    matrix, rows = positive_definite(D, 1e4), torch.randn(k, D, dtype=torch.float64)
+    operator = Spoiled(matrix)
+    options: dict[str, Any] = {"rtol": 1e-12, "error_rtol": 0.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, report = block_cg(operator, rows, max_products=budget, **options)
+    assert len(operator.rows) == report.products
+    assert report.products == budget or (report.products < budget and report.converged.all())
+    steps, _ = block_cg(Dense(matrix), rows, maxiter=budget, on_failure="ignore", **options)
+    assert_close(x, steps, operations=D * budget, condition=1e4)
+    true = true_residuals(matrix, x, rows)
+    rounding = tolerance(torch.float64, operations=D, condition=1e4)
+    assert (report.residual >= true - rounding).all()
+    assert (report.residual <= true * (1 + 1e-6) + rounding).all()
+    said = [str(w.message) for w in caught if issubclass(w.category, ConvergenceWarning)]
+    assert len(said) == (not report.converged.all())
+    assert all(f"ended at max_products={budget}" in text for text in said)
+
+
+def test_a_budget_that_is_spent_raises_nothing_and_one_that_is_enough_says_nothing() -> None:
+    matrix, rows = positive_definite(D), ordinary()
+    with pytest.warns(ConvergenceWarning, match="max_products=2 with 5 of 5 .* estimated error"):
+        block_cg(Dense(matrix), rows, rtol=1e-10, max_products=2, on_failure="raise")
+    x, report = block_cg(Dense(matrix), rows, rtol=1e-6, max_products=40)
+    same, free = block_cg(Dense(matrix), rows, rtol=1e-6)
+    assert torch.equal(x, same)
+    assert report.products == free.products < 40
+
+
+def test_a_budget_covers_rows_that_go_on_by_themselves() -> None:
+    operator = Spoiled(indefinite())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, report = block_cg(operator, torch.randn(K, 30, dtype=torch.float64), rtol=1e-8, max_products=8)
+    assert len(operator.rows) == report.products <= 8
+    assert not report.converged.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_products": 0}, ValueError, "max_products: expected at least 1, got 0"),
+        ({"max_products": 2.0}, TypeError, "max_products: expected an integer or None, got 2.0"),
+        ({"max_products": True}, TypeError, "max_products: expected an integer"),
+        ({"error_rtol": -1.0}, ValueError, "error_rtol: expected a number >= 0, got -1.0"),
+        ({"error_rtol": "1"}, ValueError, "error_rtol: expected a number >= 0"),
+        ({"max_products": 1, "M": Nystrom(3)}, ValueError, "expected more than the 1 that M takes, got 1"),
+    ],
+    ids=str,
+)
+def test_budgets_that_make_no_sense(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        block_cg(Dense(positive_definite(D)), ordinary(), **options)
+
+
+class Bounded(Spoiled):
+    """Knows the least of its eigenvalues."""
+
+    @property
+    def least(self) -> float:
+        return float(torch.linalg.eigvalsh(self.matrix.double())[0])
+
+
+def energy_errors(matrix: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """|x - x*|_A / |x*|_A in float64."""
+    exact = solution(matrix, rows)
+    off = x.double() - exact
+    squares = ((v * (v @ matrix.double())).sum(dim=1) for v in (off, exact))
+    return torch.div(*squares).sqrt()
+
+
+@pytest.mark.parametrize("k", [1, 8, 200])
+@pytest.mark.parametrize("damping", [1e-3, 1e-1])
+def test_the_estimate_of_the_error_bounds_it_where_the_least_eigenvalue_is_known(k: int, damping: float) -> None:
+    """Damped curvature: few large eigenvalues, the others near the damping."""
+    values = damping + torch.cat([torch.logspace(0, -6, 40), torch.zeros(160)]).double()
+    matrix = with_spectrum(values)
+    rows = torch.randn(k, 200, dtype=torch.float64)
+    for steps in (1, 2, 4, 8):
+        x, report = block_cg(Bounded(matrix), rows, rtol=1e-13, maxiter=steps, on_failure="ignore")
+        true = energy_errors(matrix, x, rows)
+        assert report.error is not None
+        bounds = (report.error + tolerance(torch.float64, operations=200, condition=1 / damping)) / true
+        assert (bounds[~report.error.isnan()] >= 1 - 1e-6).all()
+        x, report = block_cg(Dense(matrix), rows, rtol=1e-13, maxiter=steps, on_failure="ignore")
+        assert report.error is not None
+        known = ~report.error.isnan() & (true > 1e-9)
+        # By what the steps have gained alone: the same up to a small factor.
+        assert (report.error[known] / true[known] <= 10).all()
+        assert (report.error[known] / true[known] >= 0.02).all()
+
+
+@pytest.mark.parametrize("wanted", [0.3, 1e-2, 1e-4])
+def test_rows_end_by_their_error_before_their_residual(wanted: float) -> None:
+    values = 5e-3 + torch.cat([torch.logspace(0, -3, 100), torch.zeros(100)]).double()
+    matrix, rows = with_spectrum(values), torch.randn(4, 200, dtype=torch.float64)
+    x, report = block_cg(Bounded(matrix), rows, rtol=1e-12, error_rtol=wanted)
+    _, longer = block_cg(Bounded(matrix), rows, rtol=1e-12)
+    assert report.converged.all()
+    assert report.products < longer.products
+    assert (energy_errors(matrix, x, rows) <= wanted).all()
+    assert report.error is not None
+    assert (report.error <= wanted).all()
+    true = true_residuals(matrix, x, rows)
+    assert (true > 1e-12).any()
+    assert_close(report.residual, true, operations=200, scale=1.0)
+
+
+@dtypes
+@pytest.mark.parametrize("make", RIGHT_HAND_SIDES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("M", [Nystrom(12), Jacobi()], ids=["Nystrom", "Jacobi"])
+def test_preconditioned_rows_are_judged_in_their_own_coordinates(M: Any, make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    scales = torch.logspace(0, 1, D, dtype=torch.float64)
+    matrix = (scales[:, None] * positive_definite(D) * scales).to(dtype)
+    rows = make().to(dtype)
+    rtol = 1e-2 if dtype == torch.float32 else 1e-10
+    operator = Spoiled(matrix)
+    x, report = block_cg(operator, rows, rtol=rtol, M=M)
+    assert report.converged.all()
+    some = rows.any(dim=1)
+    rounding = tolerance(dtype, operations=D, condition=float(torch.linalg.cond(matrix.double())))
+    true = true_residuals(matrix, x[some], rows[some])
+    assert (true <= rtol + rounding).all()
+    assert_close(report.residual[some], true, operations=D, scale=1.0, inherent=rounding)
+    assert report.products == len(operator.rows)
+
+
+def test_a_preconditioner_saves_products_and_is_kept() -> None:
+    values = 1e-4 + torch.cat([torch.logspace(0, -2, 40), torch.logspace(-5, -6, 160)]).double()
+    matrix, rows = with_spectrum(values), torch.randn(2, 200, dtype=torch.float64)
+    _, without = block_cg(Dense(matrix), rows, rtol=1e-6)
+    operator = Spoiled(matrix)
+    solver = BlockCG(rtol=1e-6, M=Nystrom(40))
+    x, report = solver.solve(operator, rows)
+    assert_solved(matrix, x, rows, 1e-6)
+    assert report.products == len(operator.rows)
+    assert 2 * report.products < without.products
+    _, again = solver.solve(operator, rows)
+    assert again.products == report.products - 1
+    assert "preconditioned by Nystrom(rank=40" in solver.title
+
+
+def test_one_row_with_a_preconditioner_is_preconditioned_conjugate_gradients() -> None:
+    matrix, rows = positive_definite(D, 30.0), torch.randn(1, D, dtype=torch.float64)
+    mine, block = block_cg(Dense(matrix), rows, rtol=1e-6, M=Nystrom(10))
+    theirs, single = cg(Dense(matrix), rows, rtol=1e-6, M=Nystrom(10))
+    assert torch.equal(block.iterations, single.iterations)
+    assert_close(mine, theirs, operations=D * int(single.iterations), condition=30.0**2)
+    assert block.eigenvalues == pytest.approx(single.eigenvalues, rel=1e-6)
+
+
+def test_a_preconditioner_that_is_not_definite_is_left_to_single_rows() -> None:
+    matrix, rows = positive_definite(D, 9.0), ordinary()
+    M = torch.diag(torch.cat([torch.ones(D - 1), -torch.ones(1)])).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, report = block_cg(Dense(matrix), rows, rtol=1e-8, M=M, maxiter=100)
+    assert "finished one by one" in report.method
+
+
+class Dots(Spoiled):
+    """A matrix GᵀG/n + I that knows what G makes of the rows that it is multiplied by."""
+
+    def __init__(self, G: Tensor) -> None:
+        super().__init__(G.mT @ G / len(G) + torch.eye(G.shape[1]).to(G))
+        self.G = G
+
+    def product_and_dots(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.product(rows), self.G @ rows.mT
+
+
+@pytest.mark.parametrize("k", [1, 5, 200])
+@pytest.mark.parametrize("budget", [None, 2, 3])
+def test_linear_functions_of_x_are_summed_up_on_the_way(k: int, budget: int | None) -> None:
+    G = torch.randn(30, D, dtype=torch.float64)
+    rows = torch.randn(k, D, dtype=torch.float64) * torch.logspace(-9, 9, k, dtype=torch.float64)[:, None]
+    total = torch.zeros(30, k, dtype=torch.float64)
+    calls = []
+
+    def follow(dots: Tensor | None, coefficients: Tensor | None) -> None:
+        assert dots is not None
+        assert coefficients is not None
+        calls.append(dots.shape)
+        total.add_(dots @ coefficients.mT)
+
+    x, report = block_cg(Dots(G), rows, rtol=1e-8, max_products=budget, follow=follow, on_failure="ignore")
+    assert_close(total / rows.norm(dim=1), G @ x.mT / rows.norm(dim=1), operations=D, condition=100.0)
+    assert len(calls) == int(report.iterations.max())
+
+
+def test_a_follower_is_told_when_x_has_grown_in_another_way() -> None:
+    told = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        block_cg(
+            Dense(indefinite()), torch.randn(K, 30, dtype=torch.float64), follow=lambda dots, by: told.append(dots)
+        )
+    assert told[-1] is None
+
+
+@pytest.mark.parametrize("M", [None, Nystrom(40)], ids=["plain", "Nystrom"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("wanted", [0.3, 1e-2, 1e-4])
+def test_single_rows_end_by_their_error_too(wanted: float, known: bool, M: Any) -> None:
+    values = 5e-3 + torch.cat([torch.logspace(0, -3, 100), torch.zeros(100)]).double()
+    matrix, rows = with_spectrum(values), torch.randn(4, 200, dtype=torch.float64)
+    operator = (Bounded if known else Spoiled)(matrix)
+    x, report = cg(operator, rows, rtol=1e-12, error_rtol=wanted, M=M)
+    _, longer = cg(Dense(matrix), rows, rtol=1e-12, M=M)
+    assert report.converged.all()
+    assert report.products == len(operator.rows) < longer.products
+    assert (energy_errors(matrix, x, rows) <= (1 if known else 10) * wanted).all()
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=200, scale=1.0)
+
+
+@pytest.mark.parametrize("budget", [2, 3, 9, 40])
+def test_single_rows_keep_to_a_budget(budget: int) -> None:
+    matrix, rows = positive_definite(D, 1e3), torch.randn(K, D, dtype=torch.float64)
+    operator = Spoiled(matrix)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, report = cg(operator, rows, rtol=1e-3, max_products=budget, on_failure="raise")
+    assert report.products == len(operator.rows) <= budget
+    assert_close(report.residual, true_residuals(matrix, x, rows), operations=D, scale=1.0)
+    assert len(caught) == (not report.converged.all())
+    same, _ = cg(Dense(matrix), rows, rtol=1e-3, maxiter=budget - 1, on_failure="ignore")
+    if not report.converged.any():
+        assert torch.equal(x, same)
+
+
+def test_single_rows_need_two_products() -> None:
+    with pytest.raises(ValueError, match="max_products: expected at least 2, got 1"):
+        cg(Dense(positive_definite(D)), ordinary(), max_products=1)
+    with pytest.raises(ValueError, match="expected at least 3, as M takes 1, got 2"):
+        cg(Dense(positive_definite(D)), ordinary(), max_products=2, M=Nystrom(3))
+
+
+def test_the_error_of_single_rows_is_bounded_where_the_least_eigenvalue_is_known() -> None:
+    matrix, rows = positive_definite(D, 1e3), torch.randn(K, D, dtype=torch.float64)
+    x, report = cg(Bounded(matrix), rows, rtol=1e-3)
+    assert report.error is not None
+    assert (report.error >= energy_errors(matrix, x, rows) * (1 - 1e-6)).all()
+    _, report = cg(Spoiled(matrix), rows, rtol=1e-3)
+    assert report.error is not None
+    assert report.error.isnan().all()

@@ -237,6 +237,11 @@ class DoubleBackward(Curvature):
         """Returns r where r·I is added to the mean of the batches; None where something else is."""
         return 0.0 if self.regularizer is None else self.regularizer.factor
 
+    @property
+    def least(self) -> float | None:
+        """The regulariser's r·I for Gauss-Newton, which is positive semi-definite for losses convex in the outputs."""
+        return self.ridge if self.gauss_newton else None
+
     def describe(self) -> str:
         """Describes the path in words; ``prepare`` must have been called before."""
         size = self.batch_size or self.batches.batch_size or 1

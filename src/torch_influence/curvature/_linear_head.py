@@ -68,6 +68,11 @@ class LinearHead(Curvature):
         """Counts the additions and multiplications of a minibatch's product with one row."""
         return self.operations * min(self.batches.batch_size or 1, self.batches.n) / self.batches.n
 
+    @property
+    def least(self) -> float | None:
+        """That of the plain curvature."""
+        return self.plain.least
+
     def describe(self) -> str:
         """The path, in words."""
         return f"linear head in closed form, by {self.at_outputs.form}"

@@ -52,6 +52,18 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
     return limit
 
 
+def check_budget(error_rtol: float, max_products: int | None, least: int = 1) -> None:
+    """Refuses an ``error_rtol`` or a ``max_products`` that makes no sense."""
+    if not isinstance(error_rtol, Real) or not error_rtol >= 0:
+        raise ValueError(f"error_rtol: expected a number >= 0, got {error_rtol!r}")
+    if max_products is None:
+        return
+    if isinstance(max_products, bool) or not isinstance(max_products, int):
+        raise TypeError(f"max_products: expected an integer or None, got {max_products!r}")
+    if max_products < least:
+        raise ValueError(f"max_products: expected at least {least}, got {max_products}")
+
+
 def units(rows: Tensor) -> Tensor:
     """Computes the largest power of 2 up to each row's largest entry, [k, 1]; 1 where the row is 0 or not finite.
 
@@ -136,6 +148,7 @@ def conclude(
     takes_indefinite: bool = False,
     least: Tensor | None = None,
     unit: Tensor | None = None,
+    budget: int | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Gives the warnings of a solve, and returns x, NaN where it is not known, and the report.
 
@@ -149,6 +162,7 @@ def conclude(
         takes_indefinite: negative curvature is warned of, but is no failure.
         least: [k], on the CPU, the relative residual that any x leaves; 0 where that is not known.
         unit: [k, 1], of the rows that x is a solution of, see ``in_range``; x is brought back from it.
+        budget: products that might be made, if they have ended it: that is warned of, and is no failure.
     """
     found: list[Warning] = []
     k = len(report.residual)
@@ -182,7 +196,11 @@ def conclude(
                 f"damping (damp > 0) makes it solvable"
             )
         )
-    if failed.any():
+    if failed.any() and budget is not None and report.products >= budget:
+        found.append(out_of_budget(report, failed, budget))
+        if on_failure == "raise" and not (unknown | lost).any():
+            on_failure = "warn"
+    elif failed.any():
         if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
         elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
@@ -202,6 +220,18 @@ def conclude(
         on_failure = "warn"
     fail(found, on_failure, x, report)
     return x, report
+
+
+def out_of_budget(report: SolveReport, failed: Tensor, budget: int) -> ConvergenceWarning:
+    """Makes the warning of rows that are not done when all products have been made that might be."""
+    error = report.error[failed] if report.error is not None else report.residual.new_full((1,), torch.nan)
+    estimated = "not known" if error.isnan().all() else f"{float(error.nan_to_num(0.0).max()):.1e}"
+    return ConvergenceWarning(
+        f"{report.method} ended at max_products={budget} with {int(failed.sum())} of {len(failed)} right-hand sides "
+        f"not within rtol={report.rtol:.3g}: the largest relative residual is "
+        f"{float(report.residual[failed].max()):.1e}, and the estimated error of scores, relative to their size, "
+        f"{estimated}"
+    )
 
 
 def brought_back(x: Tensor, unit: Tensor) -> Tensor:

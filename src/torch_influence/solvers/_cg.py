@@ -16,6 +16,7 @@ from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.ops import CGScalars, cg_step
 from torch_influence.solvers._base import (
     Progress,
+    check_budget,
     conclude,
     first_guess,
     in_range,
@@ -25,12 +26,14 @@ from torch_influence.solvers._base import (
     system,
     tolerances,
 )
+from torch_influence.solvers._energy import EnergyError
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
 from torch_influence.solvers._report import SolveReport
 from torch_influence.solvers._rows import RowIteration, StepLog
 from torch_influence.solvers._solver import Cost, Krylov, Memo
 
+VERIFIED = 1.2  # how much a residual may exceed what the recurrence says in a row that ends by its error
 DIGITS_OF_RITZ = 0.1  # a Lanczos matrix ends where rounding may have changed a step's length or entry by more
 
 
@@ -41,7 +44,9 @@ def cg(
     x0: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
+    error_rtol: float = 0.0,
     maxiter: int | None = None,
+    max_products: int | None = None,
     M: Any = None,
     callback: Callable[[np.ndarray], object] | None = None,
     truncate: bool = False,
@@ -63,7 +68,11 @@ def cg(
         x0: first guess, [d] or [k, d]; zero by default. An array or a tensor.
         rtol: relative tolerance.
         atol: absolute tolerance.
+        error_rtol: a row is done, too, when the estimate of |x - x*|_A / |x*|_A is within this; see the report's
+            ``error``. 0: by its residual alone.
         maxiter: iterations at the most; 10 d by default.
+        max_products: products at the most, at least 2, M's among them and one that judges the rows left. Rows that are
+            not done by then are warned of.
         M: approximate inverse of A, symmetric positive definite: an array, a sparse matrix, anything with ``matvec``
             or a callable on ndarrays [d]; a ``LinearOperator`` of this package, which stays on the device; or
             ``Jacobi()`` or ``Nystrom(rank)``, made of A on the spot; the report counts the products for it, too.
@@ -77,7 +86,8 @@ def cg(
         x, of B's shape, and the report. x is NaN in rows of which nothing is known: b or a product is not finite.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense.
+        TypeError: an argument that makes no sense.
+        ValueError: likewise; ``max_products`` is less than M takes and 2.
         SolveError: with ``on_failure="raise"``, in place of the warnings.
 
     Warns:
@@ -101,8 +111,11 @@ def cg(
     check_on_failure(on_failure)
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
+    check_budget(error_rtol, max_products, least=2)
     start = time.perf_counter()
     precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
+    if max_products is not None and made_of + 2 > max_products:
+        raise ValueError(f"max_products: expected at least {made_of + 2}, as M takes {made_of}, got {max_products}")
     rows, unit = in_range(rows)
     x, report = iterate(
         operator,
@@ -116,6 +129,8 @@ def cg(
         truncate=truncate,
         history=history,
         unit=unit,
+        error_rtol=error_rtol,
+        budget=None if max_products is None else max_products - made_of,
     )
     seconds = time.perf_counter() - start
     report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products, seconds=seconds)
@@ -127,6 +142,7 @@ def cg(
         cures=', and minres (solver="minres") takes indefinite matrices',
         preconditioned=M is not None,
         unit=unit,
+        budget=max_products,
     )
     return x.reshape(as_tensor(B).shape), report
 
@@ -144,19 +160,22 @@ def iterate(
     truncate: bool = False,
     history: bool = False,
     unit: Tensor | None = None,
+    error_rtol: float = 0.0,
+    budget: int | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Runs ``cg`` from the first guess ``x``, which is overwritten, to absolute tolerances [k], without warnings.
 
     Rows and x stay in their ``unit``; a callback gets iterates without it.
     """
     start = time.perf_counter()
-    state = _State(operator, rows, x, tolerance, precondition, truncate, history)
-    state.unit = unit
+    state = _State(operator, rows, x, tolerance, precondition, truncate, history, error_rtol)
+    state.unit, state.budget = unit, budget
     state.run(limit, progress, "conjugate gradients", callback)
     negative = (CGScalars(*state.all_scalars).negative != 0).cpu()
     if negative.any() and not truncate:
         negative &= state.indefinite()
-    return state.all_x, state.report(time.perf_counter() - start, "conjugate gradients", negative, history)
+    report = state.report(time.perf_counter() - start, "conjugate gradients", negative, history)
+    return state.all_x, dataclasses.replace(report, error=state.errors())
 
 
 class _State(RowIteration[CGScalars]):
@@ -173,6 +192,7 @@ class _State(RowIteration[CGScalars]):
         precondition: Callable[[Tensor], Tensor] | None,
         truncate: bool = False,
         history: bool = False,
+        error_rtol: float = 0.0,
     ) -> None:
         scalars = b.new_zeros(len(CGScalars._fields), len(b), dtype=torch.float64)
         log = _Log(len(b), b.dtype, CGScalars, preconditioned=precondition is not None)
@@ -180,6 +200,8 @@ class _State(RowIteration[CGScalars]):
         self.indefinite = log.indefinite
         self.precondition, self.truncate, self.history = precondition, truncate, history
         self.r, self.p = torch.empty_like(self.all_x), torch.empty_like(self.all_x)
+        self.error_rtol = error_rtol
+        self.energy = EnergyError(self.first.square(), operator.least or 0.0) if error_rtol else None
         self.start()
 
     def begin(self, which: Tensor, r: Tensor) -> None:
@@ -192,6 +214,8 @@ class _State(RowIteration[CGScalars]):
             self.p[which] = r
             self.row.rho[which] = norms(r).square()
         self.log.start(self.at_work[which], self.row.rho[which])
+        if self.energy is not None:
+            self.energy.restart(self.at_work[which], norms(r).square())
 
     def step(self) -> None:
         preconditioned = self.precondition is not None
@@ -202,7 +226,34 @@ class _State(RowIteration[CGScalars]):
         if self.truncate:
             self.stop_at_negative_curvature(q)
         cg_step(self.x, self.r, self.p, self.scalars, q=q, preconditioned=preconditioned)
+        if self.energy is not None:
+            self.end_by_error(self.energy)
         self.record(self.history)
+
+    def end_by_error(self, energy: EnergyError) -> None:
+        """Takes note of a step's gain, and calls the rows done whose estimated error is small enough."""
+        gain, squares = torch.zeros_like(energy.gained), torch.ones_like(energy.gained)
+        gain[self.at_work] = self.row.alpha.square() * self.row.curvature
+        squares[self.at_work] = self.row.residual
+        at_work = torch.zeros_like(self.converged)
+        at_work[self.at_work] = True
+        energy.step(gain, squares, at_work & squares.isfinite())
+        near = (self.row.active != 0) & (energy.relative[self.at_work] <= self.error_rtol)
+        loose = VERIFIED * self.row.residual.sqrt()
+        for tolerance in (self.tolerance, self.aim):
+            tolerance[self.at_work] = torch.where(near, loose, tolerance[self.at_work])
+        self.row.tolerance.copy_(torch.where(near, loose, self.row.tolerance))
+        self.row.active.masked_fill_(near, 0.0)
+
+    def errors(self) -> Tensor:
+        """Estimates |x - x*|_A / |x*|_A, [k]; NaN where that is not known."""
+        if self.energy is not None:
+            return self.energy.relative
+        least = self.operator.least
+        if least is None or not least > 0:
+            return torch.full_like(self.residual, torch.nan)
+        left, size = self.residual.square() / least, (self.all_x.double() * self.b.double()).sum(dim=1).clamp(min=0)
+        return torch.where(size + left > 0, (left / (size + left)).sqrt(), torch.nan)
 
     def stop_at_negative_curvature(self, q: Tensor) -> None:
         """Stops rows before the step that would follow a direction of negative curvature."""
@@ -291,8 +342,8 @@ class CG(Krylov):
     """Solves by conjugate gradients, each row on its own, one product an iteration for all of them; see ``cg``.
 
     Args:
-        rtol, atol, maxiter, M, x0, callback, truncate, history: those of ``cg``. What a recipe M makes is kept for
-            later solves with the same operator.
+        rtol, atol, error_rtol, maxiter, max_products, M, x0, callback, truncate, history: those of ``cg``. What a
+            recipe M makes is kept for later solves with the same operator.
 
     Cost:
         one product an iteration, however many rows; memory 5 k d, and that of M.
@@ -305,6 +356,8 @@ class CG(Krylov):
         ([1.0, 0.5, 0.25], [1])
     """
 
+    error_rtol: float = 0.0
+    max_products: int | None = None
     M: Any = None
     callback: Callable[[np.ndarray], object] | None = None
     truncate: bool = False

@@ -102,6 +102,7 @@ class RowIteration(abc.ABC, Generic[S]):
 
     vectors: tuple[str, ...]  # names of the attributes [k, d] that exist for rows at work
     unit: Tensor | None = None  # the rows' units, [k, 1], if they have been divided by these
+    budget: int | None = None  # products that may be made
 
     def __init__(
         self, operator: LinearOperator, b: Tensor, x: Tensor | None, tolerance: Tensor, log: StepLog[S], scalars: Tensor
@@ -174,17 +175,22 @@ class RowIteration(abc.ABC, Generic[S]):
         if progress is not None:
             steps = progress(steps, describe, None)  # no total: it stops long before the limit
         for _ in steps:
-            if not len(self.at_work) and not self.resume():
+            if (not len(self.at_work) and not self.resume()) or self.spent:
                 break
             self.step()
             if callback is not None:
                 for row in self.stepped():
                     callback(row.cpu().numpy())
-            if self.some_stopped(wait=callback is not None):
+            if self.some_stopped(wait=callback is not None) and not self.spent:
                 self.settle()
-        if len(self.at_work) and self.some_stopped(wait=True):
+        if len(self.at_work) and not self.spent and self.some_stopped(wait=True):
             self.settle()
         self.give_up()
+
+    @property
+    def spent(self) -> bool:
+        """Whether only the product may be made that judges the rows left."""
+        return self.budget is not None and self.products >= self.budget - 1
 
     def product(self, rows: Tensor) -> Tensor:
         self.products += 1

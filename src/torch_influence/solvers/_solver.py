@@ -58,6 +58,7 @@ class Solver(abc.ABC):
             side of the training examples as well.
         sampled: it looks at minibatches of the data, and its answers are estimates.
         batched: it takes many rows at once.
+        follows: ``solve`` takes ``follow``, see ``block_cg``.
 
     Examples:
         >>> class Diagonal(Solver):
@@ -76,6 +77,7 @@ class Solver(abc.ABC):
     symmetric: ClassVar[bool] = True
     sampled: ClassVar[bool] = False
     batched: ClassVar[bool] = True
+    follows: ClassVar[bool] = False
 
     @abc.abstractmethod
     def solve(
