@@ -18,7 +18,7 @@ from torch_influence.solving import SolvingModule, chosen_curvature
 
 __all__ = ["InfluenceModule"]
 
-_TAKE_M = ("cg", "minres")
+_TAKE_M = ("cg", "block", "minres")
 
 
 class InfluenceModule(SolvingModule):
@@ -49,8 +49,9 @@ class InfluenceModule(SolvingModule):
         rtol, atol: a row is solved when |b - Ax| <= max(rtol |b|, atol), for the iterative solvers. These, maxiter and
             M are for solvers by name; an object has its own.
         maxiter: iterations at the most; 10 d by default.
-        M: a preconditioner, for ``solver="cg"`` or ``"minres"``: ``Nystrom(rank)``, ``Jacobi()`` or what they take.
-            What a recipe makes is kept for later solves, until the curvature or damp changes.
+        M: a preconditioner, for ``solver="cg"``, ``"block"`` or ``"minres"``: ``Nystrom(rank)``, ``Jacobi()`` or what
+            they take. What a recipe makes is kept for later solves, until the curvature or damp changes. "auto" makes
+            one of its own where many solves of few queries come, and ``explain()`` says so.
 
     Raises:
         ValueError: an unknown solver or curvature; ``solver="dual"``, and there is no dual system; M with another
@@ -99,7 +100,8 @@ class InfluenceModule(SolvingModule):
         self.solver = solver
         if isinstance(solver, str) and M is not None and solver not in _TAKE_M:
             raise ValueError(
-                f'M: a preconditioner is for solver="cg" or "minres", got solver={solver!r}; name one, or leave M out'
+                f'M: a preconditioner is for solver="cg", "block" or "minres", got solver={solver!r}; name one of these, '
+                "or leave M out"
             )
         if not isinstance(solver, str):
             given = {"rtol": rtol != 1e-5, "atol": atol != 0, "maxiter": maxiter is not None, "M": M is not None}

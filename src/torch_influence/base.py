@@ -511,12 +511,24 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
 
     @overload
     def influence_matrix(
-        self, train_idxs: Sequence[int] | None = None, test_idxs: Sequence[int] | None = None, *, top_k: None = None
+        self,
+        train_idxs: Sequence[int] | None = None,
+        test_idxs: Sequence[int] | None = None,
+        *,
+        top_k: None = None,
+        score_rtol: float | None = None,
+        max_products: int | None = None,
     ) -> Tensor: ...
 
     @overload
     def influence_matrix(
-        self, train_idxs: Sequence[int] | None = None, test_idxs: Sequence[int] | None = None, *, top_k: int
+        self,
+        train_idxs: Sequence[int] | None = None,
+        test_idxs: Sequence[int] | None = None,
+        *,
+        top_k: int,
+        score_rtol: float | None = None,
+        max_products: int | None = None,
     ) -> TopInfluences: ...
 
     def influence_matrix(
@@ -525,6 +537,8 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         test_idxs: Sequence[int] | None = None,
         *,
         top_k: int | None = None,
+        score_rtol: float | None = None,
+        max_products: int | None = None,
     ) -> Tensor | TopInfluences:
         """score[i, q] for training examples i and test examples q (default: all): [n_train, n_query] on the CPU.
 
@@ -537,6 +551,12 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             test_idxs: distinct indices of test examples, each of them a query.
             top_k: keep only so many of each query's most helpful and of its most harmful training examples, while
                 scores are computed. All, where there are fewer training examples: an example may be in both.
+            score_rtol: a tolerance in units of the answer, beside the module's rtol: a query is done, too, when the
+                estimated error of its scores is this share of their size. The estimate is that of |s - s*|_A / |s*|_A
+                for its stest s (``SolveReport.error``), by which scores, as a vector, are off to within a factor of 2.
+            max_products: products with the curvature at the most in each solve, verification among them: the best
+                scores for so many passes over the data; ``last_report`` has their residuals and estimated errors, and
+                a ConvergenceWarning says so where rtol is not reached.
 
         Returns:
             The matrix; with ``top_k`` two rankings, ``.helpful`` and ``.harmful``, each of them ``(values, indices)``
@@ -544,17 +564,20 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             Indices are those of the training data. Of equal scores the smaller index comes first; NaN comes last.
 
         Raises:
-            ValueError: duplicates; top_k less than 1.
+            ValueError: duplicates; top_k less than 1; score_rtol or max_products with a solver that has no such thing.
             IndexError: an index out of range.
             TypeError: indices, or top_k, that are not integers.
 
         Warns:
             RuntimeWarning: scores that are not finite.
+            ConvergenceWarning: a solve did not converge, within max_products or at all.
 
         Cost:
             a solve of min(n_train, n_query) right-hand sides, in tiles whose vectors take a quarter of the free memory
-            at the most, and one pass over the other side for each tile. Memory: the matrix; with ``top_k`` a tile of
-            it, of at most 2048 examples and the queries of a solve, and 24 top_k n_query bytes in float32.
+            at the most, and one pass over the other side for each tile. Where block conjugate gradients multiply by
+            Gauss-Newton's matrix, J P is formed in each product, and scores are summed up on the way: the pass only
+            verifies them. Memory: the matrix; with ``top_k`` a tile of it, of at most 2048 examples and the queries of
+            a solve, and 24 top_k n_query bytes in float32.
 
         Examples:
             >>> top = module.influence_matrix(test_idxs=[0, 1], top_k=10)
@@ -564,7 +587,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         k = None if top_k is None else check_top_k(top_k)
         indices = problem.train.indices(train_idxs, "train_idxs")
         queries = problem.test.indices(test_idxs, "test_idxs")
-        with self._session():
+        with self._session(), self._asked(score_rtol, max_products):
             tiles = self._tiles(indices, queries)
             if k is None:
                 return whole(tiles, indices, len(queries), problem.space.dtype)
@@ -940,11 +963,26 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         # A solver keeps some vectors for each right-hand side.
         at_once = max(1, memory.free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * problem.row_bytes))
         for first in range(0, len(queries), at_once):
-            yield from self._tiles_of(indices, self.stests(queries[first : first + at_once]), first)
+            stests, known = self._stests_and_dots(queries[first : first + at_once])
+            yield from self._tiles_of(indices, stests, first, known)
 
-    def _tiles_of(self, indices: list[int], stests: Tensor, first: int = 0) -> Iterator[Tile]:
+    def _tiles_of(
+        self, indices: list[int], stests: Tensor, first: int = 0, known: Tensor | None = None
+    ) -> Iterator[Tile]:
         if indices:
-            yield from from_stests(self._problem.train_gradients(), indices, stests, self._problem.train.n, first)
+            examples = self._problem.train_gradients()
+            yield from from_stests(examples, indices, stests, self._problem.train.n, first, known)
+
+    def _stests_and_dots(self, queries: list[int]) -> tuple[Tensor, Tensor | None]:
+        """The stests, and ∇ℓᵢ·s_q [n_train, k] where the solve has made these on its way."""
+        return self.stests(queries), None
+
+    def _asked(self, score_rtol: float | None, max_products: int | None) -> contextlib.AbstractContextManager[None]:
+        """A block in which solves end by these."""
+        for name, value in (("score_rtol", score_rtol), ("max_products", max_products)):
+            if value is not None:
+                raise ValueError(f"{name}: expected a module with a solver that has it, got {type(self).__name__}")
+        return contextlib.nullcontext()
 
     def _one_by_one(self, passing: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """Yields the same batches; reads each while no other thread uses what is kept of the data."""

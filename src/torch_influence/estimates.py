@@ -123,6 +123,8 @@ class EstimatingModule(SolvingModule):
         test_idxs: Sequence[int] | None = None,
         *,
         top_k: int | None = None,
+        score_rtol: float | None = None,
+        max_products: int | None = None,
         standard_error: bool = False,
     ) -> Any:
         """Scores as BaseInfluenceModule's; with ``standard_error`` ``estimated_influence_matrix``.
@@ -131,13 +133,16 @@ class EstimatingModule(SolvingModule):
             train_idxs: distinct indices of training examples.
             test_idxs: distinct indices of test examples, each of them a query.
             top_k: keep only this many of each query's most helpful and most harmful training examples.
+            score_rtol: expected None: LiSSA ends after its depth.
+            max_products: likewise.
             standard_error: whether standard errors are wanted. Not with ``top_k``.
 
         Returns:
             [n_train, n_query] on the CPU; two rankings with ``top_k``, an ``Estimate`` with ``standard_error``.
 
         Raises:
-            ValueError: standard errors with ``top_k``, or of a single repeat; and as BaseInfluenceModule's.
+            ValueError: standard errors with ``top_k``, or of a single repeat; score_rtol or max_products; and as
+                BaseInfluenceModule's.
 
         Cost:
             that of BaseInfluenceModule's, or of ``estimated_influence_matrix``.
@@ -145,8 +150,9 @@ class EstimatingModule(SolvingModule):
         Examples:
             >>> scores, error = module.influence_matrix(test_idxs=[0, 1], standard_error=True)
         """
-        if not standard_error:
-            return super().influence_matrix(train_idxs, test_idxs, top_k=top_k)
+        if not standard_error or score_rtol is not None or max_products is not None:
+            ends: dict[str, Any] = {"score_rtol": score_rtol, "max_products": max_products}  # which are refused there
+            return super().influence_matrix(train_idxs, test_idxs, top_k=top_k, **ends)
         if top_k is not None:
             raise ValueError("standard_error: expected no top_k with it; rank the matrix that comes with its errors")
         return self.estimated_influence_matrix(train_idxs, test_idxs)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from torch_influence import memory
 from torch_influence.arguments import check_flag
 from torch_influence.base import BaseInfluenceModule
 from torch_influence.curvature import Kind, check_kind
 from torch_influence.plan import Step
-from torch_influence.solvers import Solver, solved
+from torch_influence.solvers import Follow, Solver, check_budget, solved
+
+_SHARE_OF_SUMS = 8  # of the free memory, for sums that are made on the way of a solve
 
 
 class SolvingModule(BaseInfluenceModule):
     """A module that solves with the curvature by a Solver."""
 
+    _along: AlongTheSolve | None = None  # of the next solve
+    _asked_for: dict[str, Any] | None = None  # options of the solver, for a call
+
     @property
     @abc.abstractmethod
     def _solver(self) -> Solver:
         """The solver, with the options that the module has now."""
+
+    @property
+    def _solver_of_the_call(self) -> Solver:
+        return self._solver.with_options(**self._asked_for) if self._asked_for else self._solver
 
     @property
     def batched(self) -> bool:  # type: ignore[override]
@@ -49,10 +61,40 @@ class SolvingModule(BaseInfluenceModule):
         problem = self._problem
         rows = problem.as_rows(vec, "vec")
         with self._session():
-            solver = self._solver
+            solver = self._solver_of_the_call
             operator = problem.curvature(not solver.sampled).damped(problem.damp)
             options: dict[str, Any] = {"on_failure": problem.on_failure, "progress": problem.bar}
+            if self._along is not None and solver.follows:
+                options["follow"] = self._along.begin()
             return self._solved(solved, solver, operator, rows, **options).reshape(vec.shape)
+
+    def _stests_and_dots(self, queries: list[int]) -> tuple[Tensor, Tensor | None]:
+        problem = self._problem
+        nbytes = problem.train.n * len(queries) * problem.row_bytes // problem.space.size
+        if nbytes > memory.free_memory(self.device) / _SHARE_OF_SUMS:
+            return super()._stests_and_dots(queries)
+        self._along = along = AlongTheSolve()
+        try:
+            return self.stests(queries), along.dots
+        finally:
+            self._along = None
+
+    @contextlib.contextmanager
+    def _asked(self, score_rtol: float | None, max_products: int | None) -> Iterator[None]:
+        asked = {"error_rtol": score_rtol, "max_products": max_products}
+        options = {name: value for name, value in asked.items() if value is not None}
+        check_budget(score_rtol or 0.0, max_products)
+        if refused := sorted(options.keys() - self._solver.ends_by):
+            name = "score_rtol" if refused[0] == "error_rtol" else refused[0]
+            raise ValueError(
+                f"{name}, solver: expected a solver that can end by it, conjugate gradients or block conjugate "
+                f"gradients, got {self._solver.title or type(self._solver).__name__}"
+            )
+        self._asked_for = options
+        try:
+            yield
+        finally:
+            self._asked_for = None
 
     def _solve_step(self, queries: int) -> Step:
         problem, solver = self._problem, self._solver
@@ -60,6 +102,33 @@ class SolvingModule(BaseInfluenceModule):
 
     def _forget(self) -> None:
         self._solver.forget()
+
+
+class AlongTheSolve:
+    """Sums up dot products of examples' gradients with the solutions of one solve, while these are being found.
+
+    Attributes:
+        dots: ∇ℓᵢ·s_q [n, k]; None where they are not known.
+    """
+
+    def __init__(self) -> None:
+        self.dots: Tensor | None = None
+        self._begun = self._lost = False
+
+    def begin(self) -> Follow:
+        """Returns what a solver calls; solutions of a second solve are not those of the first."""
+        self._lost |= self._begun
+        self._begun = True
+        return self._add
+
+    def _add(self, dots: Tensor | None, coefficients: Tensor | None) -> None:
+        self._lost |= dots is None
+        if self._lost or dots is None or coefficients is None:
+            self.dots = None
+        elif self.dots is None:
+            self.dots = dots @ coefficients.mT
+        else:
+            self.dots.addmm_(dots, coefficients.mT)
 
 
 def chosen_curvature(curvature: Kind | None, gnh: bool) -> Kind:

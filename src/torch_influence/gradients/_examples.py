@@ -110,17 +110,20 @@ class ExampleGradients:
         chunks = self._chunks(indices, self._rows_at_once, {"rows of gradients": self._rows_of}, one)
         return _merged(chunks, self._rows_at_once)
 
-    def dots(self, indices: Sequence[int], vectors: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    def dots(
+        self, indices: Sequence[int], vectors: Tensor, known: Tensor | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
 
         It takes the first of these ways that is possible and agrees with examples one at a time:
+        - from dots that are ``known`` for all examples, [n, k], of the loss without what depends on no example;
         - from the inputs and output gradients of layers (contraction.py), where they account for most parameters or the
           vectors are many;
         - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
           ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
         - from rows of gradients.
         """
-        ways: dict[str, Way] = {}
+        ways: dict[str, Way] = {} if known is None else {"sums along the solve": self._known(indices, vectors, known)}
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
         most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming these
@@ -173,6 +176,18 @@ class ExampleGradients:
             return dots if constant is None else dots.add_(constant)
 
         return many
+
+    def _known(self, indices: Sequence[int], vectors: Tensor, known: Tensor) -> Way:
+        constant = None if self._constant is None else vectors @ self._constant
+
+        def picked(group: _Group, tie: Tie) -> Tensor:
+            dots = known[[indices[position] for position in group.positions]]
+            gradient = torch.zeros_like(vectors[0])
+            signs = self._signed(group, gradient, data=True)
+            tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
+            return dots if constant is None else dots.add_(constant)
+
+        return picked
 
     def _directional(self, vectors: Tensor) -> Way:
         leaves, pieces = self._evaluation.leaves(), self._space.split(vectors)

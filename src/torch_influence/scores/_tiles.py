@@ -31,11 +31,19 @@ class Tile(NamedTuple):
 
 
 def from_stests(
-    examples: ExampleGradients, indices: Sequence[int], stests: Tensor, n: int, first: int = 0
+    examples: ExampleGradients,
+    indices: Sequence[int],
+    stests: Tensor,
+    n: int,
+    first: int = 0,
+    known: Tensor | None = None,
 ) -> Iterator[Tile]:
-    """Yields scores for the stests [k, d] of the queries from ``first`` on, in one pass over the training examples."""
+    """Yields scores for the stests [k, d] of the queries from ``first`` on, in one pass over the training examples.
+
+    ``known``: what ``ExampleGradients.dots`` takes.
+    """
     queries = range(first, first + len(stests))
-    for positions, dots in examples.dots(indices, stests):
+    for positions, dots in examples.dots(indices, stests, known):
         yield Tile(positions, queries, dots.to(stests.dtype).div_(n))
 
 

@@ -10,7 +10,8 @@ from torch_influence.failures import (
     fail,
 )
 from torch_influence.solvers._auto import Auto, named
-from torch_influence.solvers._base import Progress, norms, rounding
+from torch_influence.solvers._base import Progress, check_budget, norms, rounding
+from torch_influence.solvers._block import Follow
 from torch_influence.solvers._block_cg import BlockCG, block_cg
 from torch_influence.solvers._cg import CG, cg
 from torch_influence.solvers._closed_form import ClosedForm
@@ -37,6 +38,7 @@ __all__ = [
     "DualDirect",
     "DualFactor",
     "Factor",
+    "Follow",
     "Jacobi",
     "LiSSA",
     "Memo",
@@ -53,6 +55,7 @@ __all__ = [
     "Solver",
     "block_cg",
     "cg",
+    "check_budget",
     "check_on_failure",
     "direct",
     "fail",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,13 +11,75 @@ from torch import Tensor
 from torch_influence import memory
 from torch_influence.linop import LinearOperator
 from torch_influence.plan import NotPossible, Step
+from torch_influence.solvers._block import Follow
 from torch_influence.solvers._block_cg import BlockCG
 from torch_influence.solvers._cg import CG
 from torch_influence.solvers._closed_form import ClosedForm
 from torch_influence.solvers._direct import Direct
 from torch_influence.solvers._dual import DualDirect
 from torch_influence.solvers._minres import Minres
-from torch_influence.solvers._solver import Cost, Solved, Solver
+from torch_influence.solvers._preconditioners import Nystrom
+from torch_influence.solvers._report import SolveReport
+from torch_influence.solvers._solver import Cost, Memo, Solved, Solver, row_bytes
+
+_RANK = 50  # of the preconditioner: half of what it needs to be made of, and most of what it saves (see docs)
+_FEW = 8  # rows of a solve for which it may pay
+_LEAST_SIZE = 8  # times its rank: below that a factored matrix is near
+_SAVES = 0.75  # of the iterations at the most are left where it pays
+
+
+class Past:
+    """What solves of few rows with one operator have taken so far, and whether a preconditioner pays.
+
+    Nyström's approximation costs as much as ``_RANK`` single products, and saves a part of those of each later solve;
+    how many solves there will be is not known. It is made when so much has been spent without it as it costs: then all
+    together take at most about twice what they would have taken, had that been known (the ski rental problem). It is
+    given up where the solves with it have not taken fewer products by a quarter.
+    """
+
+    recipe = Nystrom(_RANK)
+
+    def __init__(self) -> None:
+        self.plain, self.helped = _Spent(), _Spent()
+
+    def add(self, report: SolveReport, k: int, helped: bool) -> None:
+        """Takes note of a solve."""
+        if 0 < k <= _FEW:
+            spent = self.helped if helped else self.plain
+            # Without what M took to make, which is not made again.
+            spent.solves, spent.products = spent.solves + 1, spent.products + int(report.iterations.max())
+            spent.rows += k * int(report.iterations.max())
+
+    def pays(self, operator: LinearOperator, k: int) -> bool:
+        """Whether the next solve of k rows should have it."""
+        return not self.why_not(operator, k)
+
+    def why_not(self, operator: LinearOperator, k: int) -> str:
+        """Says why not; empty if it pays."""
+        plain, helped = self.plain, self.helped
+        if not 0 < k <= _FEW:
+            return f"pays for up to {_FEW} right-hand sides at once, in many solves: a block finds what it knows"
+        if operator.size < _LEAST_SIZE * _RANK or _RANK * row_bytes(operator) > _may_use(operator):
+            return f"its {_RANK} rows would be too many for d = {operator.size:,}, or for the memory"
+        if plain.rows < _RANK or plain.solves < 2:
+            return f"{plain.solves} solves have multiplied {plain.rows} rows so far, and it costs {_RANK}"
+        if helped.solves and helped.each > _SAVES * plain.each:
+            return f"with it a solve takes {helped.each:.0f} iterations, without {plain.each:.0f}"
+        return ""
+
+
+@dataclasses.dataclass
+class _Spent:
+    """The solves, their iterations, and these times rows."""
+
+    solves: int = 0
+    products: int = 0
+    rows: int = 0
+
+    @property
+    def each(self) -> float:
+        """Iterations of a solve."""
+        return self.products / max(self.solves, 1)
 
 
 class Auto(Solver):
@@ -40,7 +103,7 @@ class Auto(Solver):
         ([[1.0, 0.5, 0.25]], 'Cholesky')
     """
 
-    title = "whichever costs least"
+    title, follows = "whichever costs least", True
 
     def __init__(
         self,
@@ -54,17 +117,39 @@ class Auto(Solver):
             candidates = {"closed form": ClosedForm(), **named(rtol=rtol, atol=atol, maxiter=maxiter)}
             del candidates["minres"]
         self.candidates = candidates
+        self._past: Memo[Past] = Memo()
 
-    def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> Solved:
+    @property
+    def ends_by(self) -> frozenset[str]:
+        """What all but one of its solvers can end by: the dual system's error is rounding."""
+        return CG().ends_by
+
+    def solve(self, operator: LinearOperator, rows: Tensor, *, follow: Follow | None = None, **how: Any) -> Solved:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        solver = self.candidates[self.chosen(operator, len(rows))]
+        name = self.chosen(operator, len(rows))
+        solver = self.candidates[name]
+        if isinstance(solver, CG | BlockCG):
+            return self._by_products(solver, operator, rows, follow, how)
         if isinstance(solver, DualDirect):
             try:
                 solver.factor(operator)
             except torch.linalg.LinAlgError as why:  # type: ignore[attr-defined]  # too little damping for it
                 solver.refuse(operator, str(why))
-                return self.solve(operator, rows, **how)
+                return self.solve(operator, rows, follow=follow, **how)
         return solver.solve(operator, rows, **how)
+
+    def _by_products(
+        self, solver: CG | BlockCG, operator: LinearOperator, rows: Tensor, follow: Follow | None, how: dict[str, Any]
+    ) -> Solved:
+        """Solves by conjugate gradients; with a preconditioner where earlier solves show that it pays."""
+        past = self._past.of(operator, Past)
+        if solver.M is None and past.pays(operator, len(rows)):
+            solver = solver.with_options(M=past.recipe)
+        if solver.follows:
+            how = how | {"follow": follow}
+        x, report = solver.solve(operator, rows, **how)
+        past.add(report, len(rows), solver.M is past.recipe)
+        return x, report
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """The cost of the solver that would be taken."""
@@ -73,8 +158,11 @@ class Auto(Solver):
     def describe(self, operator: LinearOperator, k: int) -> Step:
         """The line of the solver that would be taken, and why not the others."""
         taken = self.chosen(operator, k)
-        step, ranked, free = self.candidates[taken].describe(operator, k), self.ranked(operator, k), _may_use(operator)
-        why_not = []
+        solver, past, why_not = self.candidates[taken], self._past.get(operator), []
+        if isinstance(solver, CG | BlockCG) and solver.M is None and past is not None:
+            why_not = [(str(past.recipe), past.why_not(operator, k))] if not past.pays(operator, k) else []
+            solver = solver if why_not else solver.with_options(M=past.recipe)
+        step, ranked, free = solver.describe(operator, k), self.ranked(operator, k), _may_use(operator)
         for name, cost in ranked.items():
             ratio = cost.operations / ranked[taken].operations
             why = f"{ratio:,.{1 if ratio < 10 else 0}f}x the operations ({cost.note})"
@@ -113,12 +201,15 @@ class Auto(Solver):
 
     def forget(self) -> None:
         """Drops what they keep of operators."""
+        self._past.forget()
         for solver in self.candidates.values():
             solver.forget()
 
     def with_options(self, **options: Any) -> Auto:
         """Returns the same with other options, of those that each solver has."""
-        return Auto(candidates={name: solver.with_options(**options) for name, solver in self.candidates.items()})
+        twin = Auto(candidates={name: solver.with_options(**options) for name, solver in self.candidates.items()})
+        twin._past = self._past
+        return twin
 
 
 def named(*, rtol: float = 1e-5, atol: float = 0.0, maxiter: int | None = None, M: Any = None) -> dict[str, Solver]:
@@ -128,7 +219,7 @@ def named(*, rtol: float = 1e-5, atol: float = 0.0, maxiter: int | None = None, 
         "direct": Direct(),
         "dual": DualDirect(rtol=rtol, atol=atol),
         "cg": CG(**limits, M=M),
-        "block": BlockCG(**limits),
+        "block": BlockCG(**limits, M=M),
         "minres": Minres(**limits, M=M),
     }
 

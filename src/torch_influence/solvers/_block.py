@@ -276,7 +276,8 @@ class Block:
             lower, failed = torch.linalg.cholesky_ex(0.5 * (curved + curved.mT))
             if failed or not lower.isfinite().all():
                 return self.hand_over()
-            upright = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+            eye = torch.eye(len(lower), dtype=torch.float64, device="cpu")
+            upright = torch.linalg.solve_triangular(lower, eye, upper=False)
             self.q, towards = multiply(upright, self.q), multiply(upright, towards)
             factor, self.coefficients = factor @ lower, self.coefficients @ lower
         self.p = multiply(factor.mT, self.p, towards)

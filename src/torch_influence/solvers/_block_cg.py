@@ -200,5 +200,5 @@ class BlockCG(Krylov):
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """A guess: the spectrum is not known. Vectors are multiplied by k others each."""
-        steps = max(iterations(self.rtol, operator.size) * k**-_BLOCK_EXPONENT, 2.0) + 1
+        steps = max(iterations(self._loosest, operator.size) * k**-_BLOCK_EXPONENT, 2.0) + 1
         return with_rows(self._cost(operator, k, steps, self.work * k), self.M, operator)

@@ -20,6 +20,7 @@ from torch_influence.plan import Step
 from torch_influence.solvers._base import norms
 from torch_influence.solvers._report import SolveReport
 
+_ENDS = frozenset({"error_rtol", "max_products"})
 _Made = TypeVar("_Made")
 _Solver = TypeVar("_Solver", bound="Solver")
 Solved: TypeAlias = tuple[Tensor, SolveReport | None]
@@ -104,6 +105,11 @@ class Solver(abc.ABC):
         cost, title = self.cost(operator, k), self.title or type(self).__name__
         return Step("solver", f"{title}; about {cost.operations:.1e} operations ({cost.note})", cost.nbytes)
 
+    @property
+    def ends_by(self) -> frozenset[str]:
+        """Which of the options ``error_rtol`` and ``max_products`` it can take; one that is exact ends before both."""
+        return _ENDS if self.exact else _ENDS & vars(self).keys()
+
     def forget(self) -> None:
         """Drops what is kept of operators."""
         for value in vars(self).values():
@@ -143,9 +149,16 @@ class Krylov(Solver):
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
         """Guesses: the spectrum is not known."""
-        return self._cost(operator, k, iterations(self.rtol, operator.size), self.work)
+        return self._cost(operator, k, iterations(self._loosest, operator.size), self.work)
+
+    @property
+    def _loosest(self) -> float:
+        """The tolerance that ends it first, about."""
+        return max(self.rtol, getattr(self, "error_rtol", 0.0))
 
     def _cost(self, operator: LinearOperator, k: int, steps: float, work: float) -> Cost:
+        if (most := getattr(self, "max_products", None)) is not None:
+            steps = min(steps, most)
         nbytes = self.vectors * k * row_bytes(operator)
         return Cost(steps * k * (operator.operations + work * operator.size), nbytes, f"{steps:.0f} products, a guess")
 
