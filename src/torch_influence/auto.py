@@ -100,7 +100,7 @@ class InfluenceModule(SolvingModule):
         self.solver = solver
         if isinstance(solver, str) and M is not None and solver not in _TAKE_M:
             raise ValueError(
-                f'M: a preconditioner is for solver="cg", "block" or "minres", got solver={solver!r}; name one of these, '
+                f'M: a preconditioner is for solver="cg", "block" or "minres", got solver={solver!r}; name one, '
                 "or leave M out"
             )
         if not isinstance(solver, str):
