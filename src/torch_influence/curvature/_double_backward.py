@@ -29,7 +29,8 @@ from torch_influence.turns import Once
 
 # Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
 # busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
-_BYTES_OF_GRAPH = 16 * 2**20
+import os
+_BYTES_OF_GRAPH = int(os.environ.get('BG','16')) * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
 _ROUNDINGS = 32  # by which two evaluations of the same loss may differ where the device adds in any order
 

@@ -49,25 +49,22 @@ class Site:
             raise self.refused(f"without its {name}")
         return value
 
-    def number(self, name: str) -> int:
-        value: int = self.saved(name)
-        return value - 2 * _BEYOND if value >= _BEYOND else value
+    def numbers(self, name: str) -> list[int]:
+        """Lists integers, or a single one, negative ones too."""
+        value = self.saved(name)
+        some = [value] if isinstance(value, int) else value
+        return [i - 2 * _BEYOND if i >= _BEYOND else i for i in some]
 
     def dims(self, name: str, of: int) -> list[int]:
         """Lists dimensions, as they are with the rows in front of ``of`` others."""
-        value = self.saved(name)
-        some = [value] if isinstance(value, int) else list(value)
-        return [(d - 2 * _BEYOND if d >= _BEYOND else d) % of + 1 if of else 1 for d in some]
+        return [d % of + 1 for d in self.numbers(name)]
 
-    def slopes(self) -> list[Tensor | None]:
-        """Returns the node's own answer to a cotangent of ones: the derivatives of an elementwise operator."""
-        if any(shape is not None and shape != self.shape for shape in self.inputs):
-            raise self.refused("with broadcasting")
+    def pulled(self, cotangent: Tensor) -> list[Tensor | None]:
+        """Asks the node itself to pull back one cotangent of its output."""
         call: Any = self._node
         with torch.no_grad():
-            found = call(torch.ones((), dtype=self.dtype, device=self.device).expand(self.shape))
-        found = found if isinstance(found, tuple) else (found,)
-        return [None if g is None else g.detach() for g in found]
+            found = call(cotangent)
+        return [None if g is None else g.detach() for g in (found if isinstance(found, tuple) else (found,))]
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +186,10 @@ class Moved(Rule):
 
 
 def elementwise(site: Site) -> Rule:
-    return Weighted(site, site.slopes())
+    """Takes the derivatives from the node: what it makes of a cotangent of ones."""
+    if any(shape is not None and shape != site.shape for shape in site.inputs):
+        raise site.refused("with broadcasting")
+    return Weighted(site, site.pulled(torch.ones((), dtype=site.dtype, device=site.device).expand(site.shape)))
 
 
 def added(site: Site) -> Rule:
@@ -210,7 +210,7 @@ def multiplied(site: Site) -> Rule:
 
 
 def divided(site: Site) -> Rule:
-    other = site.tensor("other")
+    other = site.tensor("other").to(site.dtype)  # it may be an integer
     by_second = -site.tensor("self") / other.square() if site.inputs[1] is not None else None
     return Weighted(site, [other.reciprocal(), by_second])
 
@@ -281,7 +281,7 @@ def repeated(site: Site) -> Rule:
 def sliced(site: Site) -> Rule:
     inner = _input(site)
     (dim,) = site.dims("dim", len(inner))
-    some = slice(site.number("start"), site.saved("end"), site.saved("step"))
+    some = slice(*(site.numbers(name)[0] for name in ("start", "end", "step")))
     where = (*[slice(None)] * dim, some)
     return Moved(lambda t: t[where], lambda c: _put(c, inner, where), "view", "new")
 
@@ -289,7 +289,7 @@ def sliced(site: Site) -> Rule:
 def selected(site: Site) -> Rule:
     inner = _input(site)
     (dim,) = site.dims("dim", len(inner))
-    where = (*[slice(None)] * dim, site.number("index"))
+    where = (*[slice(None)] * dim, *site.numbers("index"))
     return Moved(lambda t: t[where], lambda c: _put(c, inner, where), "view", "new")
 
 
@@ -340,48 +340,58 @@ def gather(inner: torch.Size, dim: int, index: Tensor) -> Rule:
 
 
 def padded(site: Site) -> Rule:
-    pad, inner = list(site.saved("pad")), _input(site)
+    pad = site.numbers("pad")
     back = [-p for p in pad]
     pad_nd = torch.ops.aten.constant_pad_nd
-    assert inner
     return Moved(lambda t: pad_nd(t, pad, 0.0), lambda c: pad_nd(c, back, 0.0), "new", "new")
 
 
 class Joined(Rule):
-    """Inputs one after the other along a dimension."""
+    """Inputs one after the other along a dimension.
+
+    ``starts``: where each begins; None for constants.
+    """
 
     pulled = "shared"
 
-    def __init__(self, site: Site, dim: int, sizes: Sequence[int]) -> None:
-        self.dim, self.sizes, self.inputs, self.shape = dim, sizes, site.inputs, site.shape
+    def __init__(self, site: Site, dim: int, starts: Sequence[int | None]) -> None:
+        self.dim, self.starts, self.inputs, self.shape = dim, starts, site.inputs, site.shape
+
+    def _parts(self, whole: Tensor) -> list[Tensor | None]:
+        parts: list[Tensor | None] = []
+        for start, shape in zip(self.starts, self.inputs, strict=True):
+            if start is None or shape is None:
+                parts.append(None)
+            elif len(shape) < len(self.shape):  # stacked
+                parts.append(whole.select(self.dim, start))
+            else:
+                parts.append(whole.narrow(self.dim, start, shape[self.dim - 1]))
+        return parts
 
     def push(self, tangents: Sequence[Tensor | None], mine: Sequence[bool]) -> Tensor:
         some = next(t for t in tangents if t is not None)
-        parts = []
-        for t, size in zip(tangents, self.sizes, strict=True):
-            shape = [len(some), *self.shape]
-            shape[self.dim] = size
-            parts.append(some.new_zeros(shape) if t is None else t.reshape(shape))
-        return torch.cat(parts, self.dim)
+        whole = some.new_zeros(len(some), *self.shape)
+        for part, t in zip(self._parts(whole), tangents, strict=True):
+            if part is not None and t is not None:
+                part.copy_(t)
+        return whole
 
     def pull(self, cotangent: Tensor, mine: bool) -> Sequence[Tensor | None]:
-        parts = cotangent.split(list(self.sizes), self.dim)
-        return [
-            None if shape is None else part.reshape(len(part), *shape)
-            for part, shape in zip(parts, self.inputs, strict=True)
-        ]
+        return self._parts(cotangent)
 
 
 def concatenated(site: Site) -> Rule:
     (dim,) = site.dims("dim", len(site.shape))
-    if None in site.inputs:
-        raise site.refused("with constants")  # whose sizes are not known
-    return Joined(site, dim, [shape[dim - 1] for shape in site.inputs if shape is not None])
+    # The node knows where its inputs begin: it is asked to pull back positions.
+    positions = torch.arange(site.shape[dim - 1], dtype=site.dtype, device=site.device)
+    parts = site.pulled(positions.view(-1, *[1] * (len(site.shape) - dim)).expand(site.shape))
+    starts = [None if part is None or not part.numel() else int(part.flatten()[0]) for part in parts]
+    return Joined(site, dim, starts)
 
 
 def stacked(site: Site) -> Rule:
     (dim,) = site.dims("dim", len(site.shape))
-    return Joined(site, dim, [1] * len(site.inputs))
+    return Joined(site, dim, range(len(site.inputs)))
 
 
 class Split(Rule):

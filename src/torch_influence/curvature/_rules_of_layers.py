@@ -48,38 +48,36 @@ class Product(Rule):
         *bias, vx, vw = tangents
         vb = bias[0] if bias else None
         n, h = self.shape
-        product: Tensor | None = None  # [n, k h]
         k = len(next(t for t in tangents if t is not None))
-        if vb is not None and vb.dim() == 3 and vb.shape[1] == 1:
-            vb = vb[:, 0]
-        simple = vb is not None and vb.dim() == 2 and vb.shape[1] == h and len(bias) == 1
+        rows = None  # of the bias [k h], where it is one for all examples
+        if vb is not None and self.bias == (h,):
+            rows, vb = vb.reshape(k * h), None
+        product: Tensor | None = None  # [n, k h]
         if vw is not None:
             assert self.x is not None
             wide = vw.mT.reshape(k * h, -1).mT
-            if vb is not None and simple:
-                product = torch.addmm(vb.reshape(k * h), self.x, wide, beta=self.beta, alpha=self.alpha)
-                vb = None
-            else:
+            if rows is None:
                 product = self.x @ wide
                 product = product.mul_(self.alpha) if self.alpha != 1.0 else product
+            else:
+                product = torch.addmm(rows, self.x, wide, beta=self.beta, alpha=self.alpha)
+        elif rows is not None:
+            product = (rows * self.beta).repeat(n, 1)
+        if vb is not None:
+            vb = (vb * self.beta).reshape(k, *[1] * (3 - vb.dim()), *vb.shape[1:]).transpose(0, 1)
+            if product is None:
+                product = vb.expand(n, k, h).clone(memory_format=torch.contiguous_format).view(n, k * h)
+            else:
+                product.view(n, k, h).add_(vb)
         if vx is not None:
             assert self.w is not None
             flat = vx.transpose(0, 1).reshape(n * k, -1)
-            if product is None and vb is not None and simple:
-                product = (vb.reshape(1, k, h) * self.beta).expand(n, k, h).reshape(n, k * h)
-                vb = None
             if product is None:
-                product = (flat @ self.w).reshape(n, k * h)
+                product = flat @ self.w
                 product = product.mul_(self.alpha) if self.alpha != 1.0 else product
             else:
-                total = product.view(n * k, h)
-                torch.addmm(total, flat, self.w, alpha=self.alpha, out=total)
-        if vb is not None:
-            extra = (vb if self.beta == 1.0 else vb * self.beta).reshape(k, *[1] * (3 - vb.dim()), *vb.shape[1:])
-            if product is None:
-                product = extra.expand(k, n, h).transpose(0, 1).reshape(n, k * h)
-            else:
-                product.view(n, k, h).transpose(0, 1).add_(extra)
+                # With out=, since counters of operations do not know the operator in place.
+                torch.addmm(product.view(n * k, h), flat, self.w, alpha=self.alpha, out=product.view(n * k, h))
         assert product is not None
         return product.view(n, k, h).transpose(0, 1)
 
@@ -161,8 +159,6 @@ class Convolution(Rule):
         self.format = format_of(self.x, self.w)
         if not self.of_w:  # only its sizes matter
             self.x = self.x.new_empty(()).expand(self.x.shape)
-        if not self.of_x:
-            self.w = self.w.new_empty(()).expand(self.w.shape)
 
     def push(self, tangents: Sequence[Tensor | None], mine: Sequence[bool]) -> Tensor:
         vx, vw, vb = tangents
@@ -239,9 +235,8 @@ def _empty(like: Tensor, sizes: Sequence[int], memory: torch.memory_format) -> T
 
 def _of_images(site: Site, inner: int, there: Any, back: Any) -> Rule:
     """Applies functions of [*, channels, *places] to all rows; ``back`` takes an empty tensor of the input's sizes."""
-    of = site.inputs[0]
-    assert of is not None
-    sizes = of[len(of) - inner :]
+    x = site.tensor("self")
+    sizes, memory = x.shape[x.dim() - inner :], format_of(x)
 
     def push(t: Tensor) -> Tensor:
         flat, unfold = fold(t, inner)
@@ -249,8 +244,8 @@ def _of_images(site: Site, inner: int, there: Any, back: Any) -> Rule:
 
     def pull(c: Tensor) -> Tensor:
         flat, unfold = fold(c, inner)
-        like = _empty(flat, [len(flat), *sizes], format_of(flat))
-        return unfold(back(flat, like))
+        flat = flat.contiguous(memory_format=memory)  # it is smaller than the result
+        return unfold(back(flat, _empty(flat, [len(flat), *sizes], memory)))
 
     return Moved(push, pull, "new", "new")
 
@@ -384,7 +379,7 @@ def group_norm(site: Site) -> Rule:
 
 
 def embedding(site: Site) -> Rule:
-    index, of, padding = site.tensor("indices"), site.inputs[0], site.number("padding_idx")
+    index, of, padding = site.tensor("indices"), site.inputs[0], site.numbers("padding_idx")[0]
     if site.saved("sparse") or site.saved("scale_grad_by_freq"):
         raise site.refused("with sparse or scaled gradients")
     assert of is not None
@@ -404,7 +399,7 @@ def embedding(site: Site) -> Rule:
 
 RULES: dict[str, Callable[[Site], Rule]] = {
     **dict.fromkeys(
-        """Abs Celu Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1p LogSigmoid
+        """Abs Celu Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid
         Mish Neg Reciprocal Relu Rsqrt Sigmoid Silu Sin Cos Softplus Softshrink Sqrt Tanh Threshold Maximum Minimum
         MaskedFill ClampMin ClampMax Addcmul Lerp""".replace("\n", " ").split(),
         _rules.elementwise,
