@@ -105,7 +105,8 @@ def test_products_are_those_of_the_dense_matrix(name: str, gnh: bool) -> None:
     assert isinstance(curvature, Curvature)
     assert curvature.why_plain_convolutions.startswith(why_plain)
     assert bool(curvature.why_plain_convolutions) == bool(why_plain)
-    assert ("convolutions by what is asked for alone" in curvature.describe()) == (not why_plain)
+    assert curvature.by_rules == gnh
+    assert ("convolutions by what is asked for alone" in curvature.describe()) == (not why_plain and not gnh)
     assert why_plain in str(module.explain())
     assert not curvature._pull_back.why_plain
 

@@ -29,7 +29,8 @@ from torch_influence.turns import Once
 
 # Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
 # busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
-_BYTES_OF_GRAPH = 16 * 2**20
+import os
+_BYTES_OF_GRAPH = int(os.environ.get('BG','16')) * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
 _ROUNDINGS = 32  # by which two evaluations of the same loss may differ where the device adds in any order
 
@@ -44,6 +45,11 @@ class Linearized:
         gradient: computes that of the loss, with respect to the same tensors.
         roots: tensors from which the graphs of ``product`` are reached.
         besides: tensors that are kept in memory anyway.
+        kept: tensors that are kept for ``product`` beside the graphs.
+        row_bytes: memory that one row takes on its way through ``product``; None: as much as is kept.
+        product_and_slopes: computes the product, and slope · J v [b, k] for each of the b outputs, the slope being the
+            gradient of the batch's loss at the outputs: the share of an example in ∇loss · v, where an output is an
+            example; None where that is not known.
     """
 
     loss: Tensor
@@ -51,11 +57,19 @@ class Linearized:
     gradient: Callable[[], Tangents]
     roots: Sequence[Tensor]
     besides: Any = ()
+    kept: Sequence[Tensor] = ()
+    row_bytes: int | None = None
+    product_and_slopes: Callable[[Tangents], tuple[Tangents, Tensor]] | None = None
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Counts the bytes that the graphs keep in memory."""
-        return saved_bytes(self.roots, self.besides)
+        """Counts the bytes that are kept in memory."""
+        return saved_bytes(self.roots, self.besides, self.kept)
+
+    @property
+    def bytes_at_work(self) -> int:
+        """Counts the bytes that a product with one row passes through beside those that are kept, or the kept ones."""
+        return max(self.nbytes if self.row_bytes is None else self.row_bytes, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +112,9 @@ class DoubleBackward(Curvature):
         graph_bytes: what the graphs of all batches would take, about; known after ``prepare``.
         kept_bytes: size of the graphs that are kept.
         kept_examples: number of examples whose graphs are kept.
+        by_rules: whether products are made by rules of the layers, in all batches so far.
         why_plain_convolutions: why convolutions are torch's own, in a model that has any.
+        why_no_rules: why its layers are differentiated twice by autograd; empty where rules do it, or are not tried.
         why_no_head: why it is not that of a linear head in closed form; empty where that was not looked at.
     """
 
@@ -121,6 +137,8 @@ class DoubleBackward(Curvature):
         self.graph_bytes = 0
         self.why_plain_convolutions = ""
         self.why_no_head = ""
+        self.why_no_rules = ""
+        self.by_rules = False
         self._lean = False
         self._prepared = False
         self._kept: list[tuple[Linearized, int]] = []
@@ -178,7 +196,7 @@ class DoubleBackward(Curvature):
         linearized = self.linearize(first, self.leaves)
         if linearized.roots:
             self.graph_bytes = linearized.nbytes * self.batches.n // min(loader or 1, self.batches.n)
-            wanted = _BYTES_OF_GRAPH // max(linearized.nbytes, 1) * (loader or 1)
+            wanted = _BYTES_OF_GRAPH // linearized.bytes_at_work * (loader or 1)
             try:
                 self.batch_size, self.why_not_grouped = grouping(self.loss, self.evaluation, self.batches, wanted)
             except ValueError as error:  # the loss of some batch has no graph: a pass can do without, or says so again
@@ -246,14 +264,15 @@ class DoubleBackward(Curvature):
         """Describes the path in words; ``prepare`` must have been called before."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
-        lean = ", convolutions by what is asked for alone" if self._lean else ""
-        return f"{self.title} by double backward, {size} examples at a time, {kept}{lean}"
+        lean = ", convolutions by what is asked for alone" if self._lean and not self.by_rules else ""
+        return f"{self.title} by {'rules of its layers' if self.by_rules else 'double backward'}, {size} examples at a time, {kept}{lean}"
 
     def step(self) -> Step:
         """The curvature's line of ``explain()``, after it has been seen how examples are batched."""
         self.prepare()
         why_not = [
             ("a linear head in closed form", self.why_no_head),
+            ("rules of its layers", self.why_no_rules),
             ("convolutions by what is asked for alone", self.why_plain_convolutions),
             ("in larger batches", self.why_not_grouped),
         ]
@@ -363,7 +382,7 @@ class DoubleBackward(Curvature):
         space = self.evaluation.space
         if len(rows) == 1:
             return space.flatten(linearized.product(space.split(rows)))
-        at_once = max(1, _BYTES_OF_ROWS // max(linearized.nbytes, 1))
+        at_once = max(1, _BYTES_OF_ROWS // linearized.bytes_at_work)
         return torch.cat([space.flatten(linearized.product(space.split(some))) for some in rows.split(at_once)])
 
     def _kept_anyway(self, batch: Any) -> Any:

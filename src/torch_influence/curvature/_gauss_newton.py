@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_influence.agreement import agree
+from torch_influence.batches import parts
 from torch_influence.curvature._double_backward import DoubleBackward, Linearized
 from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
 from torch_influence.curvature._plain import Tangents
+from torch_influence.curvature._linear_map import LinearMap
 from torch_influence.gradients import Graph, differentiate
-from torch_influence.linop import Dual, DualCost
+from torch_influence.linop import Dual, DualCost, probe_rows
 from torch_influence.plan import NotPossible
 
 
@@ -25,8 +28,72 @@ class GaussNewton(DoubleBackward):
 
     title, gauss_newton = "Gauss-Newton", True
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._compared: set[int] = set()  # structures of graphs for which rules have been seen to give the same
+
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         given, batch = batch, self.evaluation.batch_for("train_loss", batch)
+        if at is None and not self.why_no_rules:
+            try:
+                return self._by_rules(given, batch, leaves)
+            except NotPossible as why:
+                self.by_rules, self.why_no_rules = False, str(why)
+        return self._by_double_backward(given, batch, leaves, at)
+
+    def _by_rules(self, given: Any, batch: Any, leaves: Tangents) -> Linearized:
+        """Differentiates by rules of the layers; graphs of each structure are compared with the plain way once."""
+        outputs = self._with_graph(self._outputs(leaves, batch))
+        structure = Graph("rules", [outputs], leaves).structure
+        jacobian = LinearMap(outputs, leaves)
+        at_outputs, loss, slope = self._slope(leaves, outputs, batch)
+        outputs = outputs.detach()
+        curved, slopes = Graph("loss", slope, [at_outputs]), slope[0].detach()
+        examples = len(outputs) if outputs.dim() else 1
+
+        def pushed(tangents: Tangents) -> Tensor:
+            return jacobian.push([t.to(leaf.dtype) for t, leaf in zip(tangents, leaves, strict=True)])
+
+        def pulled(jv: Tensor) -> Tangents:
+            (hjv,) = self._pull_back(curved, [jv])
+            return jacobian.pull(hjv, mine=True)
+
+        def product_and_slopes(tangents: Tangents) -> tuple[Tangents, Tensor]:
+            jv = pushed(tangents)
+            dots = (jv * slopes).reshape(len(jv), examples, -1).sum(-1).mT
+            return pulled(jv), dots
+
+        found = Linearized(
+            loss,
+            lambda tangents: pulled(pushed(tangents)),
+            lambda: [row.squeeze(0) for row in jacobian.pull(slopes[None])],
+            roots=slope,
+            besides=(self._kept_anyway(given), leaves),
+            kept=[t for rule in jacobian.rules for t in parts(vars(rule))],
+            row_bytes=jacobian.row_bytes,
+            product_and_slopes=product_and_slopes,
+        )
+        if structure not in self._compared:
+            self._compare(found, self._by_double_backward(given, batch, leaves))
+            self._compared.add(structure)
+        self.by_rules = True
+        return found
+
+    def _compare(self, fast: Linearized, plain: Linearized) -> None:
+        space = self.evaluation.space
+        rows = probe_rows(2, space.size, dtype=self.dtype, device=self.device)
+        expected = torch.cat([space.flatten(plain.product(space.split(row[None]))) for row in rows])
+        try:
+            both = space.flatten(fast.product(space.split(rows)))
+            one = space.flatten(fast.product(space.split(rows[:1])))
+        except Exception as error:  # the plain one has shown that the model is not to blame
+            raise NotPossible(f"a product by them failed: {error}") from error
+        if not (agree(both, expected, space.pass_dtype) and agree(one, expected[:1], space.pass_dtype)):
+            raise NotPossible("a product by them differs from the plain one")
+
+    def _by_double_backward(
+        self, given: Any, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None
+    ) -> Linearized:
         outputs = self.outputs(leaves, batch)
         inputs = leaves if at is None else at()
         u = torch.zeros_like(outputs, requires_grad=True)
@@ -56,7 +123,9 @@ class GaussNewton(DoubleBackward):
     def outputs(self, leaves: Tangents, batch: Any) -> Tensor:
         """Computes the outputs, whose Jacobian is J, with their graph; takes a batch from ``Evaluation.batch_for``."""
         with self.convolutions(fixed=True):
-            outputs = self._outputs(leaves, batch)
+            return self._with_graph(self._outputs(leaves, batch))
+
+    def _with_graph(self, outputs: Tensor) -> Tensor:
         if not outputs.requires_grad:
             raise ValueError("train_outputs: expected outputs that depend on the selected parameters, got no graph")
         return outputs

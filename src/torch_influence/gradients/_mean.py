@@ -107,14 +107,22 @@ def grouping(loss: LossOfBatch, evaluation: Evaluation, batches: Batches, wanted
     return min(max(wanted // own, 1) * own, n), ""
 
 
-def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
-    """Counts the bytes of the tensors that the graphs behind these tensors hold for their backward passes.
+def saved_bytes(roots: Sequence[Tensor], besides: Any = (), kept: Any = ()) -> int:
+    """Counts the bytes of the tensors that the graphs behind these tensors hold, and of those in ``kept``.
 
     Memory that they share with the tensors in ``besides`` (parameters, data) is not counted, since it is there anyway:
     a batch is often a view of all data.
     """
     anyway = {storage.data_ptr() for t in parts(besides) for storage in _storages(t)}
     storages: dict[int, int] = {}
+
+    def add(t: Any) -> None:
+        for storage in _storages(t):
+            if storage.data_ptr() not in anyway:
+                storages[storage.data_ptr()] = storage.nbytes()
+
+    for t in parts(kept):
+        add(t)
     for node in nodes_behind(roots):
         for name in _saved_names(type(node)):
             try:
@@ -122,9 +130,7 @@ def saved_bytes(roots: Sequence[Tensor], besides: Any = ()) -> int:
             except RuntimeError:  # freed, or edited in place since: its own backward will say so
                 continue
             for t in saved if isinstance(saved, list | tuple) else [saved]:
-                for storage in _storages(t):
-                    if storage.data_ptr() not in anyway:
-                        storages[storage.data_ptr()] = storage.nbytes()
+                add(t)
     return sum(storages.values())
 
 
