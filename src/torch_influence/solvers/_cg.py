@@ -24,6 +24,7 @@ from torch_influence.solvers._base import (
     rounding,
     system,
     tolerances,
+    with_quick_products,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
@@ -34,6 +35,7 @@ from torch_influence.solvers._solver import Cost, Krylov, Memo
 DIGITS_OF_RITZ = 0.1  # a Lanczos matrix ends where rounding may have changed a step's length or entry by more
 
 
+@with_quick_products
 def cg(
     A: Any,
     B: Any,
