@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_influence import products
 from torch_influence.caller import level_of_the_user
 
 _counting = threading.RLock()
@@ -127,6 +128,7 @@ onednn_off = Switch(lambda: _off(torch.backends.mkldnn))
 compiled_code_off = Switch(lambda: torch.compiler.set_stance("force_eager"))
 precise_convolutions = Switch(_precise_convolutions)
 quiet_vmap = Switch(_without_advice_on_vmap)
+quick_products = Switch(products.fastest)
 
 
 @contextlib.contextmanager

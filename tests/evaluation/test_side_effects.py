@@ -104,6 +104,7 @@ def flags() -> dict[str, Any]:
         "math": cuda.math_sdp_enabled(),
         "cudnn": torch.backends.cudnn.enabled,
         "mkldnn": torch.backends.mkldnn.enabled,
+        "products": (torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision()),
         "mha": torch.backends.mha.get_fastpath_enabled(),
         "tf32": tf32(),
         "grad": torch.is_grad_enabled(),
@@ -228,6 +229,8 @@ class AsksForPrecision(Classification):
 @pytest.fixture
 def tf32_as_by_default() -> Iterator[None]:
     yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
     torch.backends.fp32_precision = "none"
     torch.backends.cudnn.fp32_precision = "none"
     torch.backends.cudnn.allow_tf32 = True

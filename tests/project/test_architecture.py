@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "torch_influence"
 
 # A file or folder imports only what is listed before it; those of one line do not import one another.
 ORDER = [
-    ["caller", "turns", "torch_errors", "objective", "parameters", "memory", "agreement", "plan"],
+    ["caller", "turns", "torch_errors", "objective", "parameters", "memory", "agreement", "plan", "products"],
     ["failures", "switches", "arguments", "linop", "ops", "exhibits"],
     ["batches"],
     ["evaluation"],

@@ -259,7 +259,9 @@ def test_info_command():
         [sys.executable, "-m", "torch_influence", "info"], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert str(backend_info()) in result.stdout
+    lines = [line for line in str(backend_info()).splitlines() if not line.startswith("cpu matrix products: ")]
+    assert set(lines) < set(result.stdout.splitlines())
+    assert "\ncpu matrix products: " in result.stdout  # how much faster they are differs from process to process
 
 
 def test_cuda_tensors_are_accounted_for():

@@ -256,7 +256,8 @@ class Evaluation:
         """Eval mode and operators that can be differentiated twice; all as it was when the block ends, however it ends.
 
         Modules that the objective holds (a frozen backbone, a teacher) are treated as the model is.
-        cuDNN may use TF32 inside only where matrix products may, see ``switches.py``. Public calls open it once around
+        cuDNN may use TF32 inside only where matrix products may, see ``switches.py``; on the CPU oneDNN may multiply,
+        see ``products.py``. Public calls open it once around
         all their work; nested ones cost nothing. Threads whose models share a module take turns.
         """
         if self.is_open:
@@ -285,6 +286,8 @@ class Evaluation:
             stack.callback(remembered.put_back)
             for switch in _twice_differentiable([m for network in networks for m in network.modules()]):
                 stack.enter_context(switch)
+            if self.space.dtype == torch.float32 and all(p.is_cpu for p in self.space.current()):
+                stack.enter_context(switches.quick_products())
             self._opened_by = threading.get_ident()
             stack.callback(setattr, self, "_opened_by", None)
             remembered.to_eval_mode()

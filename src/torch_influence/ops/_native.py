@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from torch_influence import products
+
 # The csrc_sha256 whose CUDA kernels last passed `make gpu` on a GPU, with the results in benchmarks/results.
 _CSRC_RUN_ON_GPU: str | None = None
 
@@ -34,6 +36,9 @@ class BackendInfo:
         cuda_tested: Whether exactly these kernels have passed their tests on a GPU. On an emulator of CUDA's execution,
             on the CPU, they have passed them in any case: docs/emulator.md.
         csrc_sha256: Hash of the C++ and CUDA sources that the library was built from.
+        products: Which library multiplies float32 matrices on the CPU in sessions of modules and in solvers, and why:
+            oneDNN where a measurement, once per process, finds the error of float32 and a gain; nothing changes where
+            you have set torch's precision of float32 yourself.
     """
 
     ops: tuple[str, ...]
@@ -43,12 +48,15 @@ class BackendInfo:
     cuda_archs: tuple[str, ...]
     cuda_tested: bool
     csrc_sha256: str
+    products: str
 
     def __str__(self) -> str:
+        multiplied = f"cpu matrix products: {self.products}"
         if not self.ops:
-            return f"native ops: none, plain torch does their work, because {self.cpu}"
+            return f"native ops: none, plain torch does their work, because {self.cpu}\n{multiplied}"
         cuda = "native" if not self.cuda else f"reference, because {self.cuda}"
-        lines = [f"native ops: {', '.join(self.ops)}", f"cpu: native, {self.simd_level} instructions", f"cuda: {cuda}"]
+        lines = [f"native ops: {', '.join(self.ops)}", f"cpu: native, {self.simd_level} instructions"]
+        lines += [multiplied, f"cuda: {cuda}"]
         if self.cuda_archs:
             tested = "" if self.cuda_tested else "; run on an emulator of CUDA's execution; not yet on a GPU"
             lines.append(f"cuda kernels: compiled for {', '.join(self.cuda_archs)}{tested}")
@@ -159,7 +167,7 @@ def backend_info() -> BackendInfo:
     """Says what runs natively, on which devices, and why not otherwise.
 
     Returns:
-        A ``BackendInfo``: ``print`` it, or look at ``.ops``, ``.cpu``, ``.cuda``.
+        A ``BackendInfo``: ``print`` it, or look at ``.ops``, ``.cpu``, ``.cuda``, ``.products``.
 
     Examples:
         >>> import torch_influence
@@ -175,6 +183,7 @@ def backend_info() -> BackendInfo:
         cuda_archs=_build.get("cuda_archs", ()),
         cuda_tested=bool(csrc_sha256) and csrc_sha256 == _CSRC_RUN_ON_GPU,
         csrc_sha256=csrc_sha256,
+        products=products.described(),
     )
 
 

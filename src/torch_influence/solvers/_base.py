@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from torch_influence import switches
 from torch_influence.failures import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, fail
 from torch_influence.linop import LinearOperator, as_tensor, aslinearoperator
 from torch_influence.solvers._report import SolveReport
 
 Progress: TypeAlias = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
-
+_Solve = TypeVar("_Solve", bound=Callable[..., Any])
 
 # A product of d terms through a network carries some tens of roundings: below this many units of |A||x| + |b| a
 # residual is rounding, not lack of iterations.
 _ROUNDINGS = 32
 
 LOOKS_EVERY = 16  # iterations between two estimates of how far rounding reaches
+
+
+def with_quick_products(solve: _Solve) -> _Solve:
+    """Lets a public function of A and B multiply as the sessions of modules do, by ``products.py``."""
+
+    @functools.wraps(solve)
+    def quick(A: Any, B: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = as_tensor(B)
+        on_cpu = rows.is_cpu and rows.dtype == torch.float32
+        with switches.quick_products() if on_cpu else contextlib.nullcontext():
+            return solve(A, B, *args, **kwargs)
+
+    return quick  # type: ignore[return-value]  # it takes what ``solve`` takes
 
 
 def system(A: Any, B: Any) -> tuple[LinearOperator, Tensor]:

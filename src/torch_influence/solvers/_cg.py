@@ -25,6 +25,7 @@ from torch_influence.solvers._base import (
     rounding,
     system,
     tolerances,
+    with_quick_products,
 )
 from torch_influence.solvers._energy import EnergyError
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
@@ -37,6 +38,7 @@ VERIFIED = 1.2  # how much a residual may exceed what the recurrence says in a r
 DIGITS_OF_RITZ = 0.1  # a Lanczos matrix ends where rounding may have changed a step's length or entry by more
 
 
+@with_quick_products
 def cg(
     A: Any,
     B: Any,

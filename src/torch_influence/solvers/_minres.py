@@ -22,6 +22,7 @@ from torch_influence.solvers._base import (
     rounding,
     system,
     tolerances,
+    with_quick_products,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
@@ -36,6 +37,7 @@ _M_EXPECTED = "M: expected a symmetric positive definite preconditioner, got one
 _FLAT = 4
 
 
+@with_quick_products
 def minres(
     A: Any,
     B: Any,
