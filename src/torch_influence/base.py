@@ -356,7 +356,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         with self._session():
             curvature = problem.curvature(not self.samples)
             multiplied = curvature.step()
-            examples, n = problem.train_gradients(), problem.train.n
+            examples, n = problem.train_gradients(of_all=True), problem.train.n
             few = probe_rows(queries, problem.space.size, dtype=problem.space.dtype, device=self.device)
             for _ in examples.dots(sorted({0, n // 2, n - 1}), few):
                 pass
