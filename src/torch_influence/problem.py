@@ -268,10 +268,11 @@ class Problem:
             kept = self._curvature[1].examples
             if kept is not None and of_all and not kept.has(range(self.train.n)):
                 kept = None
-        parts: tuple[Any, ...] = (None, None)  # not known of an overridden loss
-        if not evaluation.overrides_train_loss:
-            parts = evaluation.data_loss, regularizer_gradient(evaluation)
-        return ExampleGradients(evaluation.train_loss, evaluation, self.train, "scores", *parts, kept)
+        loss = evaluation.train_loss
+        if evaluation.overrides_train_loss:  # its parts are not known
+            return ExampleGradients(loss, evaluation, self.train, "scores", kept=kept)
+        constant = regularizer_gradient(evaluation)
+        return ExampleGradients(loss, evaluation, self.train, "scores", evaluation.data_loss, constant, kept)
 
     def test_gradients(self) -> ExampleGradients:
         """Gradients of single test examples. Inside a session."""

@@ -82,6 +82,7 @@ class Contraction:
         self._leaves = tuple(
             _channels_last(p.detach()) if id(p) in pictures else p.detach() for p in evaluation.space.current()
         )
+        self._of_pictures = any(id(p) in pictures for p in evaluation.space.current())
         self.example_bytes = 0
         self._account_for(self._known.keys())
 
@@ -117,11 +118,11 @@ class Contraction:
                 value = self._loss(leaves, batch_of(parts))
             return value, [its.inputs for its in calls]
 
-        if self._rest:
+        if self._rest or self._of_pictures:  # vmap alone can't ask whether a tensor is in channels_last
             gradient = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
             rest = [self._leaves[i] for i in self._rest]
             (slopes, others), inputs = torch.vmap(gradient, in_dims=(None, None, 0))(shifts, rest, list(tensors))
-        else:  # a plain backward: torch.func.grad makes graphs of it, and a new process imports torch's compiler for it
+        else:  # a plain backward: for torch.func.grad a new process imports torch's compiler, in most of a second
             shifts = [[shift.expand(m, *shift.shape).requires_grad_() for shift in its] for its in shifts]
             losses, inputs = torch.vmap(loss, in_dims=(0, None, 0))(shifts, [], list(tensors))
             found = iter(differentiate(losses.sum(), [shift for its in shifts for shift in its]))

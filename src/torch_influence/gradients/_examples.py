@@ -70,7 +70,7 @@ class ExampleGradients:
         describe: what a progress bar says.
         data_loss: the loss without what depends on no example; None: all of it.
         constant: the gradient of the difference [d].
-        kept: what is known of these examples' gradients without the constant, and is read off; what is found goes there.
+        kept: what is known of the gradients without the constant; they are read off it, and what is found is put there.
 
     Attributes:
         path: the way in which the last products, or rows, were computed.
@@ -226,8 +226,7 @@ class ExampleGradients:
             grads = pulled([losses], leaves, [u], create_graph=True)
             live = [i for i, g in enumerate(grads) if g.requires_grad]
             columns = [
-                pulled([grads[i] for i in live], [u], [pieces[i][j] for i in live])[0]
-                for j in range(len(vectors))
+                pulled([grads[i] for i in live], [u], [pieces[i][j] for i in live])[0] for j in range(len(vectors))
             ]
             dots, gradient = torch.stack(columns, dim=-1), self._space.flatten(grads).detach()
             tie(dots, u.detach(), vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())

@@ -221,7 +221,7 @@ class PullBack:
             if not batched:
                 return pulled(outs, inputs, rows)
             with quiet_vmap():
-                return torch.func.vmap(one)(*rows)  # type: ignore[no-any-return]
+                return torch.func.vmap(one)(*rows)
 
         if k > 1 and graph.structure not in self._batched:
             self._batched[graph.structure] = self._probe(graph.stage, backward)

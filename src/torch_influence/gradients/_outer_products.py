@@ -72,7 +72,7 @@ class OuterProducts:
 
 
 def sums_of_outer_products(calls: Iterable[tuple[Tensor, Tensor]], bias: bool, dtype: torch.dtype) -> Tensor:
-    """Computes the gradients [m, d] of a linear layer's parameters from inputs and output gradients [m, ..., f or c]."""
+    """Computes the gradients [m, d] of a linear layer's parameters from its inputs and output gradients, [m, ..., ·]."""
     rows = []
     for a, g in calls:
         a, g = (t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (a, g))
