@@ -356,7 +356,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         with self._session():
             curvature = problem.curvature(not self.samples)
             multiplied = curvature.step()
-            examples, n = problem.train_gradients(), problem.train.n
+            examples, n = problem.train_gradients(of_all=True), problem.train.n
             few = probe_rows(queries, problem.space.size, dtype=problem.space.dtype, device=self.device)
             for _ in examples.dots(sorted({0, n // 2, n - 1}), few):
                 pass
@@ -963,15 +963,15 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         # A solver keeps some vectors for each right-hand side.
         at_once = max(1, memory.free_memory(self.device) // 4 // (_VECTORS_OF_A_SOLVE * problem.row_bytes))
         for first in range(0, len(queries), at_once):
-            stests, known = self._stests_and_dots(queries[first : first + at_once])
-            yield from self._tiles_of(indices, stests, first, known)
+            stests, summed = self._stests_and_dots(queries[first : first + at_once])
+            yield from self._tiles_of(indices, stests, first, summed)
 
     def _tiles_of(
-        self, indices: list[int], stests: Tensor, first: int = 0, known: Tensor | None = None
+        self, indices: list[int], stests: Tensor, first: int = 0, summed: Tensor | None = None
     ) -> Iterator[Tile]:
         if indices:
             examples = self._problem.train_gradients()
-            yield from from_stests(examples, indices, stests, self._problem.train.n, first, known)
+            yield from from_stests(examples, indices, stests, self._problem.train.n, first, summed)
 
     def _stests_and_dots(self, queries: list[int]) -> tuple[Tensor, Tensor | None]:
         """The stests, and ∇ℓᵢ·s_q [n_train, k] where the solve has made these on its way."""

@@ -257,14 +257,22 @@ class Problem:
             means.conclude()
             return gradient
 
-    def train_gradients(self) -> ExampleGradients:
-        """Gradients of single training examples, regulariser included. Inside a session."""
+    def train_gradients(self, of_all: bool = False) -> ExampleGradients:
+        """Gradients of single training examples, regulariser included. Inside a session.
+
+        ``of_all``: they are computed in the way in which those of all examples would be.
+        """
         self.check_loss("train_loss")
-        evaluation = self.evaluation
+        evaluation, kept = self.evaluation, None
+        if self._curvature is not None and self._curvature[0][0] == self.version:
+            kept = self._curvature[1].examples
+            if kept is not None and of_all and not kept.has(range(self.train.n)):
+                kept = None
+        loss = evaluation.train_loss
         if evaluation.overrides_train_loss:  # its parts are not known
-            return ExampleGradients(evaluation.train_loss, evaluation, self.train, "scores")
+            return ExampleGradients(loss, evaluation, self.train, "scores", kept=kept)
         constant = regularizer_gradient(evaluation)
-        return ExampleGradients(evaluation.train_loss, evaluation, self.train, "scores", evaluation.data_loss, constant)
+        return ExampleGradients(loss, evaluation, self.train, "scores", evaluation.data_loss, constant, kept)
 
     def test_gradients(self) -> ExampleGradients:
         """Gradients of single test examples. Inside a session."""

@@ -348,7 +348,7 @@ def test_explain_names_the_ways_and_their_memory() -> None:
     it = module(model=nn.Linear(4, 3).double())
     plan = it.explain(queries=20)
     assert "linear head in closed form, by the probabilities of softmax" in plan["curvature"].path
-    assert plan["curvature"].nbytes == 23 * (4 + 3 + 1) * 8  # inputs, probabilities, weights
+    assert plan["curvature"].nbytes == 23 * (4 + 3 + 1 + 3) * 8  # inputs, probabilities, weights, slopes
     assert plan["data"].nbytes == 23 * (4 + 1) * 8
     assert plan["scores"].path == LAYERS
     assert plan["scores"].nbytes == 23 * 20 * 8

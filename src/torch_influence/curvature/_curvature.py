@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_influence.batches import Batches
 from torch_influence.evaluation import Evaluation
+from torch_influence.gradients import OuterProducts
 from torch_influence.linop import LinearOperator
 from torch_influence.plan import NotPossible, Step
 
@@ -30,6 +31,7 @@ class Curvature(LinearOperator):
     Attributes:
         title: its name, in words.
         kept_bytes: memory that it keeps.
+        examples: what it knows of the gradients of single training examples, or None.
 
     Examples:
         >>> class Identity(Curvature):
@@ -47,6 +49,7 @@ class Curvature(LinearOperator):
 
     title: str = ""
     kept_bytes: int = 0
+    examples: OuterProducts | None = None
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
 from torch_influence.curvature._plain import Tangents, gauss_newton_product, hessian_product
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import nodes_behind, undisturbed
+from torch_influence.gradients import nodes_behind, pulled, undisturbed
 from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import in_double, in_one_batch
 
@@ -211,9 +211,8 @@ def _differences_of_gauss_newton(
         at = outputs.detach().add(jv, alpha=step).requires_grad_()
         slopes.append(_gradient(evaluation.train_loss_on_outputs(leaves, at, batch), [at]).view_as(at))
     hjv = (slopes[0] - slopes[1]) / (2 * by)
-    pulled = torch.autograd.grad(outputs, leaves, hjv, allow_unused=True, materialize_grads=True, retain_graph=True)
-    slope = torch.autograd.grad(outputs, leaves, slopes[0], allow_unused=True, materialize_grads=True)
-    return _flat(pulled), float(_flat(slope).norm())
+    product, slope = (pulled([outputs], leaves, [v]) for v in (hjv, slopes[0]))
+    return _flat(product), float(_flat(slope).norm())
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch_influence.curvature._double_backward import DoubleBackward, Linearize
 from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
 from torch_influence.curvature._plain import Tangents
 from torch_influence.curvature._linear_map import LinearMap
-from torch_influence.gradients import Graph, differentiate
+from torch_influence.gradients import Graph, differentiate, pulled
 from torch_influence.linop import Dual, DualCost, probe_rows
 from torch_influence.plan import NotPossible
 
@@ -97,7 +97,7 @@ class GaussNewton(DoubleBackward):
         outputs = self.outputs(leaves, batch)
         inputs = leaves if at is None else at()
         u = torch.zeros_like(outputs, requires_grad=True)
-        jt_u = torch.autograd.grad(outputs, inputs, u, create_graph=True, allow_unused=True, materialize_grads=True)
+        jt_u = pulled([outputs], inputs, [u], create_graph=True)
         at_outputs, loss, slope = self._slope(leaves, outputs, batch)
 
         where = "" if at is None else " at the outputs"

@@ -17,6 +17,8 @@ from torch_influence.linop import probe_rows
 from torch_influence.ops import softmax_curvature
 from torch_influence.plan import NotPossible
 
+_FEW = 4  # tangents
+
 
 def linear_head(plain: DoubleBackward, streamed: bool = True) -> LinearHead:
     """The closed form of a curvature of one linear layer's parameters.
@@ -130,7 +132,8 @@ class _Capture:
         rows = probe_rows(2, plain.size, dtype=plain.dtype, device=plain.device)
         for first in {0, (n - 1) // step * step}:
             examples = range(first, min(first + step, n))
-            expected = plain.batch_product(plain.batches.peek(examples), rows, self.leaves)
+            batch = plain.batches.peek(examples)
+            expected = torch.cat([plain.batch_product(batch, row[None], self.leaves) for row in rows])
             actual = head.of(slice(examples.start, examples.stop), len(examples), rows)
             if not agree(actual, expected, self.space.pass_dtype):
                 raise NotPossible("products with the closed form differ from the plain ones")
@@ -143,7 +146,7 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> Ou
     wide = torch.promote_types(z.dtype, torch.float32)
     p = z.to(wide).softmax(dim=-1)
     tangents = probe_rows(2, *z.shape, dtype=z.dtype, device=z.device)
-    actual = linearized.product([tangents])[0].to(wide)
+    actual = _products(linearized, tangents).to(wide)
     softmax = softmax_curvature(p, tangents.to(wide))
     # The weights are the same for all, or each example's own; from one tangent, and tested with the other.
     dots, norms = (actual[0] * softmax[0]).double().sum(dim=-1), softmax[0].double().square().sum(dim=-1)
@@ -157,6 +160,12 @@ def _softmax(linearized: Linearized, z: Tensor, share: float, room: float) -> Ou
     raise NotPossible("the loss is not softmax cross-entropy of the outputs")
 
 
+def _products(linearized: Linearized, tangents: Tensor) -> Tensor:
+    """Multiplies tangents at the outputs [k, b, c]; few of them one by one, which takes no comparison beforehand."""
+    some = tangents.split(1 if len(tangents) <= _FEW else len(tangents))
+    return torch.cat([linearized.product([t])[0] for t in some])
+
+
 def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> OutputCurvature:
     """Column j of every example's block at once, from the tangent that is 1 at output j of all examples."""
     (b, c), wide = z.shape, torch.promote_types(z.dtype, torch.float32)
@@ -165,7 +174,7 @@ def _blocks(linearized: Linearized, z: Tensor, share: float, room: float) -> Out
     # And a random tangent, which tells entries outside of the blocks: a loss that joins examples, in this batch alone.
     random = probe_rows(1, z.numel(), dtype=z.dtype, device=z.device).view(1, b, c)
     tangents = torch.cat([torch.eye(c, dtype=z.dtype, device=z.device)[:, None].expand(c, b, c), random])
-    products = linearized.product([tangents])[0]
+    products = _products(linearized, tangents)
     columns = products[:c]
     if not agree(torch.einsum("jbi,bj->bi", columns, random[0]), products[c], z.dtype):
         raise NotPossible("products with the closed form differ: the loss joins the outputs of different examples")

@@ -15,6 +15,7 @@ from torch_influence.curvature._double_backward import DoubleBackward
 from torch_influence.curvature._doubts import SecondDerivative, doubts
 from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
 from torch_influence.curvature._output_curvature import OutputCurvature, rows_of
+from torch_influence.gradients import OuterProducts
 from torch_influence.linop import Dual, DualCost, LinearOperator
 from torch_influence.plan import NotPossible
 
@@ -35,7 +36,8 @@ class LinearHead(Curvature):
         x: the layer's inputs [n, f].
         at_outputs: the curvatures Bᵢ.
         bias: whether the layer's bias is among the parameters.
-        kept_bytes: of the inputs and the curvatures.
+        examples: the gradients of single examples, as far as they are known.
+        kept_bytes: of the inputs, the curvatures, and the examples' gradients.
     """
 
     title = "linear head"
@@ -48,6 +50,8 @@ class LinearHead(Curvature):
         self.c = c
         self.bias = plain.size > c * x.shape[1]
         self.kept_bytes = x.nbytes + at_outputs.nbytes
+        self.examples = OuterProducts(x, c, self.bias, plain.budget - self.kept_bytes)
+        self.kept_bytes += self.examples.nbytes
 
     @property
     def operations(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_influence.batches import Batches
 from torch_influence.evaluation import Evaluation
-from torch_influence.gradients import differentiate
+from torch_influence.gradients import differentiate, pulled
 
 Tangents: TypeAlias = Sequence[Tensor]
 
@@ -53,11 +53,10 @@ def gauss_newton_product(evaluation: Evaluation, leaves: Tangents, batch: Any, t
     batch = evaluation.batch_for("train_loss", batch)
     outputs = evaluation.train_outputs(leaves, batch)
     u = torch.zeros_like(outputs, requires_grad=True)
-    pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
-    (jv,) = _derivative(pulled, tangents, [u])
+    (jv,) = _derivative(pulled([outputs], leaves, [u], create_graph=True), tangents, [u])
     free = outputs.detach().requires_grad_()
     (hjv,) = hessian_product(evaluation.train_loss_on_outputs(leaves, free, batch), [free], [jv])
-    return torch.autograd.grad(outputs, leaves, hjv, allow_unused=True, materialize_grads=True)
+    return pulled([outputs], leaves, [hjv])
 
 
 def _derivative(values: Tangents, weights: Tangents, inputs: Tangents) -> Tangents:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_influence.evaluation import Evaluation, shifted
+from torch_influence.gradients._mean import differentiate
 from torch_influence.ops import grad_dot
 
 BatchOf = Callable[[Sequence[Tensor]], Any]
@@ -40,6 +41,20 @@ class Layer:
     add_dots: Callable[[Layer, Tensor, Tensor, Tensor, Tensor], None]
     weight: slice | None
     bias: slice | None
+
+
+class Pairs(NamedTuple):
+    """What went into layers and what came back.
+
+    Attributes:
+        m: of so many batches of one.
+        layers: for each layer, the inputs [m, ...] and output gradients [m, ...] of each of its calls.
+        rest: the gradients [m, size] of parameters that no layer accounts for.
+    """
+
+    m: int
+    layers: Sequence[Sequence[tuple[Tensor, Tensor]]]
+    rest: Sequence[Tensor]
 
 
 class Contraction:
@@ -67,6 +82,7 @@ class Contraction:
         self._leaves = tuple(
             _channels_last(p.detach()) if id(p) in pictures else p.detach() for p in evaluation.space.current()
         )
+        self._of_pictures = any(id(p) in pictures for p in evaluation.space.current())
         self.example_bytes = 0
         self._account_for(self._known.keys())
 
@@ -86,12 +102,13 @@ class Contraction:
         self._shapes = [its.outputs for its in used]
         self.example_bytes = sum(t.nbytes for its in used for t in [*its.inputs, *its.outputs]) + 4 * self.rest
 
-    def dots(self, batch_of: BatchOf, tensors: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """Computes gᵢ·vⱼ [m, k] of m batches of one, made by ``batch_of`` from stacked tensors, with vectors [k, d].
+    def pairs(self, batch_of: BatchOf, tensors: Sequence[Tensor]) -> Pairs:
+        """Passes m batches of one through the layers and back; they are made by ``batch_of`` from stacked tensors.
 
         ``look`` must have been called before.
         """
-        modules = [layer.module for layer in self.layers]
+        m, modules = len(tensors[0]), [layer.module for layer in self.layers]
+        shifts = [[torch.zeros_like(shape) for shape in shapes] for shapes in self._shapes]
 
         def loss(shifts: Sequence[Sequence[Tensor]], others: Sequence[Tensor], parts: Sequence[Tensor]) -> Any:
             leaves = list(self._leaves)
@@ -101,17 +118,28 @@ class Contraction:
                 value = self._loss(leaves, batch_of(parts))
             return value, [its.inputs for its in calls]
 
-        shifts = [[torch.zeros_like(shape) for shape in shapes] for shapes in self._shapes]
-        gradient = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
-        (slopes, others), inputs = torch.vmap(gradient, in_dims=(None, None, 0))(
-            shifts, [self._leaves[i] for i in self._rest], list(tensors)
-        )
-        dots = vectors.new_zeros(len(tensors[0]), len(vectors))
-        for layer, its_inputs, its_slopes in zip(self.layers, inputs, slopes, strict=True):
-            for a, g in zip(its_inputs, its_slopes, strict=True):
-                layer.add_dots(layer, a.detach(), g.detach(), vectors, dots)
-        for i, g in zip(self._rest, others, strict=True):
-            _add(dots, g.detach().flatten(1), vectors, self._columns(i))
+        if self._rest or self._of_pictures:  # vmap alone can't ask whether a tensor is in channels_last
+            gradient = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
+            rest = [self._leaves[i] for i in self._rest]
+            (slopes, others), inputs = torch.vmap(gradient, in_dims=(None, None, 0))(shifts, rest, list(tensors))
+        else:  # a plain backward: for torch.func.grad a new process imports torch's compiler, in most of a second
+            shifts = [[shift.expand(m, *shift.shape).requires_grad_() for shift in its] for its in shifts]
+            losses, inputs = torch.vmap(loss, in_dims=(0, None, 0))(shifts, [], list(tensors))
+            found = iter(differentiate(losses.sum(), [shift for its in shifts for shift in its]))
+            slopes, others = [[next(found) for _ in its] for its in shifts], ()
+        of_layers = [
+            [(a.detach(), g.detach()) for a, g in zip(*its, strict=True)] for its in zip(inputs, slopes, strict=True)
+        ]
+        return Pairs(m, of_layers, [g.detach().flatten(1) for g in others])
+
+    def dots(self, pairs: Pairs, vectors: Tensor) -> Tensor:
+        """Computes gᵢ·vⱼ [m, k] with vectors [k, d]."""
+        dots = vectors.new_zeros(pairs.m, len(vectors))
+        for layer, its in zip(self.layers, pairs.layers, strict=True):
+            for a, g in its:
+                layer.add_dots(layer, a, g, vectors, dots)
+        for i, g in zip(self._rest, pairs.rest, strict=True):
+            _add(dots, g, vectors, self._columns(i))
         return dots
 
     def _account_for(self, modules: Any) -> None:

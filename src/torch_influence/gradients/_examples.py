@@ -16,9 +16,10 @@ from torch import Tensor
 
 from torch_influence.agreement import agree
 from torch_influence.batches import Batches, alike, put_together, stands_alone, take_apart, versions
-from torch_influence.evaluation import Evaluation
-from torch_influence.gradients._contraction import Contraction
-from torch_influence.gradients._mean import LossOfBatch, differentiate, loss_gradient
+from torch_influence.evaluation import Evaluation, linear_layer
+from torch_influence.gradients._contraction import Contraction, Pairs
+from torch_influence.gradients._mean import LossOfBatch, differentiate, loss_gradient, pulled
+from torch_influence.gradients._outer_products import OuterProducts, sums_of_outer_products
 from torch_influence.switches import quiet_vmap
 
 _EXAMPLES_AT_ONCE = 256  # examples in one vmapped pass
@@ -27,6 +28,7 @@ _BYTES_OF_ROWS = 256 * 2**20  # per-example gradients held at once
 _BYTES_OF_A_PASS = 8 * 2**20  # inputs and output gradients in one pass: more fall out of cache
 _ROWS_OF_A_PRODUCT = 64  # examples in one pass at least: vectors are read once for all of them
 _ONE_BY_ONE = "examples one at a time"
+_KEPT = "inputs of the linear layer, captured, and slopes at its outputs, kept"
 _ROUNDINGS = 32  # roundings in the product of a gradient with a vector
 _FEW_DIRECTIONS = 8  # up to here a second backward per direction is cheaper than forming per-example rows
 
@@ -68,6 +70,7 @@ class ExampleGradients:
         describe: what a progress bar says.
         data_loss: the loss without what depends on no example; None: all of it.
         constant: the gradient of the difference [d].
+        kept: what is known of the gradients without the constant; they are read off it, and what is found is put there.
 
     Attributes:
         path: the way in which the last products, or rows, were computed.
@@ -82,6 +85,7 @@ class ExampleGradients:
         describe: str,
         data_loss: LossOfBatch | None = None,
         constant: Tensor | None = None,
+        kept: OuterProducts | None = None,
     ) -> None:
         self._loss = loss
         self._evaluation = evaluation
@@ -90,6 +94,7 @@ class ExampleGradients:
         self._describe = describe
         self._data_loss = data_loss or loss
         self._constant = constant
+        self._kept = kept
         row_bytes = self._space.size * torch.finfo(self._space.dtype).bits // 8
         self._rows_at_once = max(1, min(_EXAMPLES_AT_ONCE, _BYTES_OF_ROWS // row_bytes))
         self.path = ""
@@ -107,23 +112,31 @@ class ExampleGradients:
         def one(batch: Any) -> Tensor:
             return loss_gradient(self._loss, self._space, leaves, batch)
 
-        chunks = self._chunks(indices, self._rows_at_once, {"rows of gradients": self._rows_of}, one)
-        return _merged(chunks, self._rows_at_once)
+        def known(some: Sequence[int], kept: OuterProducts) -> Tensor:
+            return self._with_constant(kept.rows(some, self._space.dtype))
+
+        ways: dict[str, Way] = {"rows of gradients": self._rows_of}
+        if linear_layer(self._evaluation) is not None:
+            ways = {"outer products at the linear layer": self._outer(), **ways}
+        return _merged(self._values(indices, self._rows_at_once, ways, one, known), self._rows_at_once)
 
     def dots(
-        self, indices: Sequence[int], vectors: Tensor, known: Tensor | None = None
+        self, indices: Sequence[int], vectors: Tensor, summed: Tensor | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yields (positions in ``indices``, gᵢ·vectors[j] as [b, k]) for vectors [k, d].
 
         It takes the first of these ways that is possible and agrees with examples one at a time:
-        - from dots that are ``known`` for all examples, [n, k], of the loss without what depends on no example;
+        - from what is kept;
+        - from ``summed``, these dots [n, k] of all examples, of the loss without what depends on no example;
         - from the inputs and output gradients of layers (contraction.py), where they account for most parameters or the
           vectors are many;
         - for few vectors by differentiating twice: with dummy weights u, G(u) = ∇ Σᵢ uᵢ lossᵢ is linear in u, and
           ∂(G·v)/∂u holds all gᵢ·v. Not for 16-bit passes, whose dots would be 16-bit;
         - from rows of gradients.
         """
-        ways: dict[str, Way] = {} if known is None else {"sums along the solve": self._known(indices, vectors, known)}
+        ways: dict[str, Way] = {}
+        if summed is not None:
+            ways["sums along the solve"] = self._picked(indices, vectors, summed)
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
         most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming these
@@ -140,9 +153,35 @@ class ExampleGradients:
         def one(batch: Any) -> Tensor:
             return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
 
+        constant = None if self._constant is None else vectors @ self._constant
+
+        def known(some: Sequence[int], kept: OuterProducts) -> Tensor:
+            dots = kept.dots(some, vectors)
+            return dots if constant is None else dots.add_(constant)
+
         # Without rows to form, many examples take little memory, and vectors are read once for all of them.
         many = bool(contraction.layers) and not contraction.rest
-        return self._chunks(indices, _MANY_EXAMPLES if many else _EXAMPLES_AT_ONCE, ways, one)
+        return self._values(indices, _MANY_EXAMPLES if many else _EXAMPLES_AT_ONCE, ways, one, known)
+
+    def _with_constant(self, rows: Tensor) -> Tensor:
+        return rows if self._constant is None else rows.add_(self._constant)
+
+    def _outer(self) -> Way:
+        """Forms rows from what goes into the one linear layer whose parameters they are of, and what comes back."""
+        contraction = Contraction(self._data_loss, self._evaluation)
+
+        def many(group: _Group, tie: Tie) -> Tensor:
+            contraction.look(group.single(0))
+            if not contraction.layers:
+                raise ValueError("examples do not pass the linear layer")
+            pairs = contraction.pairs(group.batch, group.tensors)
+            group.pairs = [pairs]
+            rows = sums_of_outer_products(pairs.layers[0], contraction.layers[0].bias is not None, self._space.dtype)
+            total = torch.zeros_like(rows[0])
+            tie(rows, self._signed(group, total, data=True), total)
+            return self._with_constant(rows)
+
+        return many
 
     def _rows_of(self, group: _Group, tie: Tie) -> Tensor:
         gradient = torch.func.grad(lambda params, tensors: self._loss(params, group.batch(tensors)))
@@ -163,13 +202,19 @@ class ExampleGradients:
     def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Way:
         constant = None if self._constant is None else vectors @ self._constant
 
+        def passed(part: _Group, found: list[Pairs]) -> Pairs:
+            pairs = contraction.pairs(part.batch, part.tensors)
+            if self._kept is not None:
+                found.append(pairs)
+            return pairs
+
         def many(group: _Group, tie: Tie) -> Tensor:
             contraction.look(group.single(0))
             if contraction.rest > most:
                 raise ValueError("examples do not pass the layers, so most gradients would have to be formed")
             each = max(contraction.example_bytes, 1)
             parts = group.parts(max(1, min(_BYTES_OF_ROWS // each, max(_BYTES_OF_A_PASS // each, _ROWS_OF_A_PRODUCT))))
-            dots = torch.cat([contraction.dots(part.batch, part.tensors, vectors) for part in parts])
+            dots = torch.cat([contraction.dots(passed(part, group.pairs), vectors) for part in parts])
             gradient = torch.zeros_like(vectors[0])
             signs = torch.cat([self._signed(part, gradient, data=True) for part in parts])
             tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
@@ -177,11 +222,11 @@ class ExampleGradients:
 
         return many
 
-    def _known(self, indices: Sequence[int], vectors: Tensor, known: Tensor) -> Way:
+    def _picked(self, indices: Sequence[int], vectors: Tensor, summed: Tensor) -> Way:
         constant = None if self._constant is None else vectors @ self._constant
 
         def picked(group: _Group, tie: Tie) -> Tensor:
-            dots = known[[indices[position] for position in group.positions]]
+            dots = summed[[indices[position] for position in group.positions]]
             gradient = torch.zeros_like(vectors[0])
             signs = self._signed(group, gradient, data=True)
             tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
@@ -195,11 +240,10 @@ class ExampleGradients:
         def some(group: _Group, tie: Tie) -> Tensor:
             losses = torch.vmap(lambda tensors: self._loss(leaves, group.batch(tensors)))(group.tensors)
             u = _signs(losses).requires_grad_()
-            grads = torch.autograd.grad(losses, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+            grads = pulled([losses], leaves, [u], create_graph=True)
             live = [i for i, g in enumerate(grads) if g.requires_grad]
             columns = [
-                torch.autograd.grad([grads[i] for i in live], u, [pieces[i][j] for i in live], retain_graph=True)[0]
-                for j in range(len(vectors))
+                pulled([grads[i] for i in live], [u], [pieces[i][j] for i in live])[0] for j in range(len(vectors))
             ]
             dots, gradient = torch.stack(columns, dim=-1), self._space.flatten(grads).detach()
             tie(dots, u.detach(), vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
@@ -210,6 +254,7 @@ class ExampleGradients:
     def _groups(self, indices: Sequence[int], at_once: int) -> Iterator[_Group]:
         """Yields groups of batches of one; they are cut from larger batches where these are just their examples."""
         batches, total = self._batches, len(indices)
+        at_once -= total % at_once == 1 and at_once > 2  # or the last example would be alone, and taken alone
         if batches.stacked(total) is None:
             yield from _collected(batches.bar(batches.read(indices, 1), self._describe, total), at_once)
             return
@@ -218,6 +263,22 @@ class ExampleGradients:
             template, tensors = take_apart(batch, leading=1)
             ones = [t.unsqueeze(1) for t in tensors]
             yield _Group(list(range(number * at_once, number * at_once + size)), template, ones)
+
+    def _values(
+        self,
+        indices: Sequence[int],
+        at_once: int,
+        ways: dict[str, Way],
+        one: Callable[[Any], Tensor],
+        known: Callable[[Sequence[int], OuterProducts], Tensor],
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        if self._kept is None or not indices or not self._kept.has(indices):
+            yield from self._chunks(indices, at_once, ways, one)
+            return
+        self.path, self.why_not = _KEPT, {}
+        for first in range(0, len(indices), at_once):
+            some = indices[first : first + at_once]
+            yield list(range(first, first + len(some))), known(some, self._kept)
 
     def _chunks(
         self,
@@ -235,11 +296,22 @@ class ExampleGradients:
                 yield from self._anew([indices[p] for p in group.positions], group.positions, at_once, ways, one)
                 continue
             if fast is not None:
+                if self._kept is not None:
+                    self._keep(indices, group)
                 yield group.positions, fast
                 continue
             self.path = _ONE_BY_ONE
             for j, position in enumerate(group.positions):
                 yield [position], one(group.single(j))[None]
+
+    def _keep(self, indices: Sequence[int], group: _Group) -> None:
+        """Keeps what was found of a group's examples, if it was found at one linear layer that each passes once."""
+        found = [layer for pairs in group.pairs for layer in pairs.layers]
+        if self._kept is None or not found or len(found) != len(group.pairs) or any(len(calls) != 1 for calls in found):
+            return
+        x, slopes = (torch.cat([calls[0][side] for calls in found]) for side in (0, 1))
+        if x.dim() == slopes.dim() == 3 and x.shape[1] == slopes.shape[1] == 1:
+            self._kept.keep([indices[p] for p in group.positions], x.squeeze(1), slopes.squeeze(1))
 
     def _anew(
         self,
@@ -304,18 +376,24 @@ class ExampleGradients:
             tie = Tie(self._space.pass_dtype)
             for j in (~finite).nonzero().flatten().tolist():
                 fast[j] = one(group.single(j))
+            group.pairs = []
             if finite.any():
                 fast[finite] = many(group.of(finite.nonzero().flatten().tolist()), tie)
         return fast, tie.holds
 
 
 class _Group:
-    """Batches of one that differ only in the values of their tensors, which are stacked along a new leading axis."""
+    """Batches of one that differ only in the values of their tensors, which are stacked along a new leading axis.
+
+    Attributes:
+        pairs: what went into layers and came back, of parts of the group in order, where somebody wants to know.
+    """
 
     def __init__(self, positions: list[int], template: Any, tensors: list[Tensor]) -> None:
         self.positions = positions
         self.template = template
         self.tensors = tensors
+        self.pairs: list[Pairs] = []
 
     def batch(self, tensors: Sequence[Tensor]) -> Any:
         """Builds the batch of one with these tensors in it."""

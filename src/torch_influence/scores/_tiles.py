@@ -36,14 +36,14 @@ def from_stests(
     stests: Tensor,
     n: int,
     first: int = 0,
-    known: Tensor | None = None,
+    summed: Tensor | None = None,
 ) -> Iterator[Tile]:
     """Yields scores for the stests [k, d] of the queries from ``first`` on, in one pass over the training examples.
 
-    ``known``: what ``ExampleGradients.dots`` takes.
+    ``summed``: what ``ExampleGradients.dots`` takes.
     """
     queries = range(first, first + len(stests))
-    for positions, dots in examples.dots(indices, stests, known):
+    for positions, dots in examples.dots(indices, stests, summed):
         yield Tile(positions, queries, dots.to(stests.dtype).div_(n))
 
 
