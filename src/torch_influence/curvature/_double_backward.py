@@ -30,7 +30,8 @@ from torch_influence.turns import Once
 # Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
 # busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
 import os
-_BYTES_OF_GRAPH = int(os.environ.get('BG','16')) * 2**20
+
+_BYTES_OF_GRAPH = int(os.environ.get("BG", "16")) * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
 _ROUNDINGS = 32  # by which two evaluations of the same loss may differ where the device adds in any order
 
@@ -283,6 +284,14 @@ class DoubleBackward(Curvature):
         with self.evaluation.session():
             return self._mean_product(rows)
 
+    def product_and_dots(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Beside the product ∇ℓᵢ·v [n, k], of all examples in order, where J v of each is known on the way."""
+        dots: list[Tensor] = []
+        with self.evaluation.session():
+            product = self._mean_product(rows, dots=dots)
+        whole = torch.cat(dots) if dots else rows.new_empty(0, len(rows))
+        return product, whole if len(whole) == self.batches.n else None
+
     def dense(self) -> Tensor:
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         with self.evaluation.session():
@@ -298,10 +307,14 @@ class DoubleBackward(Curvature):
             yield _OfBatch(self, batch, size)
         self.means.conclude_draws()
 
-    def _mean_product(self, rows: Tensor, describe: str | None = None) -> Tensor:
+    def _mean_product(self, rows: Tensor, describe: str | None = None, dots: list[Tensor] | None = None) -> Tensor:
         self.prepare()
         while True:
-            terms = ((self._multiply(linearized, rows), size) for linearized, size in self._linearized(describe))
+            if dots is not None:
+                dots.clear()
+            terms = (
+                (self._multiply(linearized, rows, size, dots), size) for linearized, size in self._linearized(describe)
+            )
             product = weighted_mean(terms)
             if self.concluded():
                 return product if self.regularizer is None else self.regularizer(product, rows)
@@ -378,12 +391,22 @@ class DoubleBackward(Curvature):
                     self.kept_examples += size
             yield linearized, size
 
-    def _multiply(self, linearized: Linearized, rows: Tensor) -> Tensor:
-        space = self.evaluation.space
-        if len(rows) == 1:
-            return space.flatten(linearized.product(space.split(rows)))
+    def _multiply(
+        self, linearized: Linearized, rows: Tensor, size: int = 0, dots: list[Tensor] | None = None
+    ) -> Tensor:
+        """Multiplies rows by one batch's curvature; adds ∇ℓᵢ·v [size, k] of its examples to ``dots``, if known."""
+        space, both = self.evaluation.space, linearized.product_and_slopes
         at_once = max(1, _BYTES_OF_ROWS // linearized.bytes_at_work)
-        return torch.cat([space.flatten(linearized.product(space.split(some))) for some in rows.split(at_once)])
+        some = [rows] if len(rows) == 1 else rows.split(at_once)
+        if dots is None or both is None:
+            products = [linearized.product(space.split(few)) for few in some]
+        else:
+            pairs = [both(space.split(few)) for few in some]
+            products, each = [pair[0] for pair in pairs], torch.cat([pair[1] for pair in pairs], dim=1)
+            if len(each) == size:
+                dots.append(each.to(rows.dtype).mul_(size))
+        flat = [space.flatten(product) for product in products]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def _kept_anyway(self, batch: Any) -> Any:
         """Lists what graphs may share with the data and the model."""

@@ -270,7 +270,10 @@ def adaptive_average_pool(site: Site) -> Rule:
     size = list(site.shape[-2:])
     aten = torch.ops.aten
     return _of_images(
-        site, 3, lambda t: aten._adaptive_avg_pool2d(t, size), lambda c, like: aten._adaptive_avg_pool2d_backward(c, like)
+        site,
+        3,
+        lambda t: aten._adaptive_avg_pool2d(t, size),
+        lambda c, like: aten._adaptive_avg_pool2d_backward(c, like),
     )
 
 

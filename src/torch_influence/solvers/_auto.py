@@ -158,8 +158,8 @@ class Auto(Solver):
     def describe(self, operator: LinearOperator, k: int) -> Step:
         """The line of the solver that would be taken, and why not the others."""
         taken = self.chosen(operator, k)
-        solver, past, why_not = self.candidates[taken], self._past.get(operator), []
-        if isinstance(solver, CG | BlockCG) and solver.M is None and past is not None:
+        solver, past, why_not = self.candidates[taken], self._past.get(operator) or Past(), []
+        if isinstance(solver, CG | BlockCG) and solver.M is None and k <= _FEW:
             why_not = [(str(past.recipe), past.why_not(operator, k))] if not past.pays(operator, k) else []
             solver = solver if why_not else solver.with_options(M=past.recipe)
         step, ranked, free = solver.describe(operator, k), self.ranked(operator, k), _may_use(operator)
