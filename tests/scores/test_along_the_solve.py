@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_influence import (
     AutogradInfluenceModule,
     BaseInfluenceModule,
-    CGInfluenceModule,
     InfluenceModule,
     LiSSAInfluenceModule,
 )
@@ -167,7 +166,7 @@ def test_solvers_that_make_no_sums_are_scored_as_ever(solver: str, monkeypatch: 
     assert_close(scores, exact(), operations=1e-9 / torch.finfo(torch.float64).eps, condition=100.0)
 
 
-# -- tolerances in units of the answer, and budgets ---------------------------------------------------------------------
+# -- tolerances in units of the answer, and budgets -------------------------------------------------------------------
 
 
 def relative_errors(scores: Tensor) -> Tensor:
@@ -268,7 +267,7 @@ def test_an_exception_leaves_no_tolerance_behind() -> None:
     assert_close(plain, exact(), operations=1e-9 / torch.finfo(torch.float64).eps, condition=100.0)
 
 
-# -- a preconditioner of auto's own -------------------------------------------------------------------------------------
+# -- a preconditioner of auto's own -----------------------------------------------------------------------------------
 
 
 def wide(**options: Any) -> InfluenceModule:

@@ -6,6 +6,10 @@ import abc
 import contextlib
 import dataclasses
 import functools
+
+# Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
+# busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,10 +30,6 @@ from torch_influence.linop import LinearOperator, probe_rows
 from torch_influence.losses import Means
 from torch_influence.plan import Step
 from torch_influence.turns import Once
-
-# Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
-# busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
-import os
 
 _BYTES_OF_GRAPH = int(os.environ.get("BG", "16")) * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
