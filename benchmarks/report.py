@@ -110,6 +110,8 @@ def tables(records: dict[str, Record]) -> Iterator[Table]:
             yield end_to_end(records[name])
     if "all_queries" in records:
         yield all_queries(records["all_queries"])
+    if "price" in records:
+        yield price(records["price"])
     if "peers" in records:
         yield peers(records["peers"])
     if found := ops(records):
@@ -170,6 +172,29 @@ def all_queries(record: Record) -> Table:
         )
     header = ["", "asked for", "against", "its time", "way taken", "time", "faster", "error"]
     return Table("Many queries at once", "The same problems. *: extrapolated from fewer queries.", header, rows)
+
+
+def price(record: Record) -> Table:
+    """All queries at several tolerances and budgets, and what an approximation takes."""
+    rows = [
+        [
+            row["problem"],
+            str(row["queries"]),
+            row["case"],
+            duration(row["seconds"]),
+            "-" if row["products"] is None else str(row["products"]),
+            f"{row['error']:.0e}",
+            f"{row['rank']:.4f}",
+        ]
+        for row in record["rows"]
+    ]
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in record["rates"].items())
+    note = (
+        "From construction to all scores; products with the curvature; the worst error of some columns, and their rank "
+        f"correlation, against float64. Float32 matrix products in this run, in GFLOP/s: {rates}."
+    )
+    header = ["", "queries", "asked for", "time", "products", "error", "rank correlation"]
+    return Table("Exact scores at the price of an approximation", note, header, rows)
 
 
 def peers(record: Record) -> Table:

@@ -15,6 +15,8 @@ from torch_influence import InfluenceModule
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import all_queries
 import choice
+import price
+import report
 import scaling
 
 
@@ -32,6 +34,33 @@ def test_lines_run_and_the_table_shows_them(name: str) -> None:
     table = [line for line in all_queries.report(record).splitlines() if line.startswith("| " + name)]
     assert len(table) == len(rows) == {"A": 1, "B": 1, "C": 2, "D": 2}[name]
     assert {line.count("|") for line in table} == {len(all_queries.HEADER) + 1}
+
+
+def test_the_price_of_exact_scores_is_measured_and_shown() -> None:
+    works = {name: tiny(name, torch.float32) for name in "BC"}
+    rates, rows = price.measured(works)
+    assert all(rate > 0 for rate in rates.values())
+    record = json.loads(
+        json.dumps(
+            {
+                "provenance": price.harness.provenance(),
+                "quick": True,
+                "rates": rates,
+                "rows": rows,
+                "titles": {name: work.title for name, work in works.items()},
+            }
+        )
+    )
+    by_case = {(row["problem"], row["queries"], row["case"]): row for row in record["rows"]}
+    many = len(works["C"].test)
+    assert by_case["C", many, "rtol 1e-3"]["error"] <= 1e-2
+    assert by_case["C", many, "rtol 1e-3"]["rank"] >= 0.999
+    budgets = [by_case["C", many, f"max_products {count}"] for count in (1, 2, 3, 4)]
+    assert all(row["products"] <= count for count, row in enumerate(budgets, 1))
+    assert budgets[-1]["error"] < budgets[0]["error"]
+    text = price.report(record)
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 1
+    assert len(report.price(record).rows) == len(rows)
 
 
 def test_targets_know_their_side() -> None:
