@@ -57,7 +57,9 @@ class Auto(Solver):
 
     def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> Solved:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        solver = self.candidates[self.chosen(operator, len(rows))]
+        solver = self.candidates[self.chosen(operator.exact, len(rows))]
+        if not isinstance(solver, CG | BlockCG):  # these alone judge by the exact operator
+            operator = operator.exact
         if isinstance(solver, DualDirect):
             try:
                 solver.factor(operator)

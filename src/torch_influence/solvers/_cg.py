@@ -25,6 +25,7 @@ from torch_influence.solvers._base import (
     system,
     tolerances,
     with_quick_products,
+    with_rounding,
 )
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
 from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
@@ -104,7 +105,7 @@ def cg(
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     start = time.perf_counter()
-    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
+    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator.exact, rows)
     rows, unit = in_range(rows)
     x, report = iterate(
         operator,
@@ -120,7 +121,8 @@ def cg(
         unit=unit,
     )
     seconds = time.perf_counter() - start
-    report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products, seconds=seconds)
+    method, used = with_rounding(report.method, operator), made_of + report.products
+    report = dataclasses.replace(report, method=method, rtol=rtol, products=used, seconds=seconds)
     x, report = conclude(
         x,
         report,
@@ -129,6 +131,7 @@ def cg(
         cures=', and minres (solver="minres") takes indefinite matrices',
         preconditioned=M is not None,
         unit=unit,
+        product_dtype=operator.product_dtype,
     )
     return x.reshape(as_tensor(B).shape), report
 
@@ -316,7 +319,7 @@ class CG(Krylov):
 
     def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        return cg(operator, rows, **self.options(M=made_once(self.M, operator, self._made)), **how)
+        return cg(operator, rows, **self.options(M=made_once(self.M, operator.exact, self._made)), **how)
 
     @property
     def title(self) -> str:  # type: ignore[override]
