@@ -205,8 +205,8 @@ def report(record: dict[str, Any]) -> str:
         "",
         f"Float32 matrix products of C's shape in this run: {rates}.",
         "",
-        "Seconds: from construction to all scores. Over five products: those seconds over five products of all rows at",
-        "the best of these rates. Products: multiplications by the curvature; where there are many rows, the last is one",
+        "Seconds: from construction to all scores. Over five products: those seconds over five products of all rows",
+        "at the best of these rates. Products: multiplications by the curvature; with many rows the last is one",
         "of a few combinations. Estimated error: the report's, of the worst query. Error: the worst of "
         f"{CHECKED} columns against float64.",
         "",

@@ -155,7 +155,7 @@ def test_lower_precision_is_refused(lower: str, monkeypatch: pytest.MonkeyPatch)
     assert len(entered) == measuring
     choice = products.choice()
     assert not choice.onednn
-    assert "error" in choice.why
+    assert "have an error of" in choice.why  # and not: it is slower
     assert choice.why in str(backend_info())
 
 

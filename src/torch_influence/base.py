@@ -354,8 +354,7 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
             raise ValueError(f"queries: expected at least 1, got {queries}")
         problem = self._problem
         with self._session():
-            curvature = problem.curvature(not self.samples)
-            multiplied = curvature.step()
+            multiplied = self._curvature_step()
             examples, n = problem.train_gradients(of_all=True), problem.train.n
             few = probe_rows(queries, problem.space.size, dtype=problem.space.dtype, device=self.device)
             for _ in examples.dots(sorted({0, n // 2, n - 1}), few):
@@ -904,6 +903,10 @@ class BaseInfluenceModule(LegacyHelpers, abc.ABC):
         """Drops what is kept, so that modules can be copied and pickled."""
         self.clear_cache()
         return vars(self)
+
+    def _curvature_step(self) -> Step:
+        """The curvature's line of ``explain()``. Inside a session."""
+        return self._problem.curvature(not self.samples).step()
 
     def _solve_step(self, queries: int) -> Step:
         """The solver's line of ``explain()``. Inside a session."""

@@ -72,6 +72,18 @@ class LinearOperator(abc.ABC):
         matrix = self.product(torch.eye(self.size, dtype=self.dtype, device=self.device))
         return matrix.add_(matrix.mT.clone()).mul_(0.5)
 
+    # -- products that are rounded on purpose -------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> LinearOperator:
+        """The operator that solutions are judged by: itself, unless its products are rounded on purpose."""
+        return self
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype that products are computed in: ``dtype``, unless they are rounded on purpose."""
+        return self.dtype
+
     # -- what solvers ask of it before they choose a way ----------------------------------------------------------
 
     @property
@@ -130,6 +142,15 @@ class Damped(LinearOperator):
     def least(self) -> float | None:  # noqa: D102
         known = self.base.least
         return None if known is None else known + self.shift
+
+    @property
+    def exact(self) -> LinearOperator:  # noqa: D102
+        exact = self.base.exact
+        return self if exact is self.base else exact.damped(self.shift)
+
+    @property
+    def product_dtype(self) -> torch.dtype:  # noqa: D102
+        return self.base.product_dtype
 
     def diagonal(self) -> Tensor | None:  # noqa: D102
         known = self.base.diagonal()

@@ -76,6 +76,12 @@ class ParameterSpace:
         twin.dtype = twin.pass_dtype = torch.float64
         return twin
 
+    def narrowed(self, dtype: torch.dtype) -> ParameterSpace:
+        """Returns the same space, for passes that round to this dtype; rows keep theirs."""
+        twin = copy.copy(self)
+        twin.saw(dtype)
+        return twin
+
     def smallest(self, most: int) -> ParameterSpace:
         """Selects the smallest of the parameters, up to ``most`` scalars in total; at least one parameter."""
         order = sorted(range(len(self.sizes)), key=lambda i: self.sizes[i])

@@ -14,7 +14,7 @@ from torch_influence import memory
 from torch_influence.arguments import check_damp, check_flag, check_model, check_objective
 from torch_influence.batches import Batches
 from torch_influence.caller import level_of_the_user
-from torch_influence.curvature import Curvature, Kind, check_kind, fastest, made
+from torch_influence.curvature import Curvature, Kind, Rounded, check_kind, fastest, made
 from torch_influence.evaluation import Evaluation
 from torch_influence.failures import OnFailure, fail
 from torch_influence.gradients import (
@@ -71,6 +71,7 @@ class Problem:
         self._kind: Kind = "hessian"
         self.watch = Watch()
         self._curvature: tuple[Any, Curvature] | None = None
+        self._rounded: Rounded | None = None
         self.findings: dict[str, str] = {}  # of ``check_loss``, by loss; "" for none
         self._looked_for_randomness: set[str] = set()
         self._evaluate(model, objective)
@@ -242,6 +243,13 @@ class Problem:
                 fail(found, self.on_failure)
         return self._curvature[1]
 
+    def rounded(self, dtype: torch.dtype, streamed: bool = True) -> Rounded:
+        """The same with products in a narrower dtype, made once. Inside a session."""
+        curvature = self.curvature(streamed)
+        if self._rounded is None or self._rounded.exact is not curvature:
+            self._rounded = Rounded(curvature, dtype)
+        return self._rounded
+
     def mean_gradient(self, loss: str, indices: list[int]) -> Tensor:
         """Gradient [d] of the mean of ``"train_loss"`` or ``"test_loss"`` over these examples."""
         if not indices:
@@ -388,7 +396,7 @@ class Problem:
         return None if self._curvature is None else self._curvature[1].losses_hold()
 
     def _drop(self) -> None:
-        self._curvature = None
+        self._curvature = self._rounded = None
         self._looked_for_randomness.clear()
 
     def _batches(self, loader: Any, name: str) -> Batches:

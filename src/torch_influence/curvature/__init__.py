@@ -8,6 +8,7 @@ from torch_influence.curvature._head_capture import linear_head
 from torch_influence.curvature._hessian import Hessian
 from torch_influence.curvature._kinds import Kind, check_kind, fastest, made
 from torch_influence.curvature._linear_head import LinearHead
+from torch_influence.curvature._rounded import Rounded
 
 __all__ = [
     "Curvature",
@@ -17,6 +18,7 @@ __all__ = [
     "Hessian",
     "Kind",
     "LinearHead",
+    "Rounded",
     "check_kind",
     "fastest",
     "linear_head",

@@ -75,6 +75,14 @@ class Curvature(LinearOperator):
         for _ in range(steps):
             yield self
 
+    def narrowed(self, dtype: torch.dtype) -> LinearOperator:
+        """Returns the same curvature with products that are rounded to this dtype on the way.
+
+        Raises:
+            NotPossible: it has none.
+        """
+        raise NotPossible("this curvature has products in its own precision only")
+
     def doubts(self, room: float) -> list[Warning]:
         """Lists warnings of what is doubtful in it; ``room`` is how many bytes the look may take."""
         return []

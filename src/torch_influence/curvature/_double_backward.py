@@ -307,6 +307,16 @@ class DoubleBackward(Curvature):
             yield _OfBatch(self, batch, size)
         self.means.conclude_draws()
 
+    def narrowed(self, dtype: torch.dtype) -> LinearOperator:
+        """Differentiates anew, under autocast; both share the budget, and the regulariser stays as it is."""
+        self.product(probe_rows(1, self.size, dtype=self.dtype, device=self.device))  # to see how data are batched
+        budget, self.budget = self.budget, max(self.kept_bytes, self.budget / 2)
+        twin = type(self)(self.evaluation.narrowed(dtype), self.batches, self.device, budget - self.budget, told=True)
+        twin.batch_size, twin.why_not_grouped = self.batch_size, self.why_not_grouped
+        twin.graph_bytes, twin._prepared = self.graph_bytes, True
+        vars(twin)["regularizer"] = self.regularizer
+        return twin
+
     def _mean_product(self, rows: Tensor, describe: str | None = None, dots: list[Tensor] | None = None) -> Tensor:
         self.prepare()
         while True:

@@ -169,6 +169,11 @@ class LinearHead(Curvature):
         m = n * c
         return cost_of(self, m, c, n * n, float(n) * n * f + 2.0 * m * m * c, 4.0 * m * f)
 
+    def narrowed(self, dtype: torch.dtype) -> LinearOperator:
+        if not self.at_outputs.explicit:
+            raise NotPossible("the curvature at the outputs is known by graphs only")
+        return _Narrow(self, dtype)
+
     def doubts(self, room: float) -> list[Warning]:
         return doubts(self.plain, self, room)
 
@@ -205,6 +210,31 @@ class _OfExamples(LinearOperator):
 
     def product(self, rows: Tensor) -> Tensor:
         return self._head.of(self._indices, len(self._indices), rows)
+
+
+class _Narrow(LinearOperator):
+    """The curvature of a head by products of matrices in a narrower dtype; what is between and the sums keep theirs."""
+
+    def __init__(self, head: LinearHead, dtype: torch.dtype) -> None:
+        self._head, self._x = head, head.x.to(dtype)
+        self.size, self.dtype, self.device = head.size, head.dtype, head.device
+
+    def product(self, rows: Tensor) -> Tensor:
+        head, k, (n, f), c = self._head, len(rows), self._x.shape, self._head.c
+        head.plain.batches.pass_by()
+        columns = rows[:, : c * f].reshape(k * c, f).to(self._x.dtype)
+        product, sums = rows.new_zeros(k * c, f), rows.new_zeros(k, c)
+        at_once = max(1, _TILE_BYTES // (16 * max(k * c, 1)))
+        for first in range(0, n, at_once):
+            x = self._x[first : first + at_once]
+            t = (x @ columns.mT).to(rows.dtype).view(len(x), k, c).transpose(0, 1)
+            if head.bias:
+                t = t + rows[:, None, c * f :]
+            s = head.at_outputs.apply(t, first)
+            product += s.to(x.dtype).transpose(0, 1).reshape(len(x), k * c).mT @ x
+            sums += s.sum(dim=1)
+        whole = torch.cat([product.view(k, c * f), sums], dim=1) if head.bias else product.view(k, c * f)
+        return head._regularized(whole, rows)
 
 
 class _DualOfHead(Dual):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_influence.curvature._double_backward import Linearized
-from torch_influence.ops import linear_curvature_product
+from torch_influence.ops import linear_curvature_product, softmax_curvature
 
 
 class OutputCurvature(abc.ABC):
@@ -28,6 +28,10 @@ class OutputCurvature(abc.ABC):
     @abc.abstractmethod
     def product(self, x: Tensor, rows: Tensor, bias: bool) -> Tensor:
         """Σᵢ (Bᵢ ⊗ x̃ᵢx̃ᵢᵀ) times rows [k, d], for inputs x [n, f] of the layer."""
+
+    @abc.abstractmethod
+    def apply(self, t: Tensor, first: int) -> Tensor:
+        """Bᵢ tᵢ for tangents t [k, b, c] of examples from ``first`` on; where single entries are known."""
 
     @abc.abstractmethod
     def entry(self, a: int, b: int, first: int, last: int) -> Tensor:
@@ -54,6 +58,10 @@ class Softmax(OutputCurvature):
     def product(self, x: Tensor, rows: Tensor, bias: bool) -> Tensor:
         return linear_curvature_product(x, rows, self.probabilities, self.weights, bias)
 
+    def apply(self, t: Tensor, first: int) -> Tensor:
+        which = slice(first, first + t.shape[1])
+        return softmax_curvature(self.probabilities[which], t, self.weights[which])
+
     def entry(self, a: int, b: int, first: int, last: int) -> Tensor:
         p, w = self.probabilities[first:last], self.weights[first:last]
         return w * (p[:, a] * (1 - p[:, a]) if a == b else -p[:, a] * p[:, b])
@@ -77,6 +85,9 @@ class Blocks(OutputCurvature):
 
     def product(self, x: Tensor, rows: Tensor, bias: bool) -> Tensor:
         return linear_curvature_product(x, rows, self.blocks, None, bias)
+
+    def apply(self, t: Tensor, first: int) -> Tensor:
+        return torch.einsum("nab,knb->kna", self.blocks[first : first + t.shape[1]], t)
 
     def entry(self, a: int, b: int, first: int, last: int) -> Tensor:
         return self.blocks[first:last, a, b]
@@ -108,6 +119,9 @@ class Graphs(OutputCurvature):
             product += s.mT @ some
             sums += s.sum(dim=1)
         return torch.cat([product.flatten(1), sums], dim=1) if bias else product.flatten(1)
+
+    def apply(self, t: Tensor, first: int) -> Tensor:
+        raise NotImplementedError("graphs are of batches; see ``explicit``")
 
     def entry(self, a: int, b: int, first: int, last: int) -> Tensor:
         raise NotImplementedError("graphs know no single entries; see ``explicit``")

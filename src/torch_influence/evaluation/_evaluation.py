@@ -65,6 +65,8 @@ class Evaluation:
         names = inspect.signature(objective.test_loss).parameters.keys()
         self._test_loss_by_name = {"model", "params", "batch"} <= names
         self._wide = False
+        self._narrow: torch.dtype | None = None
+        self._main = self  # of twins: they are in its sessions
         self.edits: dict[str, bool | None] = {}
         self._opened_by: int | None = None  # a thread
 
@@ -76,6 +78,13 @@ class Evaluation:
         twin = copy.copy(self)
         twin.space = self.space.widened()
         twin._wide = True
+        return twin
+
+    def narrowed(self, dtype: torch.dtype) -> Evaluation:
+        """Returns the same losses under autocast to this dtype: matrix products and convolutions are rounded to it."""
+        twin = copy.copy(self)
+        twin.space = self.space.narrowed(dtype)
+        twin._narrow = dtype
         return twin
 
     def by_the_smallest(self, most: int) -> Evaluation:
@@ -189,7 +198,9 @@ class Evaluation:
             if self._wide:
                 instead |= {id(p): self._cast(p.detach()) for p in own.values() if id(p) not in instead}
             state = {f"model.{name}": instead[id(t)] for name, t in _places(self.model) if id(t) in instead}
-            return functional_call(self._host, state, (function, flat), tie_weights=False)
+            kind = space.current()[0].device.type
+            with contextlib.nullcontext() if self._narrow is None else torch.autocast(kind, self._narrow):
+                return functional_call(self._host, state, (function, flat), tie_weights=False)
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.double() if self._wide and t.is_floating_point() else t
@@ -202,7 +213,7 @@ class Evaluation:
     @property
     def is_open(self) -> bool:
         """Whether this thread has a session open."""
-        return self._opened_by == threading.get_ident()
+        return self._main._opened_by == threading.get_ident()
 
     # -- batches that the objective edits ---------------------------------------------------------------------------
 
@@ -288,8 +299,8 @@ class Evaluation:
                 stack.enter_context(switch)
             if self.space.dtype == torch.float32 and all(p.is_cpu for p in self.space.current()):
                 stack.enter_context(switches.quick_products())
-            self._opened_by = threading.get_ident()
-            stack.callback(setattr, self, "_opened_by", None)
+            self._main._opened_by = threading.get_ident()
+            stack.callback(setattr, self._main, "_opened_by", None)
             remembered.to_eval_mode()
             _check_names(self.model, self.space)
             remembered.without_inference_tensors()

@@ -126,10 +126,11 @@ class Auto(Solver):
 
     def solve(self, operator: LinearOperator, rows: Tensor, *, follow: Follow | None = None, **how: Any) -> Solved:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        name = self.chosen(operator, len(rows))
+        name = self.chosen(operator.exact, len(rows))
         solver = self.candidates[name]
         if isinstance(solver, CG | BlockCG):
             return self._by_products(solver, operator, rows, follow, how)
+        operator = operator.exact  # these alone judge by it
         if isinstance(solver, DualDirect):
             try:
                 solver.factor(operator)

@@ -153,6 +153,12 @@ def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(limit, size)  # x = 0 reaches |b|: worse than that is no limit but a failure
 
 
+def with_rounding(method: str, operator: LinearOperator) -> str:
+    """Adds to the name of a method what its products are rounded to, where that is on purpose."""
+    rounded = operator.product_dtype
+    return method if rounded == operator.dtype else f"{method}, products in {str(rounded).removeprefix('torch.')}"
+
+
 def conclude(
     x: Tensor,
     report: SolveReport,
@@ -165,6 +171,7 @@ def conclude(
     least: Tensor | None = None,
     unit: Tensor | None = None,
     budget: int | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Gives the warnings of a solve, and returns x, NaN where it is not known, and the report.
 
@@ -179,6 +186,7 @@ def conclude(
         least: [k], on the CPU, the relative residual that any x leaves; 0 where that is not known.
         unit: [k, 1], of the rows that x is a solution of, see ``in_range``; x is brought back from it.
         budget: products that might be made, if they have ended it: that is warned of, and is no failure.
+        product_dtype: what products were rounded to on purpose.
     """
     found: list[Warning] = []
     k = len(report.residual)
@@ -221,6 +229,8 @@ def conclude(
             cure = "raise damp"
         elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
             cure = f"the matrix is singular, to the rounding of {x.dtype}: raise damp (see module.suggest_damping())"
+        elif product_dtype not in (None, x.dtype) and int(report.iterations[failed].max()) < limit:
+            cure = f"products in {product_dtype} reach no further: loosen rtol, raise damp, or leave product_dtype out"
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:

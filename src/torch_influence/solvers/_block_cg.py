@@ -18,6 +18,8 @@ from torch_influence.solvers._base import (
     first_guess,
     iteration_limit,
     system,
+    with_quick_products,
+    with_rounding,
 )
 from torch_influence.solvers._block import Block, Follow
 from torch_influence.solvers._preconditioners import as_preconditioner, made_once, preconditioned, with_rows
@@ -31,6 +33,7 @@ _BLOCK_EXPONENT = 0.4
 Verify: TypeAlias = Literal["combinations", "all"]
 
 
+@with_quick_products
 def block_cg(
     A: Any,
     B: Any,
@@ -125,7 +128,12 @@ def block_cg(
     operator, rows = system(A, B)
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     check_budget(error_rtol, max_products)
-    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
+    if max_products is not None and operator.exact is not operator:
+        raise ValueError(
+            f"max_products, product_dtype: the last product can't be in {operator.product_dtype} and verify as well; "
+            "leave one of them out"
+        )
+    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator.exact, rows)
     if max_products is not None and made_of >= max_products:
         raise ValueError(f"max_products: expected more than the {made_of} that M takes, got {max_products}")
     block = Block(
@@ -148,7 +156,8 @@ def block_cg(
         block.step()
     block.finish(limit)
     report = block.report(time.perf_counter() - start)
-    report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products)
+    method, used = with_rounding(report.method, operator), made_of + report.products
+    report = dataclasses.replace(report, method=method, rtol=rtol, products=used)
     x, report = conclude(
         block.x,
         report,
@@ -158,6 +167,7 @@ def block_cg(
         preconditioned=M is not None,
         unit=block.unit,
         budget=max_products,
+        product_dtype=operator.product_dtype,
     )
     return x.reshape(as_tensor(B).shape), report
 

@@ -26,6 +26,7 @@ from torch_influence.solvers._base import (
     system,
     tolerances,
     with_quick_products,
+    with_rounding,
 )
 from torch_influence.solvers._energy import EnergyError
 from torch_influence.solvers._lanczos import ROWS_LOOKED_AT, Tridiagonals
@@ -115,7 +116,7 @@ def cg(
     limit = iteration_limit(rtol, atol, maxiter, rows.shape[1])
     check_budget(error_rtol, max_products, least=2)
     start = time.perf_counter()
-    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator, rows)
+    precondition, made_of = (None, 0) if M is None else as_preconditioner(M, operator.exact, rows)
     if max_products is not None and made_of + 2 > max_products:
         raise ValueError(f"max_products: expected at least {made_of + 2}, as M takes {made_of}, got {max_products}")
     rows, unit = in_range(rows)
@@ -135,7 +136,8 @@ def cg(
         budget=None if max_products is None else max_products - made_of,
     )
     seconds = time.perf_counter() - start
-    report = dataclasses.replace(report, rtol=rtol, products=made_of + report.products, seconds=seconds)
+    method, used = with_rounding(report.method, operator), made_of + report.products
+    report = dataclasses.replace(report, method=method, rtol=rtol, products=used, seconds=seconds)
     x, report = conclude(
         x,
         report,
@@ -145,6 +147,7 @@ def cg(
         preconditioned=M is not None,
         unit=unit,
         budget=max_products,
+        product_dtype=operator.product_dtype,
     )
     return x.reshape(as_tensor(B).shape), report
 
@@ -369,7 +372,7 @@ class CG(Krylov):
 
     def solve(self, operator: LinearOperator, rows: Tensor, **how: Any) -> tuple[Tensor, SolveReport]:
         """A⁻¹ b for each row b of [k, d], and the report."""
-        return cg(operator, rows, **self.options(M=made_once(self.M, operator, self._made)), **how)
+        return cg(operator, rows, **self.options(M=made_once(self.M, operator.exact, self._made)), **how)
 
     @property
     def title(self) -> str:  # type: ignore[override]

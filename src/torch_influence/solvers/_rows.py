@@ -197,7 +197,8 @@ class RowIteration(abc.ABC, Generic[S]):
         return self.operator.product(rows).detach()
 
     def true_residual(self, which: Tensor) -> Tensor:
-        return self.b[which] - self.product(self.all_x[which])
+        self.products += 1
+        return self.b[which] - self.operator.exact.product(self.all_x[which]).detach()
 
     def stepped(self) -> Tensor:
         """Returns the iterates after the last step, without the rows that broke down in it."""
