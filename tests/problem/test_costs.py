@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from torch_influence import CGInfluenceModule, LiSSAInfluenceModule, backend_info
+from torch_influence import CGInfluenceModule, InfluenceModule, LiSSAInfluenceModule, backend_info
 from torch_influence.linop import Dense
 from torch_influence.solvers import block_cg, cg, lissa, minres
 
@@ -313,3 +313,32 @@ def test_a_warm_matrix_differentiates_each_example_once(layers: int) -> None:
         assert operations.launches["cg_step"] == int(report.iterations.max())
     assert counts[64] == counts[128]
     assert counts[64][1] == layers
+
+
+@needs_native
+@pytest.mark.parametrize("n", [64, 128])
+def test_a_matrix_of_a_block_solve_is_summed_up_on_the_way(n: int) -> None:
+    """Scores take no product with the solutions: a forward and a backward pass verify them, and three examples."""
+    counted = Counted(InfluenceModule, 2, n, gnh=True, solver="block", rtol=1e-6)
+    counted.module.influence_matrix()
+    with Operations() as operations:
+        train, test, _ = counted.spent(counted.module.influence_matrix)
+    assert (train, test) == (PROBED, PROBED)
+    assert not operations.launches["grad_dot"]
+    report = counted.module.last_report
+    assert report.products == int(report.iterations.max()) + 1
+    with Operations() as alone:
+        counted.module.stests()
+    tanhs = operations.launches["tanh"] - alone.launches["tanh"]
+    assert tanhs == 1 + PROBED  # of all losses, whose sum with signs is differentiated, and of what is compared
+
+
+def test_without_cache_a_matrix_of_a_block_solve_reads_the_data_once_for_each_product_and_once_more() -> None:
+    n = 24
+    counted = Counted(InfluenceModule, 2, n, gnh=True, solver="block", rtol=1e-6, cache=False)
+    counted.module.influence_matrix()
+    train, test, _ = counted.spent(counted.module.influence_matrix)
+    assert train == n * (counted.module.last_report.products + 1)
+    assert test == QUERIES
+    budget = counted.spent(lambda: counted.module.influence_matrix(max_products=2))
+    assert budget[0] == n * 3

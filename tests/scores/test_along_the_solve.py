@@ -310,3 +310,9 @@ def test_it_is_given_up_where_it_does_not_help() -> None:
     assert made == [1, 1, 2, 1, 1]  # the products that judge; the third solve has made M, the later ones do without
     assert "with it a solve takes" in str(auto.describe(operator, 1))
     assert "Nystrom" not in auto.describe(operator, 1).path
+
+
+def test_a_budget_and_narrow_products_are_refused_together() -> None:
+    it = problem(dtype=torch.float32, rtol=1e-2, product_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="max_products, product_dtype: "):
+        it.influence_matrix(max_products=2)
