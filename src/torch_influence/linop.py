@@ -140,8 +140,8 @@ class Damped(LinearOperator):
 
     @property
     def least(self) -> float | None:  # noqa: D102
-        known = self.base.least
-        return None if known is None else known + self.shift
+        least = self.base.least
+        return None if least is None else least + self.shift
 
     @property
     def exact(self) -> LinearOperator:  # noqa: D102

@@ -135,13 +135,14 @@ class ExampleGradients:
         - from rows of gradients.
         """
         ways: dict[str, Way] = {}
+        constant = None if self._constant is None else vectors @ self._constant
         if summed is not None:
-            ways["sums along the solve"] = self._picked(indices, vectors, summed)
+            ways["sums along the solve"] = self._picked(indices, vectors, summed, constant)
         few = len(vectors) <= _FEW_DIRECTIONS and self._space.pass_dtype == self._space.dtype
         contraction = Contraction(self._data_loss, self._evaluation)
         most = self._space.size // 2 if few else self._space.size  # a second backward costs more than forming these
         if contraction.layers and contraction.rest <= most:
-            ways["inputs and output gradients of layers"] = self._contracted(contraction, vectors, most)
+            ways["inputs and output gradients of layers"] = self._contracted(contraction, vectors, most, constant)
         if few:
             ways["directional derivatives"] = self._directional(vectors)
         else:
@@ -153,11 +154,8 @@ class ExampleGradients:
         def one(batch: Any) -> Tensor:
             return vectors @ loss_gradient(self._loss, self._space, leaves, batch)
 
-        constant = None if self._constant is None else vectors @ self._constant
-
         def known(some: Sequence[int], kept: OuterProducts) -> Tensor:
-            dots = kept.dots(some, vectors)
-            return dots if constant is None else dots.add_(constant)
+            return _plus(kept.dots(some, vectors), constant)
 
         # Without rows to form, many examples take little memory, and vectors are read once for all of them.
         many = bool(contraction.layers) and not contraction.rest
@@ -199,9 +197,7 @@ class ExampleGradients:
         total += self._space.flatten(differentiate(losses @ signs, leaves)).detach()
         return signs
 
-    def _contracted(self, contraction: Contraction, vectors: Tensor, most: int) -> Way:
-        constant = None if self._constant is None else vectors @ self._constant
-
+    def _contracted(self, contraction: Contraction, vectors: Tensor, most: int, constant: Tensor | None) -> Way:
         def passed(part: _Group, found: list[Pairs]) -> Pairs:
             pairs = contraction.pairs(part.batch, part.tensors)
             if self._kept is not None:
@@ -218,19 +214,17 @@ class ExampleGradients:
             gradient = torch.zeros_like(vectors[0])
             signs = torch.cat([self._signed(part, gradient, data=True) for part in parts])
             tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
-            return dots if constant is None else dots.add_(constant)
+            return _plus(dots, constant)
 
         return many
 
-    def _picked(self, indices: Sequence[int], vectors: Tensor, summed: Tensor) -> Way:
-        constant = None if self._constant is None else vectors @ self._constant
-
+    def _picked(self, indices: Sequence[int], vectors: Tensor, summed: Tensor, constant: Tensor | None) -> Way:
         def picked(group: _Group, tie: Tie) -> Tensor:
             dots = summed[[indices[position] for position in group.positions]]
             gradient = torch.zeros_like(vectors[0])
             signs = self._signed(group, gradient, data=True)
             tie(dots, signs, vectors @ gradient, gradient.norm() * vectors.norm(dim=1).max())
-            return dots if constant is None else dots.add_(constant)
+            return _plus(dots, constant)
 
         return picked
 
@@ -380,6 +374,11 @@ class ExampleGradients:
             if finite.any():
                 fast[finite] = many(group.of(finite.nonzero().flatten().tolist()), tie)
         return fast, tie.holds
+
+
+def _plus(dots: Tensor, constant: Tensor | None) -> Tensor:
+    """Adds what depends on no example, [k]."""
+    return dots if constant is None else dots.add_(constant)
 
 
 class _Group:
