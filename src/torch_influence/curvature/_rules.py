@@ -6,6 +6,7 @@ transpose. All tensors have the rows' dimension k in front; how they lie in memo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -98,6 +99,18 @@ class Rule:
         """Maps a cotangent of the output, or a list, to those of the inputs: the transpose of ``push``."""
         raise NotImplementedError
 
+    def without(self, constant: Sequence[bool]) -> Rule:
+        """Returns the rule where some inputs have become constants; what it pulls back to those is not used."""
+        return self
+
+    def gives_each(self, n: int) -> bool:
+        """Tells whether ``each`` is known, for n examples."""
+        return False
+
+    def each(self, cotangent: Tensor) -> Tensor:
+        """Pulls back one row [1, n, ...] to the parameters of a first layer, for each example: [n, numbers of them]."""
+        raise NotImplementedError
+
 
 class Weighted(Rule):
     """The sum of inputs, each times a factor: all elementwise operators, and broadcasting.
@@ -155,6 +168,12 @@ class Weighted(Rule):
                 term = cotangent.mul_(factor) if mine and live == 1 else cotangent * factor
             pulled.append(summed_to(term, view).reshape(k, *shape))
         return pulled
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        rule.inputs = [None if c else shape for c, shape in zip(constant, self.inputs, strict=True)]
+        rule.factors = [None if c else factor for c, factor in zip(constant, self.factors, strict=True)]
+        return rule
 
 
 def summed_to(t: Tensor, shape: Sequence[int]) -> Tensor:

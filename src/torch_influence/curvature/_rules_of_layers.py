@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_influence.curvature import _rules
 from torch_influence.curvature._rules import Moved, Rule, Site, Weighted, summed_to
@@ -102,6 +104,14 @@ class Product(Rule):
         return [to_b if self.beta == 1.0 else to_b * self.beta, to_x, to_w]
 
 
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        *bias, of_x, of_w = constant
+        rule.bias = None if bias and bias[0] else self.bias
+        rule.w, rule.x = None if of_x else self.w, None if of_w else self.x
+        return rule
+
+
 def addmm(site: Site) -> Rule:
     return Product(site, ("mat1", "mat2"), biased=True)
 
@@ -134,6 +144,12 @@ class BatchedProduct(Rule):
         to_a = None if self.b is None else _many_times_one(cotangent, self.b.mT)
         to_b = None if self.a is None else _many_times_one(cotangent.mT, self.a).mT
         return [to_a, to_b]
+
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        rule.b, rule.a = None if constant[0] else self.b, None if constant[1] else self.a
+        return rule
 
 
 def _many_times_one(many: Tensor, one: Tensor) -> Tensor:
@@ -215,6 +231,28 @@ class Convolution(Rule):
         like = self.w.new_empty(()).expand(k * o, *self.w.shape[1:])
         found = _convolution_backward(wide, self.x, like, None, *self.options, only_w)[1]
         return found.reshape(g, k, o // g, *found.shape[1:]).transpose(0, 1).reshape(k, o, *found.shape[1:])
+
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        of_x, of_w, of_b = constant
+        rule.of_x, rule.of_w, rule.of_b = self.of_x and not of_x, self.of_w and not of_w, self.of_b and not of_b
+        return rule
+
+    def gives_each(self, n: int) -> bool:
+        plain = not self.transposed and self.groups == 1 and self.x.dim() == 4
+        return plain and not self.of_x and self.shape[0] == n
+
+    def each(self, cotangent: Tensor) -> Tensor:
+        n, o = self.shape[:2]
+        g, parts = cotangent.reshape(n, o, -1), []
+        if self.of_w:
+            stride, padding, dilation = self.options[:3]
+            patches = F.unfold(self.x, self.w.shape[2:], dilation, padding, stride)
+            parts.append((g @ patches.mT).reshape(n, -1))
+        if self.of_b:
+            parts.append(g.sum(-1))
+        return torch.cat(parts, dim=1)
 
 
 def format_of(*tensors: Tensor) -> torch.memory_format:
