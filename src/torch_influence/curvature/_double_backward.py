@@ -258,8 +258,9 @@ class DoubleBackward(Curvature):
         """Describes the path in words; ``prepare`` must have been called before."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
+        way = "rules of its layers" if self.by_rules else "double backward"
         lean = ", convolutions by what is asked for alone" if self._lean and not self.by_rules else ""
-        return f"{self.title} by {'rules of its layers' if self.by_rules else 'double backward'}, {size} examples at a time, {kept}{lean}"
+        return f"{self.title} by {way}, {size} examples at a time, {kept}{lean}"
 
     def step(self) -> Step:
         """The curvature's line of ``explain()``, after it has been seen how examples are batched."""

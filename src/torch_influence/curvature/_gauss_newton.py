@@ -11,8 +11,8 @@ from torch import Tensor
 from torch_influence.agreement import agree
 from torch_influence.curvature._double_backward import DoubleBackward, Linearized
 from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
-from torch_influence.curvature._plain import Tangents
 from torch_influence.curvature._linear_map import LinearMap
+from torch_influence.curvature._plain import Tangents
 from torch_influence.gradients import Graph, differentiate
 from torch_influence.linop import Dual, DualCost, probe_rows
 from torch_influence.plan import NotPossible

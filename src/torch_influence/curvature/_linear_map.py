@@ -53,7 +53,7 @@ class LinearMap:
         made = 0
         for node in _in_order(outputs.grad_fn):
             if node.name() == "torch::autograd::AccumulateGrad":
-                variable: Any = node.variable
+                variable = getattr(node, "variable")  # noqa: B009 -- the type Node does not know it
                 if id(variable) in where:
                     numbers[node, 0] = where[id(variable)]
                     if variable.dtype != outputs.dtype:
@@ -115,8 +115,8 @@ class LinearMap:
                     if not left[i]:
                         values[i] = None
             del given
-            for number, value in zip(step.outputs, [found] if step.one else found, strict=False):
-                values[number], mine[number] = value, own
+            for made, value in zip(step.outputs, [found] if step.one else found, strict=False):
+                values[made], mine[made] = value, own
         root = values[self._root]
         assert root is not None
         if self._dense is None:
@@ -138,8 +138,9 @@ class LinearMap:
         pulled = []
         for i, (shape, dtype, device) in enumerate(self._leaves):
             value = dense.get(i, values[i])
-            none = value is None
-            pulled.append(torch.zeros(k, *shape, dtype=dtype, device=device) if none else value.reshape(k, *shape))
+            if value is None:
+                value = torch.zeros(k, *shape, dtype=dtype, device=device)
+            pulled.append(value.reshape(k, *shape))
         return pulled
 
     def _pulled(self, cotangents: Tensor, mine: bool, until: int = 0) -> list[Tensor | None]:
@@ -183,11 +184,11 @@ class LinearMap:
         n = self._shape[0] if self._shape else 0
         if not n or self._dense is not None:
             return None
-        for number, step in enumerate(self._steps):
+        for at, step in enumerate(self._steps):
             leaves = [i for i in step.inputs if i is not None]
             if any(i >= len(self._leaves) or self._uses[i] > 1 for i in leaves) or not step.rule.gives_each(n):
                 continue
-            rest = self._without(number, leaves)
+            rest = self._without(at, leaves)
             size = self._shape.numel() * sum(self._leaves[i][0].numel() for i in leaves) * self._dtype.itemsize
             if rest is None or size > saved_bytes((), besides, self.kept()) - saved_bytes((), besides, rest.kept()):
                 continue
@@ -195,7 +196,7 @@ class LinearMap:
             for column in range(c):
                 u = torch.zeros(1, n, c, dtype=self._dtype, device=self._leaves[0][2])
                 u[..., column] = 1
-                cotangent = self._pulled(u.view(1, *self._shape), True, number + 1)[step.outputs[0]]
+                cotangent = self._pulled(u.view(1, *self._shape), True, at + 1)[step.outputs[0]]
                 if cotangent is None:
                     return None
                 columns.append(step.rule.each(cotangent))
@@ -203,14 +204,14 @@ class LinearMap:
             return rest
         return None
 
-    def _without(self, number: int, leaves: Sequence[int]) -> LinearMap | None:
+    def _without(self, at: int, leaves: Sequence[int]) -> LinearMap | None:
         """Leaves out a step, and those that nothing but constants comes to then."""
         rest = copy.copy(self)
         live = set(range(len(self._leaves))) - set(leaves)
         rest._steps = []
         for i, step in enumerate(self._steps):
             inputs = [j if j in live else None for j in step.inputs]
-            if i == number or all(j is None for j in inputs):
+            if i == at or all(j is None for j in inputs):
                 continue
             rule = step.rule if inputs == list(step.inputs) else step.rule.without([j is None for j in inputs])
             rest._steps.append(dataclasses.replace(step, rule=rule, inputs=inputs))

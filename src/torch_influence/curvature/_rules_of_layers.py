@@ -97,12 +97,8 @@ class Product(Rule):
             return [to_x, to_w]
         if self.bias is None:
             return [None, to_x, to_w]
-        if self.bias == (h,):
-            to_b = wide.sum(0).view(k, h)
-        else:
-            to_b = summed_to(cotangent, self.bias).clone()
+        to_b = wide.sum(0).view(k, h) if self.bias == (h,) else summed_to(cotangent, self.bias).clone()
         return [to_b if self.beta == 1.0 else to_b * self.beta, to_x, to_w]
-
 
     def without(self, constant: Sequence[bool]) -> Rule:
         rule = copy.copy(self)
@@ -145,7 +141,6 @@ class BatchedProduct(Rule):
         to_b = None if self.a is None else _many_times_one(cotangent.mT, self.a).mT
         return [to_a, to_b]
 
-
     def without(self, constant: Sequence[bool]) -> Rule:
         rule = copy.copy(self)
         rule.b, rule.a = None if constant[0] else self.b, None if constant[1] else self.a
@@ -169,7 +164,7 @@ class Convolution(Rule):
         self.x, self.w = site.tensor("input"), site.tensor("weight")
         self.of_x, self.of_w, self.of_b = by_x is not None, by_w is not None, by_b is not None
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        self.options = [list(v) if isinstance(v, tuple) else v for v in map(site.saved, names)]
+        self.options: list[Any] = [list(v) if isinstance(v, tuple) else v for v in map(site.saved, names)]
         self.transposed, self.groups = bool(self.options[3]), int(self.options[5])
         self.shape = site.shape
         self.format = format_of(self.x, self.w)
@@ -231,7 +226,6 @@ class Convolution(Rule):
         like = self.w.new_empty(()).expand(k * o, *self.w.shape[1:])
         found = _convolution_backward(wide, self.x, like, None, *self.options, only_w)[1]
         return found.reshape(g, k, o // g, *found.shape[1:]).transpose(0, 1).reshape(k, o, *found.shape[1:])
-
 
     def without(self, constant: Sequence[bool]) -> Rule:
         rule = copy.copy(self)
@@ -308,7 +302,10 @@ def adaptive_average_pool(site: Site) -> Rule:
     size = list(site.shape[-2:])
     aten = torch.ops.aten
     return _of_images(
-        site, 3, lambda t: aten._adaptive_avg_pool2d(t, size), lambda c, like: aten._adaptive_avg_pool2d_backward(c, like)
+        site,
+        3,
+        lambda t: aten._adaptive_avg_pool2d(t, size),
+        lambda c, like: aten._adaptive_avg_pool2d_backward(c, like),
     )
 
 
@@ -344,8 +341,7 @@ def batch_norm(site: Site) -> Rule:
     if site.inputs[1] is not None:
         normed = (site.tensor("input") - mean.view(channel)) * scale.view(channel)
     factor = (scale if w is None else scale * w).to(site.dtype).view(channel)
-    views = [None, factor.shape, factor.shape]
-    return Weighted(site, [factor, normed, 1.0], views)
+    return Weighted(site, [factor, normed, 1.0], [None, factor.shape, factor.shape])
 
 
 class Normed(Rule):
