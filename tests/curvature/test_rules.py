@@ -106,6 +106,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
     ],
     "CosBackward0": [unary(torch.cos)],
     "DivBackward0": [(torch.div, [X, positive(4)]), unary(lambda x: x / 3), (lambda y: X / y, [positive(3, 1)])],
+    "DivBackward1": [unary(lambda x: torch.ops.aten.div.Scalar(x, 2.5))],
     "EluBackward0": [unary(F.elu), unary(F.selu)],
     "EmbeddingBackward0": [
         (lambda w: F.embedding(torch.tensor([[0, 3], [3, 1]]), w), [X.mT.contiguous()]),
@@ -151,6 +152,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
         unary(lambda x: 3 * x),
         unary(lambda x: x.sum() * X),
     ],
+    "MulBackward1": [unary(lambda x: torch.ops.aten.mul.Scalar(x, 2.5))],
     "NativeBatchNormBackward0": [
         (
             lambda x, w, b: F.batch_norm(x, numbers(4), positive(4), w, b),
@@ -201,6 +203,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
     "TanhBackward0": [unary(torch.tanh)],
     "ThresholdBackward0": [unary(lambda x: F.threshold(x, 0.1, 0.0))],
     "TransposeBackward0": [unary(lambda x: x.transpose(-1, 1), IMAGES)],
+    "TransposeBackward1": [unary(lambda x: (x * 2).transpose_(0, 1))],
     "UnbindBackward0": [unary(lambda x: x.unbind(1)[2] * x.unbind(1)[0])],
     "UnsafeSplitBackward0": [unary(lambda x: torch.unsafe_chunk(x, 2, 1)[1])],
     "UnsafeViewBackward0": [unary(lambda x: torch.ops.aten._unsafe_view(x, [2, 6]))],

@@ -149,13 +149,13 @@ class LinearMap:
         own = [False] * self._count
         values[self._root], own[self._root] = cotangents, mine
         for step in reversed(self._steps[until:]):
-            given: Any = [values[i] for i in step.outputs]
+            given: Any = [values[made] for made in step.outputs]
             if all(c is None for c in given):
                 continue
-            may = all(own[i] for i in step.outputs if values[i] is not None)
+            may = all(own[made] for made in step.outputs if values[made] is not None)
             found = step.rule.pull(given[0] if step.one else given, may)
-            for i in step.outputs:
-                values[i] = None
+            for made in step.outputs:
+                values[made] = None
             del given
             used = sum(i is not None for i in step.inputs)
             writable = step.rule.pulled == "new" or (step.rule.pulled == "view" and may and used == 1)

@@ -242,6 +242,14 @@ def divided(site: Site) -> Rule:
     return Weighted(site, [other.reciprocal(), by_second])
 
 
+def multiplied_by_number(site: Site) -> Rule:
+    return Weighted(site, [_real(site, "other")])
+
+
+def divided_by_number(site: Site) -> Rule:
+    return Weighted(site, [1.0 / _real(site, "other")])
+
+
 def chosen(site: Site) -> Rule:
     condition = site.tensor("condition").to(site.dtype)
     return Weighted(site, [condition, 1 - condition])

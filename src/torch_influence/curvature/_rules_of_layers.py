@@ -431,16 +431,13 @@ def embedding(site: Site) -> Rule:
     return Moved(there, back, "new", "new", [flat, real])
 
 
+_ELEMENTWISE = """
+    Abs Addcmul Celu ClampMax ClampMin Cos Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh
+    LeakyRelu Lerp Log Log1P LogSigmoid MaskedFill Maximum Minimum Mish Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu
+    Sin Softplus Softshrink Sqrt Tanh Threshold
+"""
 RULES: dict[str, Callable[[Site], Rule]] = {
-    **dict.fromkeys(
-        """Abs Celu Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid
-        Mish Neg Reciprocal Relu Rsqrt Sigmoid Silu Sin Cos Softplus Softshrink Sqrt Tanh Threshold Maximum Minimum
-        MaskedFill ClampMin ClampMax Addcmul Lerp""".replace("\n", " ").split(),
-        _rules.elementwise,
-    ),
-    "Pow": _rules.elementwise,
-}
-RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
+    **{f"{name}Backward0": _rules.elementwise for name in _ELEMENTWISE.split()},
     "PowBackward1": _rules.elementwise,
     "ClampBackward1": _rules.elementwise,
     "AddBackward0": _rules.added,
@@ -449,7 +446,9 @@ RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
     "SubBackward1": _rules.unchanged,
     "RsubBackward1": _rules.subtracted_from_number,
     "MulBackward0": _rules.multiplied,
+    "MulBackward1": _rules.multiplied_by_number,
     "DivBackward0": _rules.divided,
+    "DivBackward1": _rules.divided_by_number,
     "WhereBackward0": _rules.chosen,
     "CloneBackward0": _rules.unchanged,
     "AliasBackward0": _rules.unchanged,
@@ -462,6 +461,7 @@ RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
     "SqueezeBackward2": _rules.viewed,
     "TBackward0": _rules.transposed,
     "TransposeBackward0": _rules.swapped,
+    "TransposeBackward1": _rules.swapped,
     "PermuteBackward0": _rules.permuted,
     "ExpandBackward0": _rules.expanded,
     "RepeatBackward0": _rules.repeated,
