@@ -434,6 +434,14 @@ def test_half_precision_is_differentiated_twice() -> None:
         LinearMap(y, [y])
 
 
+def test_an_edit_of_what_is_kept_is_an_error() -> None:
+    x, w = numbers(3, 4), numbers(5, 4).requires_grad_()
+    found = LinearMap(F.linear(x, w), [w])
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.push([w.detach()[None]])
+
+
 def test_products_and_the_slopes_of_examples() -> None:
     module, matrix = made(Residual, 4)
     with module._session():

@@ -85,6 +85,7 @@ class LinearMap:
         self.row_bytes = 2 * made * outputs.element_size()
         self._dense: tuple[Sequence[int], Tensor] | None = None  # leaves, and the Jacobian by them [numbers out, in]
         self._uses = self._counted()
+        self._versions = [(t, t._version) for t in self.kept() if isinstance(t, Tensor)]
 
     @property
     def columns(self) -> int:
@@ -98,6 +99,8 @@ class LinearMap:
     def push(self, tangents: Tangents) -> Tensor:
         """Computes J v [k, *shape of the outputs] for tangents v, one [k, *shape] per leaf."""
         k = len(tangents[0])
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError("a tensor that is needed for derivatives has been modified by an inplace operation since")
         if k == 0:
             return tangents[0].new_zeros(0, *self._shape, dtype=self._dtype)
         values: list[Tensor | None] = [*tangents, *[None] * (self._count - len(tangents))]
@@ -217,6 +220,7 @@ class LinearMap:
             rest._steps.append(dataclasses.replace(step, rule=rule, inputs=inputs))
             live.update(step.outputs)
         rest._uses = rest._counted()
+        rest._versions = [(t, t._version) for t in rest.kept() if isinstance(t, Tensor)]
         return rest if self._root in live else None
 
     def _counted(self) -> list[int]:
