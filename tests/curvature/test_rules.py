@@ -14,7 +14,11 @@ from torch_influence.curvature._linear_map import LinearMap
 from torch_influence.curvature._rules_of_layers import RULES
 from torch_influence.gradients import nodes_behind
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.* over the batch, got something else"),  # of a net with two ways through it
+    pytest.mark.filterwarnings("ignore:params. unused.weight, unused.bias get no gradient from any"),
+]
 
 OPERATIONS = 2000.0  # more than additions and multiplications for any number here
 Function = Callable[..., Tensor]
@@ -96,6 +100,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
     ],
     "CosBackward0": [unary(torch.cos)],
     "DivBackward0": [(torch.div, [X, positive(4)]), unary(lambda x: x / 3), (lambda y: X / y, [positive(3, 1)])],
+    "DivBackward1": [unary(lambda x: torch.ops.aten.div.Scalar(x, 2.5))],
     "EluBackward0": [unary(F.elu), unary(F.selu)],
     "EmbeddingBackward0": [
         (lambda w: F.embedding(torch.tensor([[0, 3], [3, 1]]), w), [X.mT.contiguous()]),
@@ -141,6 +146,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
         unary(lambda x: 3 * x),
         unary(lambda x: x.sum() * X),
     ],
+    "MulBackward1": [unary(lambda x: torch.ops.aten.mul.Scalar(x, 2.5))],
     "NativeBatchNormBackward0": [
         (
             lambda x, w, b: F.batch_norm(x, numbers(4), positive(4), w, b),
@@ -191,6 +197,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
     "TanhBackward0": [unary(torch.tanh)],
     "ThresholdBackward0": [unary(lambda x: F.threshold(x, 0.1, 0.0))],
     "TransposeBackward0": [unary(lambda x: x.transpose(-1, 1), IMAGES)],
+    "TransposeBackward1": [unary(lambda x: (x * 2).transpose_(0, 1))],
     "UnbindBackward0": [unary(lambda x: x.unbind(1)[2] * x.unbind(1)[0])],
     "UnsafeSplitBackward0": [unary(lambda x: torch.unsafe_chunk(x, 2, 1)[1])],
     "UnsafeViewBackward0": [unary(lambda x: torch.ops.aten._unsafe_view(x, [2, 6]))],
@@ -257,3 +264,260 @@ def check(name: str, function: Function, at: list[Tensor], chosen: list[int]) ->
     assert_close(back, forward, operations=OPERATIONS, scale=scale)
     assert found.push([t[:0] for t in tangents]).shape == (0, *outputs.shape)
     assert [c.shape for c in found.pull(u[:0])] == [(0, *x.shape) for x in leaves]
+
+
+# -- in a module ------------------------------------------------------------------------------------------------------
+
+N, BATCH = 7, 3  # the last batch has 1
+
+
+class Residual(nn.Module):
+    """A layer used twice, a connection around it, an activation in place, a frozen layer, a tied one, one not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.tied, self.frozen, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.tied.weight = self.first.weight
+        self.frozen.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.norm.running_mean.fill_(0.3)
+        self.norm.running_var.fill_(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu_(self.first(x)) + x
+        h = h + torch.tanh(self.again(h))
+        h = self.norm(self.frozen(self.again(h))) * h.mean(1, keepdim=True)
+        return self.last(self.tied(h).sigmoid())
+
+
+class Cubed(torch.autograd.Function):
+    """An operator of one's own, which no rule is known of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class WithCube(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Cubed.apply(self.first(x)))
+
+
+class OtherWay(nn.Module):
+    """Takes another way through the cube for the last example, a batch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(Cubed.apply(h) if len(x) == 1 else torch.tanh(h))
+
+
+class Images(nn.Module):
+    """A first layer of few parameters, whose outputs are many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.avg_pool2d(torch.tanh(self.first(x)), 4)
+        return self.last(h.flatten(1))
+
+
+def made(model: Callable[[], nn.Module], *shape: int, params: Any = None) -> tuple[CGInfluenceModule, Tensor]:
+    torch.manual_seed(0)
+    net, objective = model().double().eval(), Supervised(F.cross_entropy, l2=0.1)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(N, *shape, generator=generator, dtype=torch.float64)
+    loader = DataLoader(TensorDataset(inputs, torch.randint(3, (N,), generator=generator)), batch_size=BATCH)
+    matrix = dense_gauss_newton(net, objective, loader_batches(loader))
+    module = CGInfluenceModule(net, objective, loader, None, "cpu", 0.0, gnh=True, params=params)
+    return module, matrix
+
+
+def check_products(module: CGInfluenceModule, matrix: Tensor) -> GaussNewton:
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    for rows in (identity[:1], identity, identity[-1:], identity[:0]):
+        assert_close(module.hvp(rows), rows @ matrix, operations=OPERATIONS, scale=float(matrix.abs().max()))
+    curvature = module._problem._curvature[1]
+    assert isinstance(curvature, GaussNewton)
+    return curvature
+
+
+def test_products_of_a_net_that_reuses_layers() -> None:
+    curvature = check_products(*made(Residual, 4))
+    assert curvature.by_rules
+    assert not curvature.why_no_rules
+    assert "by rules of its layers" in curvature.describe()
+
+
+def test_products_of_some_parameters() -> None:
+    module, matrix = made(Residual, 4, params=["again.*", "last.bias"])
+    names = [n for n, p in module.model.named_parameters() if p.requires_grad for _ in range(p.numel())]
+    chosen = torch.tensor([n.startswith("again") or n == "last.bias" for n in names])
+    assert check_products(module, matrix[chosen][:, chosen]).by_rules
+
+
+def test_an_operator_without_rule_is_differentiated_twice() -> None:
+    module, matrix = made(WithCube, 4)
+    curvature = check_products(module, matrix)
+    assert not curvature.by_rules
+    assert curvature.why_no_rules == "there is no rule for CubedBackward"
+    assert "not rules of its layers: there is no rule for CubedBackward" in str(module.explain())
+
+
+def test_a_rule_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(site: Site) -> Weighted:
+        return Weighted(site, [3.0])
+
+    monkeypatch.setitem(RULES, "CubedBackward", wrong)
+    curvature = check_products(*made(WithCube, 4))
+    assert curvature.why_no_rules == "a product by them differs from the plain one"
+
+
+def test_a_rule_that_fails_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(site: Site) -> Weighted:
+        return Weighted(site, [torch.ones(77)])
+
+    monkeypatch.setitem(RULES, "CubedBackward", failing)
+    curvature = check_products(*made(WithCube, 4))
+    assert curvature.why_no_rules.startswith("a product by them failed")
+
+
+def test_a_batch_of_another_structure_is_compared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, matrix = made(OtherWay, 4)
+    with module._session():
+        module._problem.curvature().why_not_grouped = "as the loader has them"
+        module._problem.curvature()._prepared = True
+    curvature = check_products(module, matrix)
+    assert curvature.why_no_rules == "there is no rule for CubedBackward"
+
+    monkeypatch.setitem(RULES, "CubedBackward", lambda site: Weighted(site, [3.0]))
+    module, matrix = made(OtherWay, 4)
+    with module._session():
+        module._problem.curvature().why_not_grouped = "as the loader has them"
+        module._problem.curvature()._prepared = True
+    assert check_products(module, matrix).why_no_rules == "a product by them differs from the plain one"
+
+
+def test_half_precision_is_differentiated_twice() -> None:
+    x = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(NotPossible, match=r"the outputs are torch\.bfloat16"):
+        LinearMap(x * 2, [x])
+    y = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(NotPossible, match=r"a parameter is torch\.float32, and the outputs are torch\.float64"):
+        LinearMap(y.double() * 2, [y])
+    z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotPossible, match="ToCopyBackward0"):
+        LinearMap(z.float().double() * 2, [z])
+    with pytest.raises(NotPossible, match="the outputs are parameters"):
+        LinearMap(y, [y])
+
+
+def test_an_edit_of_what_is_kept_is_an_error() -> None:
+    x, w = numbers(3, 4), numbers(5, 4).requires_grad_()
+    found = LinearMap(F.linear(x, w), [w])
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.push([w.detach()[None]])
+
+
+def test_products_and_the_slopes_of_examples() -> None:
+    module, matrix = made(Residual, 4)
+    with module._session():
+        curvature = module._problem.curvature()
+        assert isinstance(curvature, GaussNewton)
+        batch, size = next(iter(curvature.batches.read(None, N)))
+        linearized = curvature.linearize(batch, curvature.leaves)
+        assert linearized.product_and_slopes is not None
+        rows = numbers(4, len(matrix))
+        products, dots = linearized.product_and_slopes(curvature.evaluation.space.split(rows))
+        plain = linearized.product(curvature.evaluation.space.split(rows))
+    assert all(map(torch.equal, products, plain))
+    loss = F.cross_entropy(module.model(batch[0]), batch[1], reduction="none")
+    leaves = [p for p in module.model.parameters() if p.requires_grad]
+    gradients = torch.cat([j.reshape(N, -1) for j in jacobian(loss, leaves)], dim=1)
+    assert_close(dots, gradients @ rows.mT / size, operations=OPERATIONS, scale=float(gradients.abs().sum(1).max()))
+
+
+def test_a_matrix_takes_the_place_of_a_first_layer() -> None:
+    module, matrix = made(Images, 1, 16, 16)
+    curvature = check_products(module, matrix)
+    assert curvature.by_rules
+    assert set(curvature._condensed.values()) == {True}
+
+
+def test_the_matrix_is_taken_once_it_pays() -> None:
+    module, _ = made(Images, 1, 16, 16)
+    with module._session():
+        curvature = module._problem.curvature()
+        assert isinstance(curvature, GaussNewton)
+        curvature.product(numbers(1, curvature.size))
+        assert not curvature._condensed
+        curvature.product(numbers(1, curvature.size))
+        assert set(curvature._condensed.values()) == {True}
+
+
+def test_the_map_with_a_matrix_is_the_same_and_keeps_less() -> None:
+    torch.manual_seed(0)
+    model = Images().double()
+    leaves = list(model.parameters())
+    images = numbers(5, 1, 16, 16)
+    for sizes in ([0, 1, 2, 3], [0, 2], [1, 3]):
+        some = [leaves[i] for i in sizes]
+        for leaf in leaves:
+            leaf.requires_grad_(any(leaf is x for x in some))
+        outputs = model(images)
+        expected = jacobian(outputs, some)
+        found = LinearMap(outputs, some)
+        dense = found.condensed((images, leaves))
+        assert dense is not None
+        assert sum(t.nbytes for t in dense.kept() if isinstance(t, Tensor)) < sum(
+            t.nbytes for t in found.kept() if isinstance(t, Tensor)
+        )
+        u, tangents = numbers(2, 5, 3), [numbers(2, *x.shape) for x in some]
+        for actual, row in zip(dense.pull(u), found.pull(u), strict=True):
+            assert_close(actual, row, operations=OPERATIONS)
+        jv = sum(torch.einsum("kp,op->ko", t.flatten(1), m.flatten(1)) for t, m in zip(tangents, expected, strict=True))
+        assert isinstance(jv, Tensor)
+        assert_close(dense.push(tangents), jv.view(2, 5, 3), operations=OPERATIONS)
+        assert dense.condensed((images, leaves)) is None
+
+
+def test_a_matrix_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LinearMap.condensed
+
+    def other(self: LinearMap, besides: Any) -> LinearMap | None:
+        found = plain(self, besides)
+        if found is not None and found._dense is not None:
+            found._dense[1].mul_(1.01)
+        return found
+
+    monkeypatch.setattr(LinearMap, "condensed", other)
+    curvature = check_products(*made(Images, 1, 16, 16))
+    assert set(curvature._condensed.values()) == {False}
+
+
+def test_rules_keep_less_than_two_graphs() -> None:
+    module, _ = made(Residual, 4)
+    with module._session():
+        curvature = module._problem.curvature()
+        assert isinstance(curvature, GaussNewton)
+        batch, _ = next(iter(curvature.batches.read(None, N)))
+        by_rules = curvature.linearize(batch, curvature.leaves)
+        curvature.why_no_rules = "not now"
+        assert 0 < by_rules.nbytes < curvature.linearize(batch, curvature.leaves).nbytes

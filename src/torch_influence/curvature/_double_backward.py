@@ -9,7 +9,6 @@ import functools
 
 # Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
 # busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +30,9 @@ from torch_influence.losses import Means
 from torch_influence.plan import Step
 from torch_influence.turns import Once
 
-_BYTES_OF_GRAPH = int(os.environ.get("BG", "16")) * 2**20
+# Sizes of a compute batch's graph, and of its copies for the rows that are multiplied at once: enough to keep two cores
+# busy, and about what their last cache holds. A convolutional net takes up to twice as long per example beyond that.
+_BYTES_OF_GRAPH = 16 * 2**20
 _BYTES_OF_ROWS = 16 * 2**20
 _ROUNDINGS = 32  # by which two evaluations of the same loss may differ where the device adds in any order
 
@@ -46,7 +47,7 @@ class Linearized:
         gradient: computes that of the loss, with respect to the same tensors.
         roots: tensors from which the graphs of ``product`` are reached.
         besides: tensors that are kept in memory anyway.
-        kept: tensors that are kept for ``product`` beside the graphs.
+        kept: lists the tensors that are kept for ``product`` beside the graphs.
         row_bytes: memory that one row takes on its way through ``product``; None: as much as is kept.
         product_and_slopes: computes the product, and slope · J v [b, k] for each of the b outputs, the slope being the
             gradient of the batch's loss at the outputs: the share of an example in ∇loss · v, where an output is an
@@ -58,14 +59,14 @@ class Linearized:
     gradient: Callable[[], Tangents]
     roots: Sequence[Tensor]
     besides: Any = ()
-    kept: Sequence[Tensor] = ()
+    kept: Callable[[], Sequence[Any]] = tuple
     row_bytes: int | None = None
     product_and_slopes: Callable[[Tangents], tuple[Tangents, Tensor]] | None = None
 
     @functools.cached_property
     def nbytes(self) -> int:
         """Counts the bytes that are kept in memory."""
-        return saved_bytes(self.roots, self.besides, self.kept)
+        return saved_bytes(self.roots, self.besides, self.kept())
 
     @property
     def bytes_at_work(self) -> int:
@@ -265,8 +266,9 @@ class DoubleBackward(Curvature):
         """Describes the path in words; ``prepare`` must have been called before."""
         size = self.batch_size or self.batches.batch_size or 1
         kept = "graphs kept while they fit" if self.budget and not self.batches.why_not_kept else "graphs made anew"
+        way = "rules of its layers" if self.by_rules else "double backward"
         lean = ", convolutions by what is asked for alone" if self._lean and not self.by_rules else ""
-        return f"{self.title} by {'rules of its layers' if self.by_rules else 'double backward'}, {size} examples at a time, {kept}{lean}"
+        return f"{self.title} by {way}, {size} examples at a time, {kept}{lean}"
 
     def step(self) -> Step:
         """The curvature's line of ``explain()``, after it has been seen how examples are batched."""

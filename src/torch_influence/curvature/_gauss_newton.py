@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torch_influence.agreement import agree
-from torch_influence.batches import parts
 from torch_influence.curvature._double_backward import DoubleBackward, Linearized
 from torch_influence.curvature._dual import check_products, cost_of, gram_matrix, refuse_beyond, ridge_and, root
 from torch_influence.curvature._linear_map import LinearMap
@@ -31,6 +30,7 @@ class GaussNewton(DoubleBackward):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._compared: set[int] = set()  # structures of graphs for which rules have been seen to give the same
+        self._condensed: dict[int, bool] = {}  # structures, and whether matrices in place of first layers do
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
         given, batch = batch, self.evaluation.batch_for("train_loss", batch)
@@ -45,7 +45,8 @@ class GaussNewton(DoubleBackward):
         """Differentiates by rules of the layers; graphs of each structure are compared with the plain way once."""
         outputs = self._with_graph(self._outputs(leaves, batch))
         structure = Graph("rules", [outputs], leaves).structure
-        jacobian = LinearMap(outputs, leaves)
+        besides = (self._kept_anyway(given), leaves)
+        jacobian = _Jacobian(LinearMap(outputs, leaves), besides, self._condensed, structure)
         at_outputs, loss, slope = self._slope(leaves, outputs, batch)
         outputs = outputs.detach()
         curved, slopes = Graph("loss", slope, [at_outputs]), slope[0].detach()
@@ -68,15 +69,15 @@ class GaussNewton(DoubleBackward):
             lambda tangents: pulled(pushed(tangents)),
             lambda: [row.squeeze(0) for row in jacobian.pull(slopes[None])],
             roots=slope,
-            besides=(self._kept_anyway(given), leaves),
-            kept=[t for rule in jacobian.rules for t in parts(vars(rule))],
-            row_bytes=jacobian.row_bytes,
+            besides=besides,
+            kept=lambda: jacobian.by_rules.kept(),
+            row_bytes=jacobian.by_rules.row_bytes,
             product_and_slopes=product_and_slopes,
         )
         if structure not in self._compared:
             self._compare(found, self._by_double_backward(given, batch, leaves))
             self._compared.add(structure)
-        self.by_rules = True
+        self.by_rules, jacobian.waits = True, False
         return found
 
     def _compare(self, fast: Linearized, plain: Linearized) -> None:
@@ -192,6 +193,55 @@ class GaussNewton(DoubleBackward):
 def rows_and_columns(outputs: Tensor) -> tuple[int, int]:
     """Returns the shape of a batch's outputs as a matrix: mostly (examples, outputs of one example)."""
     return outputs.reshape(len(outputs) if outputs.dim() else 1, -1).shape  # type: ignore[return-value]
+
+
+class _Jacobian:
+    """J of a batch by rules, in which a matrix takes the place of a first layer once so many rows came that it pays.
+
+    Args:
+        by_rules: J as it is at first.
+        besides: tensors that are kept in memory anyway.
+        hold: the structures of graphs of which it was seen whether such matrices give the same.
+        structure: of this graph.
+
+    Attributes:
+        waits: whether rows are not to be counted yet.
+    """
+
+    def __init__(self, by_rules: LinearMap, besides: Any, hold: dict[int, bool], structure: int) -> None:
+        self.by_rules, self._besides, self._hold, self._structure = by_rules, besides, hold, structure
+        self._tried, self._rows = False, 0
+        self.waits = True
+
+    def push(self, tangents: Tangents) -> Tensor:
+        k, c = len(tangents[0]), self.by_rules.columns
+        # The matrix takes about as long as half of c products. The second time a batch comes, it will come again.
+        if not (self._tried or self.waits) and (k > c or (self._rows and self._rows + k > c / 8)):
+            self._tried = True
+            self._condense(tangents)
+        self._rows += 0 if self.waits else k
+        return self.by_rules.push(tangents)
+
+    def pull(self, cotangents: Tensor, mine: bool = False) -> Tangents:
+        return self.by_rules.pull(cotangents, mine)
+
+    def _condense(self, tangents: Tangents) -> None:
+        if not self._hold.get(self._structure, True):
+            return
+        condensed = self.by_rules.condensed(self._besides)
+        if condensed is None:
+            return
+        if self._structure not in self._hold:
+            self._hold[self._structure] = self._same(condensed, [t[:1] for t in tangents])
+        if self._hold[self._structure]:
+            self.by_rules = condensed
+
+    def _same(self, condensed: LinearMap, tangents: Tangents) -> bool:
+        """Compares J v and JᵀJ v for one row."""
+        jv = self.by_rules.push(tangents)
+        both = [(condensed.push(tangents), jv)]
+        both += zip(condensed.pull(jv), self.by_rules.pull(jv), strict=True)
+        return all(agree(a.reshape(1, -1), b.reshape(1, -1), jv.dtype) for a, b in both)
 
 
 class _DualOfRows(Dual):

@@ -6,6 +6,7 @@ transpose. All tensors have the rows' dimension k in front; how they lie in memo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -98,6 +99,18 @@ class Rule:
         """Maps a cotangent of the output, or a list, to those of the inputs: the transpose of ``push``."""
         raise NotImplementedError
 
+    def without(self, constant: Sequence[bool]) -> Rule:
+        """Returns the rule where some inputs have become constants; what it pulls back to those is not used."""
+        return self
+
+    def gives_each(self, n: int) -> bool:
+        """Tells whether ``each`` is known, for n examples."""
+        return False
+
+    def each(self, cotangent: Tensor) -> Tensor:
+        """Pulls back one row [1, n, ...] to the parameters of a first layer, for each example: [n, numbers of them]."""
+        raise NotImplementedError
+
 
 class Weighted(Rule):
     """The sum of inputs, each times a factor: all elementwise operators, and broadcasting.
@@ -110,12 +123,18 @@ class Weighted(Rule):
     pushed, pulled = "view", "view"
 
     def __init__(
-        self, site: Site, factors: Sequence[Tensor | float | None], as_if: Sequence[Any] | None = None
+        self,
+        site: Site,
+        factors: Sequence[Tensor | float | None],
+        as_if: Sequence[Sequence[int] | None] | None = None,
     ) -> None:
-        self.shape, self.inputs = site.shape, site.inputs
-        self.factors = [f if shape is not None else None for f, shape in zip(factors, site.inputs, strict=False)]
-        views = as_if or [None] * len(self.inputs)
-        self.views = [shape if view is None else view for shape, view in zip(self.inputs, views, strict=True)]
+        self.shape, self.inputs = site.shape, list(site.inputs)
+        given = zip(factors, self.inputs, strict=False)
+        self.factors = [1.0 if factor is None or shape is None else factor for factor, shape in given]
+        self.views = [
+            tuple(shape or () if view is None else view)
+            for view, shape in zip(as_if or [None] * len(self.inputs), self.inputs, strict=True)
+        ]
 
     def push(self, tangents: Sequence[Tensor | None], mine: Sequence[bool]) -> Tensor:
         total: Tensor | None = None
@@ -127,7 +146,7 @@ class Weighted(Rule):
             term = tangent.reshape(k, *[1] * (len(self.shape) - len(view)), *view)
             if term.shape[1:] != self.shape:
                 term, its_own = term.expand(k, *self.shape), False
-            if not (isinstance(factor, float | int) and factor == 1.0):
+            if not _is_one(factor):
                 term, its_own = (term.mul_(factor) if its_own else term * factor), True
             if total is None:
                 total, own = term, its_own
@@ -138,23 +157,31 @@ class Weighted(Rule):
             else:
                 total, own = total + term, True
         assert total is not None
-        if not own and sum(t is not None for t in tangents) == 1 and any(mine):
-            total = total.clone()  # an expanded one of the caller's: what is returned may be written to
-        return total
+        # An expanded one is not to be written to, and "view" says that it may be.
+        return total if own or not any(mine) else total.clone()
 
     def pull(self, cotangent: Tensor, mine: bool) -> Sequence[Tensor | None]:
         pulled: list[Tensor | None] = []
-        live = sum(shape is not None for shape in self.inputs)
+        alone = sum(shape is not None for shape in self.inputs) == 1
         for factor, shape, view in zip(self.factors, self.inputs, self.views, strict=True):
             if shape is None:
                 pulled.append(None)
                 continue
-            k = len(cotangent)
             term = cotangent
-            if not (isinstance(factor, float | int) and factor == 1.0):
-                term = cotangent.mul_(factor) if mine and live == 1 else cotangent * factor
-            pulled.append(summed_to(term, view).reshape(k, *shape))
+            if not _is_one(factor):
+                term = cotangent.mul_(factor) if mine and alone else cotangent * factor
+            pulled.append(summed_to(term, view).reshape(len(cotangent), *shape))
         return pulled
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        rule.inputs = [None if c else shape for c, shape in zip(constant, self.inputs, strict=True)]
+        rule.factors = [1.0 if c else factor for c, factor in zip(constant, self.factors, strict=True)]
+        return rule
+
+
+def _is_one(factor: Tensor | float) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1.0
 
 
 def summed_to(t: Tensor, shape: Sequence[int]) -> Tensor:
@@ -213,6 +240,14 @@ def divided(site: Site) -> Rule:
     other = site.tensor("other").to(site.dtype)  # it may be an integer
     by_second = -site.tensor("self") / other.square() if site.inputs[1] is not None else None
     return Weighted(site, [other.reciprocal(), by_second])
+
+
+def multiplied_by_number(site: Site) -> Rule:
+    return Weighted(site, [_real(site, "other")])
+
+
+def divided_by_number(site: Site) -> Rule:
+    return Weighted(site, [1.0 / _real(site, "other")])
 
 
 def chosen(site: Site) -> Rule:
@@ -282,14 +317,14 @@ def sliced(site: Site) -> Rule:
     inner = _input(site)
     (dim,) = site.dims("dim", len(inner))
     some = slice(*(site.numbers(name)[0] for name in ("start", "end", "step")))
-    where = (*[slice(None)] * dim, some)
+    where: Any = (*[slice(None)] * dim, some)
     return Moved(lambda t: t[where], lambda c: _put(c, inner, where), "view", "new")
 
 
 def selected(site: Site) -> Rule:
     inner = _input(site)
     (dim,) = site.dims("dim", len(inner))
-    where = (*[slice(None)] * dim, *site.numbers("index"))
+    where: Any = (*[slice(None)] * dim, *site.numbers("index"))
     return Moved(lambda t: t[where], lambda c: _put(c, inner, where), "view", "new")
 
 
@@ -307,7 +342,7 @@ def indexed(site: Site) -> Rule:
     where = [None, *(None if index is None else index.detach() for index in indices)]
 
     def back(c: Tensor) -> Tensor:
-        return torch.ops.aten.index_put_(c.new_zeros(len(c), *inner), where, c, True)  # type: ignore[no-any-return]
+        return torch.ops.aten.index_put_(c.new_zeros(len(c), *inner), where, c, True)
 
     return Moved(lambda t: torch.ops.aten.index(t, where), back, "new", "new", where[1:])
 

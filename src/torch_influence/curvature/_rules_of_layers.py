@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_influence.curvature import _rules
 from torch_influence.curvature._rules import Moved, Rule, Site, Weighted, summed_to
@@ -95,11 +97,15 @@ class Product(Rule):
             return [to_x, to_w]
         if self.bias is None:
             return [None, to_x, to_w]
-        if self.bias == (h,):
-            to_b = wide.sum(0).view(k, h)
-        else:
-            to_b = summed_to(cotangent, self.bias).clone()
+        to_b = wide.sum(0).view(k, h) if self.bias == (h,) else summed_to(cotangent, self.bias).clone()
         return [to_b if self.beta == 1.0 else to_b * self.beta, to_x, to_w]
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        *bias, of_x, of_w = constant
+        rule.bias = None if bias and bias[0] else self.bias
+        rule.w, rule.x = None if of_x else self.w, None if of_w else self.x
+        return rule
 
 
 def addmm(site: Site) -> Rule:
@@ -135,6 +141,11 @@ class BatchedProduct(Rule):
         to_b = None if self.a is None else _many_times_one(cotangent.mT, self.a).mT
         return [to_a, to_b]
 
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        rule.b, rule.a = None if constant[0] else self.b, None if constant[1] else self.a
+        return rule
+
 
 def _many_times_one(many: Tensor, one: Tensor) -> Tensor:
     """Multiplies k batches of matrices [k, m, n, f] by one [m, f, h], of which no copy is made."""
@@ -153,7 +164,7 @@ class Convolution(Rule):
         self.x, self.w = site.tensor("input"), site.tensor("weight")
         self.of_x, self.of_w, self.of_b = by_x is not None, by_w is not None, by_b is not None
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        self.options = [list(v) if isinstance(v, tuple) else v for v in map(site.saved, names)]
+        self.options: list[Any] = [list(v) if isinstance(v, tuple) else v for v in map(site.saved, names)]
         self.transposed, self.groups = bool(self.options[3]), int(self.options[5])
         self.shape = site.shape
         self.format = format_of(self.x, self.w)
@@ -215,6 +226,27 @@ class Convolution(Rule):
         like = self.w.new_empty(()).expand(k * o, *self.w.shape[1:])
         found = _convolution_backward(wide, self.x, like, None, *self.options, only_w)[1]
         return found.reshape(g, k, o // g, *found.shape[1:]).transpose(0, 1).reshape(k, o, *found.shape[1:])
+
+    def without(self, constant: Sequence[bool]) -> Rule:
+        rule = copy.copy(self)
+        of_x, of_w, of_b = constant
+        rule.of_x, rule.of_w, rule.of_b = self.of_x and not of_x, self.of_w and not of_w, self.of_b and not of_b
+        return rule
+
+    def gives_each(self, n: int) -> bool:
+        plain = not self.transposed and self.groups == 1 and self.x.dim() == 4
+        return plain and not self.of_x and self.shape[0] == n
+
+    def each(self, cotangent: Tensor) -> Tensor:
+        n, o = self.shape[:2]
+        g, parts = cotangent.reshape(n, o, -1), []
+        if self.of_w:
+            stride, padding, dilation = self.options[:3]
+            patches = F.unfold(self.x, self.w.shape[2:], dilation, padding, stride)
+            parts.append((g @ patches.mT).reshape(n, -1))
+        if self.of_b:
+            parts.append(g.sum(-1))
+        return torch.cat(parts, dim=1)
 
 
 def format_of(*tensors: Tensor) -> torch.memory_format:
@@ -309,8 +341,7 @@ def batch_norm(site: Site) -> Rule:
     if site.inputs[1] is not None:
         normed = (site.tensor("input") - mean.view(channel)) * scale.view(channel)
     factor = (scale if w is None else scale * w).to(site.dtype).view(channel)
-    views = [None, factor.shape, factor.shape]
-    return Weighted(site, [factor, normed, 1.0], views)
+    return Weighted(site, [factor, normed, 1.0], [None, factor.shape, factor.shape])
 
 
 class Normed(Rule):
@@ -400,16 +431,13 @@ def embedding(site: Site) -> Rule:
     return Moved(there, back, "new", "new", [flat, real])
 
 
+_ELEMENTWISE = """
+    Abs Addcmul Celu ClampMax ClampMin Cos Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh
+    LeakyRelu Lerp Log Log1P LogSigmoid MaskedFill Maximum Minimum Mish Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu
+    Sin Softplus Softshrink Sqrt Tanh Threshold
+"""
 RULES: dict[str, Callable[[Site], Rule]] = {
-    **dict.fromkeys(
-        """Abs Celu Elu Erf Exp Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid
-        Mish Neg Reciprocal Relu Rsqrt Sigmoid Silu Sin Cos Softplus Softshrink Sqrt Tanh Threshold Maximum Minimum
-        MaskedFill ClampMin ClampMax Addcmul Lerp""".replace("\n", " ").split(),
-        _rules.elementwise,
-    ),
-    "Pow": _rules.elementwise,
-}
-RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
+    **{f"{name}Backward0": _rules.elementwise for name in _ELEMENTWISE.split()},
     "PowBackward1": _rules.elementwise,
     "ClampBackward1": _rules.elementwise,
     "AddBackward0": _rules.added,
@@ -418,7 +446,9 @@ RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
     "SubBackward1": _rules.unchanged,
     "RsubBackward1": _rules.subtracted_from_number,
     "MulBackward0": _rules.multiplied,
+    "MulBackward1": _rules.multiplied_by_number,
     "DivBackward0": _rules.divided,
+    "DivBackward1": _rules.divided_by_number,
     "WhereBackward0": _rules.chosen,
     "CloneBackward0": _rules.unchanged,
     "AliasBackward0": _rules.unchanged,
@@ -431,6 +461,7 @@ RULES = {f"{name}Backward0": rule for name, rule in RULES.items()} | {
     "SqueezeBackward2": _rules.viewed,
     "TBackward0": _rules.transposed,
     "TransposeBackward0": _rules.swapped,
+    "TransposeBackward1": _rules.swapped,
     "PermuteBackward0": _rules.permuted,
     "ExpandBackward0": _rules.expanded,
     "RepeatBackward0": _rules.repeated,
