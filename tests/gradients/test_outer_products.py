@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, NO_HEADS, Case, Doubled, N, classes, linear
+from heads import HEADS, NO_HEADS, Case, Doubled, N, classes, linear, uses
 from oracles import assert_close, dense_hessian, example_gradients, loader_batches, query_gradients
 from problems import Classification, module
 from torch import Tensor, nn
@@ -164,7 +164,40 @@ def test_groups_of_any_size(at_once: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert (path_of(it) == KEPT) == (at_once == 8)
 
 
-def test_an_example_that_is_not_finite_is_not_kept() -> None:
+class Spoilt(torch.autograd.Function):
+    """The identity; for many at once it says that large numbers are none."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor) -> tuple[Tensor, int]:
+        return Spoilt.apply(z) + torch.where(z.abs() > 20, torch.nan, 0.0), in_dims[0]
+
+
+def test_what_many_at_once_make_infinite_is_not_kept() -> None:
+    case = Case(uses(lambda head, x: Spoilt.apply(head(x))), F.mse_loss, lambda n: torch.randn(n, 3), "")
+    data = case.loader()
+    data.dataset.tensors[0][4] *= 100
+    it = CGInfluenceModule(case.model(), case.objective, data, data, "cpu", 1.0)
+    it.hvp(it.flat_parameters())
+    s, gradients = torch.randn(15, dtype=torch.float64), example_gradients(case.model(), case.objective, data)
+    assert case.model()(data.dataset.tensors[0]).abs().max(1).values.gt(20).nonzero().flatten().tolist() == [4]
+    for _ in range(2):
+        scores = it.influences(range(N), None, stest=s[: gradients.shape[1]])
+        assert_dots(scores, gradients, s[: gradients.shape[1]])
+
+
+def test_an_example_that_is_not_finite_does_no_harm() -> None:
     case = HEADS["softmax"]
     data = case.loader()
     data.dataset.tensors[0][4] = torch.nan
