@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.module_tracker import ModuleTracker
 
 from torch_influence.agreement import agree
 from torch_influence.batches import Batches, weighted_mean
@@ -239,13 +237,12 @@ class DoubleBackward(Curvature):
     @Once
     def operations(self) -> float:
         """The additions and multiplications of a product with one row, counted in matrix products and convolutions."""
+        from torch_influence.curvature._operations import operations_of
+
         size = min(self.batches.batch_size or 1, self.batches.n)
         linearized = self.linearize(self.batches.peek(range(size)), self.leaves)
-        counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _NoModules()  # torch's own hooks into every module, those of other threads too
-        with counter:
-            self._multiply(linearized, torch.ones(1, self.size, dtype=self.dtype, device=self.device))
-        return counter.get_total_flops() * self.batches.n / size
+        row = torch.ones(1, self.size, dtype=self.dtype, device=self.device)
+        return operations_of(lambda: self._multiply(linearized, row)) * self.batches.n / size
 
     @property
     def operations_of_minibatch(self) -> float:
@@ -449,16 +446,6 @@ class DoubleBackward(Curvature):
             factor = float(diagonal[0, 0])
             return Regularizer(lambda sums, rows: sums.add_(rows, alpha=factor), factor, diagonal=True)
         return Regularizer(lambda sums, rows: sums.addcmul_(rows, diagonal), diagonal=True)
-
-
-class _NoModules(ModuleTracker):
-    """A module tracker that tracks no modules: operations are counted for the whole only."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        pass
 
 
 class _OfBatch(LinearOperator):

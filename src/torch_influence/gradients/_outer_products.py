@@ -35,8 +35,9 @@ class OuterProducts:
         self._slopes: Tensor | None = None
         self._known = torch.zeros(len(x), dtype=torch.bool, device="cpu")
         self._shape = len(x), c
-        self.nbytes = len(x) * c * x.element_size()
-        self.why_not = "" if self.nbytes <= room else "the slopes at the outputs have no room; see cache="
+        nbytes = len(x) * c * x.element_size()
+        self.why_not = "" if nbytes <= room else "the slopes at the outputs have no room; see cache="
+        self.nbytes = 0 if self.why_not else nbytes
 
     def has(self, indices: Sequence[int]) -> bool:
         """Tells whether the gradients of these examples are known."""
@@ -47,7 +48,7 @@ class OuterProducts:
         if self.why_not:
             return
         places = _places(indices, self._x)
-        if not agree(x, self._x[places], x.dtype):
+        if not (torch.equal(x, self._x[places]) or agree(x, self._x[places], x.dtype)):
             self.why_not = "the layer's inputs of an example alone are not those in its batch"
             self._slopes = None
             return
@@ -72,7 +73,7 @@ class OuterProducts:
 
 
 def sums_of_outer_products(calls: Iterable[tuple[Tensor, Tensor]], bias: bool, dtype: torch.dtype) -> Tensor:
-    """Computes the gradients [m, d] of a linear layer's parameters from its inputs and output gradients, [m, ..., ·]."""
+    """Computes the gradients [m, d] of a linear layer's parameters from inputs and output gradients, [m, ..., ·]."""
     rows = []
     for a, g in calls:
         a, g = (t.reshape(len(t), -1, t.shape[-1]).to(dtype) for t in (a, g))
