@@ -227,10 +227,11 @@ def conclude(
     elif failed.any():
         if not takes_indefinite and bool(report.negative_curvature[failed].any()):
             cure = "raise damp"
+        elif product_dtype not in (None, x.dtype):
+            cure = f"{product_dtype} is too coarse for products: raise damp, loosen rtol, or leave product_dtype out"
         elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
             cure = f"the matrix is singular, to the rounding of {x.dtype}: raise damp (see module.suggest_damping())"
-        elif product_dtype not in (None, x.dtype) and int(report.iterations[failed].max()) < limit:
-            cure = f"products in {product_dtype} reach no further: loosen rtol, raise damp, or leave product_dtype out"
+            cure = ()
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
