@@ -100,7 +100,9 @@ class LinearMap:
         """Computes J v [k, *shape of the outputs] for tangents v, one [k, *shape] per leaf."""
         k = len(tangents[0])
         if any(t._version != version for t, version in self._versions):
-            raise RuntimeError("a tensor that is needed for derivatives has been modified by an inplace operation since")
+            raise RuntimeError(
+                "a tensor that is needed for derivatives has been modified by an inplace operation since"
+            )
         if k == 0:
             return tangents[0].new_zeros(0, *self._shape, dtype=self._dtype)
         values: list[Tensor | None] = [*tangents, *[None] * (self._count - len(tangents))]
