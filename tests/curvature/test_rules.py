@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from oracles import assert_close
-from torch import Tensor
+from oracles import Supervised, assert_close, dense_gauss_newton, loader_batches
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
+from torch_influence import CGInfluenceModule
+from torch_influence.curvature import GaussNewton
 from torch_influence.curvature._linear_map import LinearMap
+from torch_influence.curvature._rules import Site, Weighted
 from torch_influence.curvature._rules_of_layers import RULES
 from torch_influence.gradients import nodes_behind
+from torch_influence.plan import NotPossible
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
