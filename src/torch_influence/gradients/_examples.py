@@ -270,6 +270,7 @@ class ExampleGradients:
             yield from self._chunks(indices, at_once, ways, one)
             return
         self.path, self.why_not = _KEPT, {}
+        self._batches.pass_by()
         for first in range(0, len(indices), at_once):
             some = indices[first : first + at_once]
             yield list(range(first, first + len(some))), known(some, self._kept)
