@@ -110,6 +110,8 @@ def tables(records: dict[str, Record]) -> Iterator[Table]:
             yield end_to_end(records[name])
     if "all_queries" in records:
         yield all_queries(records["all_queries"])
+    if "fresh_process" in records:
+        yield fresh_process(records["fresh_process"])
     if "peers" in records:
         yield peers(records["peers"])
     if found := ops(records):
@@ -170,6 +172,23 @@ def all_queries(record: Record) -> Table:
         )
     header = ["", "asked for", "against", "its time", "way taken", "time", "faster", "error"]
     return Table("Many queries at once", "The same problems. *: extrapolated from fewer queries.", header, rows)
+
+
+def fresh_process(record: Record) -> Table:
+    """The first scores of a new process."""
+    rows = []
+    for row in record["rows"]:
+        collecting = row["import, collecting garbage"] + row["first, collecting garbage"]
+        steps = [duration(row[step]) for step in ("import", "first", "again", "beyond")]
+        compiler = "imported" if row["compiler"] else "not imported"
+        rows.append([row["problem"], row["package"], *steps, duration(collecting), compiler])
+    note = (
+        "Seconds after `import torch`. Beyond: import and first scores of all examples for one query, less the same of "
+        "another module again. Garbage: of import and first scores, what Python's collector took, which goes through "
+        "all that torch's import made. Torch's compiler: its symbolic shapes, or all of it."
+    )
+    header = ["", "package", "import", "first scores", "again", "beyond", "garbage", "torch's compiler"]
+    return Table("A new process", note, header, rows)
 
 
 def peers(record: Record) -> Table:
