@@ -151,8 +151,8 @@ class ExampleGradients:
         constant = None if self._constant is None else vectors @ self._constant
 
         def known(some: Sequence[int], kept: OuterProducts) -> Tensor:
-            dots = kept.dots(some, vectors)
-            return dots if constant is None else dots.add_(constant)
+            found = kept.dots(some, vectors)
+            return found if constant is None else found.add_(constant)
 
         # Without rows to form, many examples take little memory, and vectors are read once for all of them.
         many = bool(contraction.layers) and not contraction.rest
