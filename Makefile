@@ -69,7 +69,7 @@ bench: dev ## the native ops, and end to end against the old algorithm; ends wit
 	$(PY) benchmarks/report.py "$(RESULTS)"
 
 bench-all: bench ## those, then many queries at once, what solver="auto" takes, preconditioners, scaling, the top 10 of a million
-	set -e; for bench in all_queries price choice preconditioners scaling; do \
+	set -e; for bench in all_queries price choice fresh_process preconditioners scaling; do \
 	  $(PY) benchmarks/$$bench.py --json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"; done
 	$(PY) benchmarks/top_k.py --json "$(RESULTS)/top_k.json"
 	$(PY) benchmarks/report.py "$(RESULTS)"

@@ -112,6 +112,8 @@ def tables(records: dict[str, Record]) -> Iterator[Table]:
         yield all_queries(records["all_queries"])
     if "price" in records:
         yield price(records["price"])
+    if "fresh_process" in records:
+        yield fresh_process(records["fresh_process"])
     if "peers" in records:
         yield peers(records["peers"])
     if found := ops(records):
@@ -195,6 +197,23 @@ def price(record: Record) -> Table:
     )
     header = ["", "queries", "asked for", "time", "products", "error", "rank correlation"]
     return Table("Exact scores at the price of an approximation", note, header, rows)
+
+
+def fresh_process(record: Record) -> Table:
+    """The first scores of a new process."""
+    rows = []
+    for row in record["rows"]:
+        collecting = row["import, collecting garbage"] + row["first, collecting garbage"]
+        steps = [duration(row[step]) for step in ("import", "first", "again", "beyond")]
+        compiler = "imported" if row["compiler"] else "not imported"
+        rows.append([row["problem"], row["package"], *steps, duration(collecting), compiler])
+    note = (
+        "Seconds after `import torch`. Beyond: import and first scores of all examples for one query, less the same of "
+        "another module again. Garbage: of import and first scores, what Python's collector took, which goes through "
+        "all that torch's import made. Torch's compiler: its symbolic shapes, or all of it."
+    )
+    header = ["", "package", "import", "first scores", "again", "beyond", "garbage", "torch's compiler"]
+    return Table("A new process", note, header, rows)
 
 
 def peers(record: Record) -> Table:

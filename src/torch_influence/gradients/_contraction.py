@@ -44,7 +44,7 @@ class Layer:
 
 
 class Pairs(NamedTuple):
-    """What went into layers and what came back.
+    """Holds what went into layers and what came back.
 
     Attributes:
         m: of so many batches of one.
