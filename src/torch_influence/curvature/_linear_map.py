@@ -26,7 +26,6 @@ class _Step:
     rule: Rule
     inputs: Sequence[int | None]
     outputs: Sequence[int]
-    one: bool  # whether it has a single output
 
 
 class LinearMap:
@@ -75,7 +74,7 @@ class LinearMap:
             for i, shape in enumerate(site.shapes):
                 numbers[node, i] = len(shapes)
                 shapes.append(shape)
-            self._steps.append(_Step(rule, inputs, results, len(site.shapes) == 1 or site.name in _ONE_OUTPUT))
+            self._steps.append(_Step(rule, inputs, results))
             if rule.pushed == "new":
                 made += site.shape.numel()
         root = numbers.get((outputs.grad_fn, outputs.output_nr))
@@ -120,7 +119,7 @@ class LinearMap:
                     if not left[i]:
                         values[i] = None
             del given
-            for made, value in zip(step.outputs, [found] if step.one else found, strict=False):
+            for made, value in zip(step.outputs, found if step.rule.several else [found], strict=False):
                 values[made], mine[made] = value, own
         root = values[self._root]
         assert root is not None
@@ -158,7 +157,7 @@ class LinearMap:
             if all(c is None for c in given):
                 continue
             may = all(own[made] for made in step.outputs if values[made] is not None)
-            found = step.rule.pull(given[0] if step.one else given, may)
+            found = step.rule.pull(given if step.rule.several else given[0], may)
             for made in step.outputs:
                 values[made] = None
             del given
@@ -233,9 +232,6 @@ class LinearMap:
                 if number is not None:
                     uses[number] += 1
         return uses
-
-
-_ONE_OUTPUT = {"NativeGroupNormBackward0", "NativeLayerNormBackward0", "NativeBatchNormBackward0"}
 
 
 def _in_order(root: Node) -> list[Node]:

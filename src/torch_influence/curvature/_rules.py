@@ -83,10 +83,12 @@ class Rule:
     Attributes:
         pushed, pulled: whether results are "new" memory, a "view" of what is given, which may be written to if that
             may, or "shared": not to be written to.
+        several: whether the outputs are a list; otherwise only the first of them may be used.
     """
 
     pushed: Memory = "new"
     pulled: Memory = "new"
+    several = False
 
     def push(self, tangents: Sequence[Tensor | None], mine: Sequence[bool]) -> Any:
         """Maps tangents of the inputs, None for zero, to that of the output, a list where there are several.
@@ -432,7 +434,7 @@ def stacked(site: Site) -> Rule:
 class Split(Rule):
     """Pieces of an input along a dimension: several outputs."""
 
-    pushed = "shared"
+    pushed, several = "shared", True
 
     def __init__(self, site: Site, dim: int, sizes: Sequence[int]) -> None:
         self.dim, self.sizes, self.shapes, self.inner = dim, sizes, site.shapes, _input(site)
