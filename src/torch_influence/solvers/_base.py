@@ -213,7 +213,6 @@ def conclude(
             cure = f"{product_dtype} is too coarse for products: raise damp, loosen rtol, or leave product_dtype out"
         elif not preconditioned and float(report.residual[failed].max()) > 1 and _is_singular(report, x.dtype):
             cure = f"the matrix is singular, to the rounding of {x.dtype}: raise damp (see module.suggest_damping())"
-            cure = ()
         elif bool(report.precision_limit[failed].all()) or int(report.iterations[failed].max()) < limit:
             cure = f"{x.dtype} reaches no further: raise damp, loosen rtol, or use more precision"
         else:
