@@ -290,6 +290,7 @@ def test_settings_can_be_read_inside_and_are_put_back() -> None:
         with switches.quick_products():
             assert settings() == seen[0]
         assert settings() == seen[0]
+        assert backend_info().products == "oneDNN, a test says so"  # and not: the user has set something
     torch.backends.fp32_precision = "ieee"  # what inherits it does so again
     assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     torch.backends.fp32_precision = "none"

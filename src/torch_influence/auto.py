@@ -52,9 +52,8 @@ class InfluenceModule(SolvingModule):
         maxiter: iterations at the most; 10 d by default.
         product_dtype: ``torch.bfloat16`` rounds the operands of the curvature's matrix products to it, inside of the
             iterations; vectors, recurrences and the residuals that solutions are judged by stay in float32. For rtol of
-            1e-2 and more, and for machines that multiply bfloat16 faster. It is
-            never chosen by itself; for ``solver="cg"``, ``"block"`` or ``"auto"``, which may find that a matrix
-            in float32 costs less.
+            1e-2 and more, and for machines that multiply bfloat16 faster. It is never chosen by itself; for
+            ``solver="cg"``, ``"block"`` or ``"auto"``, which may find that a matrix in float32 costs less.
         M: a preconditioner, for ``solver="cg"``, ``"block"`` or ``"minres"``: ``Nystrom(rank)``, ``Jacobi()`` or what
             they take. What a recipe makes is kept for later solves, until the curvature or damp changes. "auto" makes
             one of its own where many solves of few queries come, and ``explain()`` says so.

@@ -77,10 +77,13 @@ def _onednn() -> Iterator[None]:
     (``torch.get_float32_matmul_precision`` in somebody's forward). It is CUDA's switch as well, so it must not be
     touched where there is a device. What somebody sets meanwhile stays.
     """
+    global _in_use
     torch.set_float32_matmul_precision("medium")
+    _in_use = True
     try:
         yield
     finally:
+        _in_use = False
         if _setting("torch.backends.mkldnn.matmul.fp32_precision") == "bf16":
             torch.set_float32_matmul_precision("highest")
             for name in ("mkldnn", "cuda"):  # "highest" has left "ieee" there
@@ -148,7 +151,7 @@ def fastest() -> Iterator[None]:
 
 def described() -> str:
     """Says how products of float32 are computed on the CPU, and why; measures where nobody has."""
-    why = setting_of_the_user()
+    why = "" if _in_use else setting_of_the_user()
     return str(Choice(False, why) if why else choice())
 
 
@@ -156,6 +159,7 @@ def described() -> str:
 
 _choosing = threading.Lock()
 _choice: Choice | None = None
+_in_use = False  # what is set is then not the user's
 
 
 def _setting(name: str) -> str:

@@ -130,7 +130,7 @@ class SolvingModule(BaseInfluenceModule):
         return problem.rounded(dtype, not solver.sampled).damped(problem.damp)
 
     def _rounded_to(self) -> torch.dtype | None:
-        """What products are rounded to; None if they are not. Refuses what can't be combined with it."""
+        """Tells what products are rounded to, None if they are not; refuses what can't be combined with it."""
         return None
 
     def _forget(self) -> None:

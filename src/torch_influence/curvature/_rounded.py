@@ -61,7 +61,7 @@ class Rounded(LinearOperator):
 
     @property
     def operations(self) -> float:
-        """Those of the curvature: how much faster its products are is known to nobody before."""
+        """Counts those of the curvature: how much faster its products will be is not known."""
         return self._curvature.operations
 
     @property
