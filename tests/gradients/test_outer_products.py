@@ -197,16 +197,16 @@ def test_what_many_at_once_make_infinite_is_not_kept() -> None:
         assert_dots(scores, gradients, s[: gradients.shape[1]])
 
 
-class Doubled(Spoilt):
+class Steeper(Spoilt):
     """The identity; for many at once its derivative is 2 where numbers are large."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, z: Tensor) -> tuple[Tensor, int]:
-        return Doubled.apply(z) + torch.where(z.abs() > 20, z - z.detach(), 0.0), in_dims[0]
+        return Steeper.apply(z) + torch.where(z.abs() > 20, z - z.detach(), 0.0), in_dims[0]
 
 
 def test_a_derivative_that_is_wrong_for_many_at_once_is_noticed_in_any_example() -> None:
-    case = Case(uses(lambda head, x: Doubled.apply(head(x))), F.mse_loss, lambda n: torch.randn(n, 3), "")
+    case = Case(uses(lambda head, x: Steeper.apply(head(x))), F.mse_loss, lambda n: torch.randn(n, 3), "")
     data = case.loader()
     data.dataset.tensors[0][4] *= 100  # not the first, the middle or the last
     it = CGInfluenceModule(case.model(), case.objective, data, data, "cpu", 1.0)

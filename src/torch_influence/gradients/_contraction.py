@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_influence.evaluation import Evaluation, shifted
-from torch_influence.gradients._mean import differentiate, nodes_behind
+from torch_influence.gradients._mean import differentiate
 from torch_influence.ops import grad_dot
 
 BatchOf = Callable[[Sequence[Tensor]], Any]
@@ -84,7 +83,6 @@ class Contraction:
             _channels_last(p.detach()) if id(p) in pictures else p.detach() for p in evaluation.space.current()
         )
         self._of_pictures = any(id(p) in pictures for p in evaluation.space.current())
-        self._own_rules: bool | None = None  # whether somebody's autograd.Function is on the way; they batch themselves
         self.example_bytes = 0
         self._account_for(self._known.keys())
 
@@ -98,9 +96,6 @@ class Contraction:
         modules = list(self._known)
         with torch.no_grad(), shifted(modules, [None] * len(modules)) as calls:
             self._loss(self._leaves, batch)
-        if self._own_rules is None:
-            loss = self._loss([leaf.detach().requires_grad_() for leaf in self._leaves], batch)
-            self._own_rules = any(isinstance(node, BackwardCFunction) for node in nodes_behind([loss]))
         by_module = dict(zip(modules, calls, strict=True))
         self._account_for({module for module, its in by_module.items() if its.outputs})
         used = [by_module[layer.module] for layer in self.layers]
@@ -123,9 +118,7 @@ class Contraction:
                 value = self._loss(leaves, batch_of(parts))
             return value, [its.inputs for its in calls]
 
-        # vmap alone can't ask whether a tensor is in channels_last; and a Function's own vmap may have other derivatives
-        # than its backward: what checks these pairs differentiates it.
-        if self._rest or self._of_pictures or self._own_rules:
+        if self._rest or self._of_pictures:  # vmap alone can't ask whether a tensor is in channels_last
             gradient = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
             rest = [self._leaves[i] for i in self._rest]
             (slopes, others), inputs = torch.vmap(gradient, in_dims=(None, None, 0))(shifts, rest, list(tensors))

@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, Function
 
 from torch_influence.agreement import agree
 from torch_influence.batches import Batches, alike, put_together, stands_alone, take_apart, versions
 from torch_influence.evaluation import Evaluation, linear_layer
 from torch_influence.gradients._contraction import Contraction, Pairs
-from torch_influence.gradients._mean import LossOfBatch, differentiate, loss_gradient, pulled
+from torch_influence.gradients._mean import LossOfBatch, differentiate, loss_gradient, nodes_behind, pulled
 from torch_influence.gradients._outer_products import OuterProducts, sums_of_outer_products
 from torch_influence.switches import quiet_vmap
 
@@ -348,6 +349,9 @@ class ExampleGradients:
                 self.why_not[way] = "many examples at once differ from a backward pass of the sum of their losses"
                 continue
             if not any(alike(group.template, known) for known in verified[way]):
+                if self._batches_by_own_rules(group.single(0)):
+                    self.why_not[way] = "an autograd.Function has a vmap of its own, whose derivatives nothing checks"
+                    continue
                 probe = sorted({0, len(group.positions) // 2, len(group.positions) - 1})
                 plain = torch.stack([one(group.single(j)) for j in probe])
                 if not agree(fast[probe], plain, self._space.pass_dtype):
@@ -357,6 +361,16 @@ class ExampleGradients:
             self.path = way
             return fast
         return None
+
+    def _batches_by_own_rules(self, batch: Any) -> bool:
+        """Tells whether a Function on the way to this batch's loss says itself what many at once are.
+
+        What is computed for many at once, and the backward pass that checks it, would share its mistakes.
+        """
+        nodes = nodes_behind([self._loss(self._evaluation.leaves(), batch)])
+        kinds: list[Any] = [type(node) for node in nodes if isinstance(node, BackwardCFunction)]
+        functions = [kind._forward_cls for kind in kinds]
+        return any(f.vmap is not Function.vmap and not f.generate_vmap_rule for f in functions)
 
     def _tied(self, group: _Group, many: Way, one: Callable[[Any], Tensor]) -> tuple[Tensor, bool]:
         """Returns what a way computes for a group, and whether that agrees with a plain backward pass.
