@@ -64,8 +64,9 @@ def dense(kind: str, gnh: bool, damp: float) -> Tensor:
 
 @pytest.mark.parametrize("gnh", [True, False], ids=["gauss-newton", "hessian"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_residuals_are_those_of_float32(kind: str, gnh: bool) -> None:
-    it = module(kind, gnh=gnh)
+@pytest.mark.parametrize("solver", ["", "block "])
+def test_residuals_are_those_of_float32(solver: str, kind: str, gnh: bool) -> None:
+    it = module(kind, gnh=gnh, **({"solver": "block"} if solver else {}))
     b = rows(it)
     x = it.inverse_hvp(b)
     left = (b.double() - x.double() @ dense(kind, gnh, DAMP)).norm(dim=1) / b.double().norm(dim=1)
@@ -75,7 +76,7 @@ def test_residuals_are_those_of_float32(kind: str, gnh: bool) -> None:
     assert (left <= 1e-2).all()
     # A product in float32 has an error of some units of 1e-7, and x is at most |b| / 0.28 long.
     torch.testing.assert_close(report.residual, left, rtol=0, atol=3e-6)
-    assert report.method == "conjugate gradients, products in bfloat16"
+    assert report.method == f"{solver}conjugate gradients, products in bfloat16"
     assert it.explain()["curvature"].path.endswith("; products in bfloat16, residuals in float32")
 
 
