@@ -32,7 +32,7 @@ class LinearMap:
     """J and Jᵀ of outputs by leaves, from what autograd's graph has saved; the graph itself is not kept.
 
     Attributes:
-        row_bytes: of the tangents of one row that are made on the way, and of the cotangents on the way back.
+        row_bytes: of the tangents of one row, all that are made on the way.
 
     Raises:
         NotPossible: there is no rule for an operator, or dtypes are mixed.
@@ -81,7 +81,7 @@ class LinearMap:
         if root is None:
             raise NotPossible("the outputs do not depend on the parameters by their graph")
         self._root, self._count = root, len(shapes)
-        self.row_bytes = 2 * made * outputs.element_size()
+        self.row_bytes = made * outputs.element_size()
         self._dense: tuple[Sequence[int], Tensor] | None = None  # leaves, and the Jacobian by them [numbers out, in]
         self._uses = self._counted()
         self._versions = [(t, t._version) for t in self.kept() if isinstance(t, Tensor)]
