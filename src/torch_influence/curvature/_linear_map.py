@@ -196,14 +196,14 @@ class LinearMap:
             size = self._shape.numel() * sum(self._leaves[i][0].numel() for i in leaves) * self._dtype.itemsize
             if rest is None or size > saved_bytes((), besides, self.kept()) - saved_bytes((), besides, rest.kept()):
                 continue
-            c, columns = self.columns, []
+            c, columns, each = self.columns, [], step.rule.each()
             for column in range(c):
                 u = torch.zeros(1, n, c, dtype=self._dtype, device=self._leaves[0][2])
                 u[..., column] = 1
                 cotangent = self._pulled(u.view(1, *self._shape), True, at + 1)[step.outputs[0]]
                 if cotangent is None:
                     return None
-                columns.append(step.rule.each(cotangent))
+                columns.append(each(cotangent))
             rest._dense = leaves, torch.stack(columns, dim=1).flatten(0, 1)
             return rest
         return None
