@@ -69,6 +69,9 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
         (lambda b, w: torch.addmm(b, numbers(4, 3), w), [numbers(4, 5), numbers(3, 5, seed=2)]),
     ],
     "AliasBackward0": [unary(lambda x: torch.ops.aten.alias(x) * 2)],
+    "AsStridedBackward1": [
+        unary(lambda x: F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1), IMAGES)
+    ],
     "AvgPool2DBackward0": [
         unary(lambda x: F.avg_pool2d(x, 2, padding=1, count_include_pad=False), IMAGES),
         unary(lambda x: F.avg_pool2d(x.contiguous(memory_format=torch.channels_last), 2), IMAGES),

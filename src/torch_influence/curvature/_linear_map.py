@@ -32,7 +32,7 @@ class LinearMap:
     """J and Jᵀ of outputs by leaves, from what autograd's graph has saved; the graph itself is not kept.
 
     Attributes:
-        row_bytes: of the tangents of one row that are made on the way, and of the cotangents on the way back.
+        row_bytes: of the tangents of one row, all that are made on the way.
 
     Raises:
         NotPossible: there is no rule for an operator, or dtypes are mixed.
@@ -81,7 +81,7 @@ class LinearMap:
         if root is None:
             raise NotPossible("the outputs do not depend on the parameters by their graph")
         self._root, self._count = root, len(shapes)
-        self.row_bytes = 2 * made * outputs.element_size()
+        self.row_bytes = made * outputs.element_size()
         self._dense: tuple[Sequence[int], Tensor] | None = None  # leaves, and the Jacobian by them [numbers out, in]
         self._uses = self._counted()
         self._versions = [(t, t._version) for t in self.kept() if isinstance(t, Tensor)]
@@ -196,14 +196,14 @@ class LinearMap:
             size = self._shape.numel() * sum(self._leaves[i][0].numel() for i in leaves) * self._dtype.itemsize
             if rest is None or size > saved_bytes((), besides, self.kept()) - saved_bytes((), besides, rest.kept()):
                 continue
-            c, columns = self.columns, []
+            c, columns, each = self.columns, [], step.rule.each()
             for column in range(c):
                 u = torch.zeros(1, n, c, dtype=self._dtype, device=self._leaves[0][2])
                 u[..., column] = 1
                 cotangent = self._pulled(u.view(1, *self._shape), True, at + 1)[step.outputs[0]]
                 if cotangent is None:
                     return None
-                columns.append(step.rule.each(cotangent))
+                columns.append(each(cotangent))
             rest._dense = leaves, torch.stack(columns, dim=1).flatten(0, 1)
             return rest
         return None

@@ -109,8 +109,8 @@ class Rule:
         """Tells whether ``each`` is known, for n examples."""
         return False
 
-    def each(self, cotangent: Tensor) -> Tensor:
-        """Pulls back one row [1, n, ...] to the parameters of a first layer, for each example: [n, numbers of them]."""
+    def each(self) -> Callable[[Tensor], Tensor]:
+        """Makes a function that pulls a row [1, n, ...] back to a first layer's parameters, for each example [n, p]."""
         raise NotImplementedError
 
 
@@ -274,6 +274,14 @@ def _real(site: Site, name: str) -> float:
 def viewed(site: Site) -> Rule:
     shape, inner = site.shape, _input(site)
     return Moved(lambda t: t.reshape(len(t), *shape), lambda c: c.reshape(len(c), *inner), "view", "view")
+
+
+def strided_again(site: Site) -> Rule:
+    """What adaptive pooling to 1 x 1 does to its result with channels last: the same numbers, other strides."""
+    shape = site.shape
+    if site.inputs[0] != shape or shape[2:].numel() != 1 or list(site.saved("stride")[:2]) != [shape[1], 1]:
+        raise site.refused("of this kind")
+    return unchanged(site)
 
 
 def transposed(site: Site) -> Rule:

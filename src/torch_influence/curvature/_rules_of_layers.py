@@ -237,16 +237,20 @@ class Convolution(Rule):
         plain = not self.transposed and self.groups == 1 and self.x.dim() == 4
         return plain and not self.of_x and self.shape[0] == n
 
-    def each(self, cotangent: Tensor) -> Tensor:
+    def each(self) -> Callable[[Tensor], Tensor]:
         n, o = self.shape[:2]
-        g, parts = cotangent.reshape(n, o, -1), []
-        if self.of_w:
-            stride, padding, dilation = self.options[:3]
-            patches = F.unfold(self.x, self.w.shape[2:], dilation, padding, stride)
-            parts.append((g @ patches.mT).reshape(n, -1))
-        if self.of_b:
-            parts.append(g.sum(-1))
-        return torch.cat(parts, dim=1)
+        stride, padding, dilation = self.options[:3]
+        patches = F.unfold(self.x, self.w.shape[2:], dilation, padding, stride).mT if self.of_w else None
+
+        def pull(cotangent: Tensor) -> Tensor:
+            g, parts = cotangent.reshape(n, o, -1), []
+            if patches is not None:
+                parts.append((g @ patches).reshape(n, -1))
+            if self.of_b:
+                parts.append(g.sum(-1))
+            return torch.cat(parts, dim=1)
+
+        return pull
 
 
 def format_of(*tensors: Tensor) -> torch.memory_format:
@@ -488,6 +492,7 @@ RULES: dict[str, Callable[[Site], Rule]] = {
     "MmBackward0": mm,
     "BmmBackward0": BatchedProduct,
     "ConvolutionBackward0": Convolution,
+    "AsStridedBackward1": _rules.strided_again,
     "AvgPool2DBackward0": average_pool_2d,
     "AvgPool3DBackward0": average_pool_3d,
     "AdaptiveAvgPool2DBackward0": adaptive_average_pool,
