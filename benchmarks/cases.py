@@ -66,7 +66,9 @@ class Case:
 
     @property
     def path(self) -> str:
-        return "linear head in closed form" if self.workload.linear else "double backward"
+        if self.workload.linear:
+            return "linear head in closed form"
+        return "by rules of its layers" if self.workload.gnh else "double backward"
 
 
 def by_cg(work: Workload, device: str = "cpu") -> CGInfluenceModule:

@@ -95,7 +95,7 @@ class SolvingModule(BaseInfluenceModule):
     def _asked(self, score_rtol: float | None, max_products: int | None) -> Iterator[None]:
         asked = {"error_rtol": score_rtol, "max_products": max_products}
         options = {name: value for name, value in asked.items() if value is not None}
-        check_budget(score_rtol or 0.0, max_products)
+        check_budget(0.0 if score_rtol is None else score_rtol, max_products, name="score_rtol")
         if refused := sorted(options.keys() - self._solver.ends_by):
             name = "score_rtol" if refused[0] == "error_rtol" else refused[0]
             raise ValueError(

@@ -59,7 +59,7 @@ def test_the_price_of_exact_scores_is_measured_and_shown() -> None:
     assert all(row["products"] <= count for count, row in enumerate(budgets, 1))
     assert budgets[-1]["error"] < budgets[0]["error"]
     text = price.report(record)
-    assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 1
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(rows) + 2
     assert len(report.price(record).rows) == len(rows)
 
 

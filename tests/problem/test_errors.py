@@ -224,7 +224,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("no depth", lambda: module(LiSSAInfluenceModule, depth=None).stest([0]), ValueError, "depth: expected an integer >= 1, got None"),
     ("a batch as queries", lambda: module().explain([0]), TypeError, "queries: expected a number of them, got [0] of list"),
     ("singular by rounding", lambda: module(AutogradInfluenceModule, model=linear(), objective=objective(l2=0.0), damp=0.0, check_eigvals=True), ValueError, "the damped Hessian is singular, to the rounding of torch.float64"),
-    ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, history, maxiter, rtol, tol, truncate, x0"),
+    ("unknown CG keyword", lambda: module(tolerance=1e-3), TypeError, "CGInfluenceModule got an unexpected keyword 'tolerance'; CG takes M, atol, callback, error_rtol, history, max_products, maxiter, rtol, tol, truncate, x0"),
     ("rtol twice", lambda: module(tol=1e-3), TypeError, "CGInfluenceModule got both rtol and tol, which is its older name; give one"),
     ("maxiter 0", lambda: module(maxiter=0).stest([0]), ValueError, "maxiter: expected at least 1, got 0"),
     ("negative rtol", lambda: module(rtol=-1.0).stest([0]), ValueError, "rtol, atol: expected tolerances >= 0, got -1.0 and 0.0"),

@@ -33,16 +33,16 @@ class GaussNewton(DoubleBackward):
         self._condensed: dict[int, bool] = {}  # structures, and whether matrices in place of first layers do
 
     def linearize(self, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
-        given, batch = batch, self.evaluation.batch_for("train_loss", batch)
         if at is None and not self.why_no_rules:
             try:
-                return self._by_rules(given, batch, leaves)
+                return self._by_rules(batch, leaves)
             except NotPossible as why:
                 self.by_rules, self.why_no_rules = False, str(why)
-        return self._by_double_backward(given, batch, leaves, at)
+        return self._by_double_backward(batch, leaves, at)
 
-    def _by_rules(self, given: Any, batch: Any, leaves: Tangents) -> Linearized:
+    def _by_rules(self, given: Any, leaves: Tangents) -> Linearized:
         """Differentiates by rules of the layers; graphs of each structure are compared with the plain way once."""
+        batch = self.evaluation.batch_for("train_loss", given)
         outputs = self._with_graph(self._outputs(leaves, batch))
         structure = Graph("rules", [outputs], leaves).structure
         besides = (self._kept_anyway(given), leaves)
@@ -75,7 +75,7 @@ class GaussNewton(DoubleBackward):
             product_and_slopes=product_and_slopes,
         )
         if structure not in self._compared:
-            self._compare(found, self._by_double_backward(given, batch, leaves))
+            self._compare(found, self._by_double_backward(given, leaves))
             self._compared.add(structure)
         self.by_rules, jacobian.waits = True, False
         return found
@@ -92,9 +92,8 @@ class GaussNewton(DoubleBackward):
         if not (agree(both, expected, space.pass_dtype) and agree(one, expected[:1], space.pass_dtype)):
             raise NotPossible("a product by them differs from the plain one")
 
-    def _by_double_backward(
-        self, given: Any, batch: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None
-    ) -> Linearized:
+    def _by_double_backward(self, given: Any, leaves: Tangents, at: Callable[[], Tangents] | None = None) -> Linearized:
+        batch = self.evaluation.batch_for("train_loss", given)
         outputs = self.outputs(leaves, batch)
         inputs = leaves if at is None else at()
         u = torch.zeros_like(outputs, requires_grad=True)

@@ -277,7 +277,7 @@ def viewed(site: Site) -> Rule:
 
 
 def strided_again(site: Site) -> Rule:
-    """What adaptive pooling to 1 x 1 does to its result with channels last: the same numbers, other strides."""
+    """Strides anew, as adaptive pooling to 1 x 1 does its result with channels last: the numbers are the same."""
     shape = site.shape
     if site.inputs[0] != shape or shape[2:].numel() != 1 or list(site.saved("stride")[:2]) != [shape[1], 1]:
         raise site.refused("of this kind")

@@ -89,7 +89,8 @@ def pulled(
     options |= {"allow_unused": True, "materialize_grads": True}
     if sum(out.numel() for out in outputs) > _FEW:
         return torch.autograd.grad(outputs, inputs, cotangents, **options)
-    sums = [(out * v).sum() for out, v in zip(outputs, cotangents, strict=True)]
+    savable = [v.clone() if v.is_inference() else v for v in cotangents]
+    sums = [(out * v).sum() for out, v in zip(outputs, savable, strict=True)]
     return torch.autograd.grad(sums, inputs, **options)
 
 

@@ -29,7 +29,7 @@ _SAVES = 0.75  # of the iterations at the most are left where it pays
 
 
 class Past:
-    """What solves of few rows with one operator have taken so far, and whether a preconditioner pays.
+    """Remembers what solves of few rows with one operator have taken, and tells whether a preconditioner pays.
 
     Nyström's approximation costs as much as ``_RANK`` single products, and saves a part of those of each later solve;
     how many solves there will be is not known. It is made when so much has been spent without it as it costs: then all

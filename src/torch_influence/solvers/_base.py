@@ -68,10 +68,27 @@ def iteration_limit(rtol: float, atol: float, maxiter: int | None, d: int) -> in
     return limit
 
 
-def check_budget(error_rtol: float, max_products: int | None, least: int = 1) -> None:
-    """Refuses an ``error_rtol`` or a ``max_products`` that makes no sense."""
+def check_budget(error_rtol: float, max_products: int | None, least: int = 1, name: str = "error_rtol") -> None:
+    """Refuses an ``error_rtol`` or a ``max_products`` that makes no sense.
+
+    Args:
+        error_rtol: a tolerance of the solution's error.
+        max_products: how many products may be made; None: any number.
+        least: how many are needed.
+        name: what the tolerance is called.
+
+    Raises:
+        ValueError: a tolerance that is no number >= 0; fewer products than are needed.
+        TypeError: a number of products that is no integer.
+
+    Cost:
+        none.
+
+    Examples:
+        >>> check_budget(1e-2, 3)
+    """
     if not isinstance(error_rtol, Real) or not error_rtol >= 0:
-        raise ValueError(f"error_rtol: expected a number >= 0, got {error_rtol!r}")
+        raise ValueError(f"{name}: expected a number >= 0, got {error_rtol!r}")
     if max_products is None:
         return
     if isinstance(max_products, bool) or not isinstance(max_products, int):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_influence.failures import OnFailure, check_on_failure
 from torch_influence.linop import LinearOperator, as_tensor
 from torch_influence.ops import CGScalars, cg_step
+from torch_influence.plan import NotPossible
 from torch_influence.solvers._base import (
     Progress,
     check_budget,
@@ -380,5 +381,7 @@ class CG(Krylov):
         return "conjugate gradients, all rows at once" + preconditioned(self.M)
 
     def cost(self, operator: LinearOperator, k: int) -> Cost:
-        """Adds what M keeps."""
+        """Adds what M keeps; raises ``NotPossible`` where no product is left to judge with."""
+        if self.max_products == 1:
+            raise NotPossible("one of its products judges the rows, and max_products=1 leaves none beside")
         return with_rows(super().cost(operator, k), self.M, operator)
