@@ -183,6 +183,7 @@ CASES: dict[str, list[tuple[Function, list[Tensor]]]] = {
     "ReshapeAliasBackward0": [unary(lambda x: torch.ops.aten._reshape_alias(x, [2, 6], [6, 1]))],
     "RsqrtBackward0": [unary(torch.rsqrt, positive(3, 4))],
     "RsubBackward1": [unary(lambda x: torch.rsub(x, 2.0, alpha=3))],
+    "SafeSoftmaxBackward0": [unary(lambda x: torch.ops.aten._safe_softmax(x, -1))],
     "SelectBackward0": [unary(lambda x: x[:, -1]), unary(lambda x: x[1])],
     "SigmoidBackward0": [unary(torch.sigmoid)],
     "SiluBackward0": [unary(F.silu)],

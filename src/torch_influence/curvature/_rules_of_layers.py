@@ -487,6 +487,7 @@ RULES: dict[str, Callable[[Site], Rule]] = {
     "MeanBackward1": _rules.averaged,
     "LogsumexpBackward0": _rules.log_sum_exp,
     "SoftmaxBackward0": _rules.softmax,
+    "SafeSoftmaxBackward0": _rules.softmax,
     "LogSoftmaxBackward0": _rules.log_softmax,
     "AddmmBackward0": addmm,
     "MmBackward0": mm,
