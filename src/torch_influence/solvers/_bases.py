@@ -66,19 +66,29 @@ def gram_of(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def symmetric_gram(a: Tensor, b: Tensor) -> Tensor:
-    """Computes a bᵀ in float64 where that is symmetric."""
+def symmetric_gram(a: Tensor, b: Tensor, wide: bool = True) -> Tensor:
+    """Computes a bᵀ where that is symmetric, in float64; with ``wide`` False products of tiles are in their own dtype.
+
+    Their sum is not, so that the error is that of rows of some thousand numbers.
+    """
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for part in tiles(a):
-        left = a[:, part].double()
-        add_lower_gram(total, left, left if b is a else b[:, part].double())
+        left, right = a[:, part], b[:, part]
+        if wide:
+            left = left.double()
+            right = left if b is a else right.double()
+        add_lower_gram(total, left, right)
     return mirrored(total)
 
 
 def add_lower_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a bᵀ to a total, but what is far above the diagonal."""
+    """Adds a bᵀ to a total in float64, but what is far above the diagonal."""
     for first in range(0, len(a), _EDGE):
-        total[first : first + _EDGE, : first + _EDGE].addmm_(a[first : first + _EDGE], b[: first + _EDGE].mT)
+        some, left, right = total[first : first + _EDGE, : first + _EDGE], a[first : first + _EDGE], b[: first + _EDGE]
+        if a.dtype == total.dtype:
+            some.addmm_(left, right.mT)
+        else:
+            some += left @ right.mT
 
 
 def mirrored(total: Tensor) -> Tensor:

@@ -186,7 +186,9 @@ class Block:
         # The rows' own precision is enough for an estimate: float64 takes 40 times as long.
         size = torch.linalg.vector_norm(self.p, dim=1)
         ratio = torch.linalg.vector_norm(z, dim=1) / size
-        seen = torch.cat([symmetric_gram(self.p, z), size[None].double(), ratio[None].double()]).cpu()  # in one copy
+        # Nor does P A Pᵀ need more than products have: x and residuals move alike whatever its inverse is.
+        gram = symmetric_gram(self.p, z, wide=False)
+        seen = torch.cat([gram, size[None].double(), ratio[None].double()]).cpu()  # in one copy
         curvature, size, ratio = seen[:-2], seen[-2], seen[-1]
         if not curvature.isfinite().all():
             return self.hand_over()
