@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Classification, module
+from problems import Classification, loader, module, network
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,6 +31,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _nothing_outlives_a_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCH_INFLUENCE_BACKEND", raising=False)
+    monkeypatch.setattr(products, "LEAST_SIZE", 0)  # the problems of tests are small
     before = settings()
     yield
     assert settings() == before
@@ -423,6 +424,18 @@ def test_nothing_is_measured_for_float64(monkeypatch: pytest.MonkeyPatch) -> Non
     module().hvp(torch.ones(43, dtype=dtype))
     solvers.cg(torch.eye(3, dtype=dtype), torch.ones(3, dtype=dtype))
     assert products._choice is None
+
+
+@pytest.mark.parametrize(("size", "measured"), [(43, True), (44, False)])
+def test_nothing_is_measured_for_few_parameters(size: int, measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for act in (
+        lambda: module(model=network(torch.float32), train_loader=loader(dtype=torch.float32)).hvp(torch.ones(43)),
+        lambda: solvers.cg(torch.eye(43), torch.ones(43)),
+    ):
+        monkeypatch.setattr(products, "_choice", None)
+        monkeypatch.setattr(products, "LEAST_SIZE", size)
+        act()
+        assert (products._choice is not None) == measured
 
 
 def test_import_measures_nothing() -> None:

@@ -29,6 +29,7 @@ _SHAPES = {
     "of a Gram matrix": (1, 96, 2048, 96),
     "in batches": (8, 160, 96, 128),
 }
+LEAST_SIZE = 4096  # parameters: with fewer, products take microseconds, and the measurement longer than most solves
 _TURNS = 3  # timings of each: the shortest counts
 _LEAST_GAIN = 1.03  # over all shapes: less may be chance, and another choice in the next process
 _MOST_OF_A_SHAPE = 1.5  # times torch's default

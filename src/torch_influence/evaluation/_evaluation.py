@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_influence import switches
+from torch_influence import products, switches
 from torch_influence.batches import copy_of, parts, same, versions
 from torch_influence.caller import level_of_the_user
 from torch_influence.evaluation import _composed as composed
@@ -297,7 +297,8 @@ class Evaluation:
             stack.callback(remembered.put_back)
             for switch in _twice_differentiable([m for network in networks for m in network.modules()]):
                 stack.enter_context(switch)
-            if self.space.dtype == torch.float32 and all(p.is_cpu for p in self.space.current()):
+            large = self.space.size >= products.LEAST_SIZE
+            if large and self.space.dtype == torch.float32 and all(p.is_cpu for p in self.space.current()):
                 stack.enter_context(switches.quick_products())
             self._main._opened_by = threading.get_ident()
             stack.callback(setattr, self._main, "_opened_by", None)

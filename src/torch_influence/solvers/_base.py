@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from torch_influence import switches
+from torch_influence import products, switches
 from torch_influence.failures import ConvergenceWarning, NegativeCurvatureWarning, OnFailure, fail
 from torch_influence.linop import LinearOperator, as_tensor, aslinearoperator
 from torch_influence.solvers._report import SolveReport
@@ -33,8 +33,9 @@ def with_quick_products(solve: _Solve) -> _Solve:
     @functools.wraps(solve)
     def quick(A: Any, B: Any, *args: Any, **kwargs: Any) -> Any:
         rows = as_tensor(B)
+        large = rows.dim() > 0 and rows.shape[-1] >= products.LEAST_SIZE
         on_cpu = rows.is_cpu and rows.dtype == torch.float32
-        with switches.quick_products() if on_cpu else contextlib.nullcontext():
+        with switches.quick_products() if large and on_cpu else contextlib.nullcontext():
             return solve(A, B, *args, **kwargs)
 
     return quick  # type: ignore[return-value]  # it takes what ``solve`` takes
