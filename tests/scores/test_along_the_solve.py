@@ -205,6 +205,18 @@ def test_a_budget_of_products_is_kept_and_told(budget: int) -> None:
             assert errors.max() < relative_errors(it.influence_matrix(max_products=1)).max()
 
 
+def test_auto_spends_a_budget_on_a_block() -> None:
+    it = problem(solver="auto", rtol=1e-13)
+    for name in ("direct", "dual"):
+        del it._by_name["auto"].candidates[name]
+    with pytest.warns(ConvergenceWarning, match="ended at max_products=2"):
+        scores = it.influence_matrix(max_products=2)
+    assert it.last_report.method == "block conjugate gradients"
+    with pytest.warns(ConvergenceWarning, match="ended at max_products=2"):
+        single = problem(solver="cg", rtol=1e-13).influence_matrix(max_products=2)
+    assert relative_errors(scores).max() < relative_errors(single).max()
+
+
 def test_a_solver_that_is_exact_needs_neither() -> None:
     scores = problem(solver="direct").influence_matrix(score_rtol=1e-2, max_products=1)
     assert_close(scores, exact(), operations=1e5)

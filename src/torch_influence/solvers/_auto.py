@@ -179,7 +179,10 @@ class Auto(Solver):
     def ranked(self, operator: LinearOperator, k: int) -> dict[str, Cost]:
         """Ranks the solvers that are possible by what they would take for k rows, the best first."""
         found = {}
+        in_blocks = any(isinstance(solver, BlockCG) for solver in self.candidates.values())
         for name, solver in self.candidates.items():
+            if in_blocks and k > 1 and isinstance(solver, CG) and solver.max_products is not None:
+                continue  # as many products of a block get further
             try:
                 found[name] = solver.cost(operator, max(k, 1))
             except NotPossible:

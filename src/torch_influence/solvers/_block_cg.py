@@ -144,7 +144,7 @@ def block_cg(
         history,
         precondition=precondition,
         budget=None if max_products is None else max_products - made_of,
-        combine=verify == "combinations",
+        combine=verify == "combinations" and operator.exact is operator,  # else they show that products are rounded
         follow=follow,
     )
     steps: Iterable[int] = range(limit)
