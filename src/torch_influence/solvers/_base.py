@@ -156,13 +156,13 @@ def norms(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a / unit, dim=-1) * unit.squeeze(-1)
 
 
-def smallest_residual(largest: Tensor, x: Tensor, b: Tensor) -> Tensor:
+def smallest_residual(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:
     """Estimates the norm [k] of b - Ax below which an iteration's own residual means nothing, u (|A||x| + |b|) / 2.
 
-    ``largest`` is a lower bound of |A|. The rows' own precision is enough for an estimate.
+    ``largest`` is a lower bound of |A|, ``size`` is |b|. The rows' own precision is enough for an estimate.
     """
-    size = largest * torch.linalg.vector_norm(x, dim=1) + torch.linalg.vector_norm(b, dim=1)
-    return (0.25 * torch.finfo(x.dtype).eps * size).nan_to_num(0.0, 0.0)
+    least = largest * torch.linalg.vector_norm(x, dim=1) + size
+    return (0.25 * torch.finfo(x.dtype).eps * least).nan_to_num(0.0, 0.0)
 
 
 def reachable(largest: Tensor, x: Tensor, size: Tensor) -> Tensor:

@@ -156,9 +156,9 @@ class Block:
         if self.combinations is not None:
             self.combinations.start()
         self.lowest, self.since_lowest = torch.inf, 0
-        # A start equals the turn after a step whose directions were zero.
-        self.q = r[again.to(r.device)]
-        self.p = torch.zeros_like(self.q)
+        # A start equals the turn after a step without directions.
+        self.q = self.of(r, again.nonzero().flatten())
+        self.p = self.q[:0]
         self.krylov.start()
         self.coefficients = torch.zeros(len(self.x), len(self.q), dtype=torch.float64, device="cpu")
         self.coefficients[self.at_work] = torch.eye(len(self.q), dtype=torch.float64, device="cpu")
@@ -287,7 +287,10 @@ class Block:
             upright = torch.linalg.solve_triangular(lower, eye, upper=False)
             self.q, towards = multiply(upright, self.q), multiply(upright, towards)
             factor, self.coefficients = factor @ lower, self.coefficients @ lower
-        self.p = multiply(factor.mT, self.p, towards)
+        if len(self.p):
+            self.p = multiply(factor.mT, self.p, towards)
+        else:
+            self.p = towards.clone() if towards is self.q else towards
         self.krylov.turn(factor)
 
     def judge(self, inverse: Tensor) -> None:
@@ -302,7 +305,8 @@ class Block:
         if self.history is not None and self.steps >= len(self.history):
             self.history.append(torch.where(self.going, norm / self.size, torch.nan))
         if self.steps % LOOKS_EVERY == 0:
-            self.floor = smallest_residual(self.largest, self.x, self.b / self.unit).cpu()
+            size = self.size.to(self.x.device, non_blocking=True)
+            self.floor = smallest_residual(self.largest, self.x, size).cpu()
         self.going &= norm > torch.maximum(self.aim, self.floor)
         near = self.going & (self.energy.relative <= self.error_rtol) & (self.error_rtol > 0)
         self.going &= ~near

@@ -209,7 +209,8 @@ class RowIteration(abc.ABC, Generic[S]):
         """Logs a step and adjusts the tolerances to rounding; a method calls it after each step."""
         self.steps += 1
         if self.steps % LOOKS_EVERY == 0:  # below the rounding of b - Ax the recurrence means nothing: rows are judged
-            floor = smallest_residual(self.largest(self.row), self.x, self.b[self.at_work])
+            size = torch.linalg.vector_norm(self.b[self.at_work], dim=1)
+            floor = smallest_residual(self.largest(self.row), self.x, size)
             self.row.tolerance.copy_(torch.maximum(self.aim[self.at_work], floor))
         if history or len(self.log) <= self.b.shape[1]:  # d steps exhaust the space: there is no more to be seen
             self.log.step(self.at_work, self.scalars)
