@@ -306,6 +306,7 @@ def test_many_solves_of_one_query_are_preconditioned_when_that_is_paid_back() ->
     assert "0 solves have multiplied 0 rows so far, and it costs 50" in words[0]
     helped = [i for i, text in enumerate(words) if "preconditioned by Nystrom(rank=50" in text]
     assert helped == list(range(2, 12))  # one solve says nothing of whether more will come
+    assert all("costs 50 rows, and 2 solves have multiplied" in text for text in words[2:])
     before, after = products[:2], products[2:]
     assert sum(before) >= 50
     assert max(after[1:]) <= 0.75 * min(before)

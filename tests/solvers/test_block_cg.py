@@ -429,25 +429,26 @@ def many(k: int = 200, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @dtypes
 def test_many_rows_are_verified_by_a_few_combinations_of_them(dtype: torch.dtype) -> None:
-    matrix, rows = positive_definite(D).to(dtype), many(dtype=dtype)
-    rtol = 1e-3 if dtype == torch.float32 else 1e-9
+    d, rtol = 800, 1e-2 if dtype == torch.float32 else 1e-5
+    matrix, rows = positive_definite(d).to(dtype), torch.randn(64, d, dtype=torch.float64).to(dtype)
     operator = Spoiled(matrix)
     x, report = block_cg(operator, rows, rtol=rtol)
     assert report.converged.all()
-    assert "12 random combinations" in report.verification
+    assert "8 random combinations" in report.verification
     assert report.verification in str(report)
-    assert operator.rows[-1] < len(rows) / 2  # the combinations, and rows close to their tolerance
+    assert operator.rows[-1] < len(rows)  # the combinations, and rows close to their tolerance
     true = true_residuals(matrix, x, rows)
-    rounding = tolerance(dtype, operations=D, condition=CONDITION)
+    rounding = tolerance(dtype, operations=d, condition=CONDITION)
+    assert true.median() > 0.05 * rtol  # so that they are to be seen
     assert (report.residual >= true - rounding).all()  # a bound
     assert (report.residual <= rtol).all()
-    assert report.residual.median() <= 2 * true.median() + rounding  # and no loose one
+    assert report.residual.median() <= 1.2 * true.median() + rounding  # and no loose one
     everyone = Spoiled(matrix)
     same, full = block_cg(everyone, rows, rtol=rtol, verify="all")
     assert torch.equal(x, same)
     assert not full.verification
     assert everyone.rows == [*operator.rows[:-1], len(rows)]
-    assert_close(full.residual, true, operations=D, scale=1.0, inherent=rounding)
+    assert_close(full.residual, true, operations=d, scale=1.0, inherent=rounding)
 
 
 def test_rows_that_combinations_find_wrong_are_all_judged_and_start_again() -> None:

@@ -62,7 +62,7 @@ class Past:
         if operator.size < _LEAST_SIZE * _RANK or _RANK * row_bytes(operator) > _may_use(operator):
             return f"its {_RANK} rows would be too many for d = {operator.size:,}, or for the memory"
         if plain.rows < _RANK or plain.solves < 2:
-            return f"{plain.solves} solves have multiplied {plain.rows} rows so far, and it costs {_RANK}"
+            return f"{plain} so far, and it costs {_RANK}"
         if helped.solves and helped.each > _SAVES * plain.each:
             return f"with it a solve takes {helped.each:.0f} iterations, without {plain.each:.0f}"
         return ""
@@ -80,6 +80,9 @@ class _Spent:
     def each(self) -> float:
         """Iterations of a solve."""
         return self.products / max(self.solves, 1)
+
+    def __str__(self) -> str:
+        return f"{self.solves} solves have multiplied {self.rows} rows"
 
 
 class Auto(Solver):
@@ -159,10 +162,12 @@ class Auto(Solver):
     def describe(self, operator: LinearOperator, k: int) -> Step:
         """The line of the solver that would be taken, and why not the others."""
         taken = self.chosen(operator, k)
-        solver, past, why_not = self.candidates[taken], self._past.get(operator) or Past(), []
+        solver, past = self.candidates[taken], self._past.get(operator) or Past()
+        because, why_not = "", []
         if isinstance(solver, CG | BlockCG) and solver.M is None and k <= _FEW:
             why_not = [(str(past.recipe), past.why_not(operator, k))] if not past.pays(operator, k) else []
             solver = solver if why_not else solver.with_options(M=past.recipe)
+            because = "" if why_not else f"; {past.recipe} costs {_RANK} rows, and {past.plain} without it"
         step, ranked, free = solver.describe(operator, k), self.ranked(operator, k), _may_use(operator)
         for name, cost in ranked.items():
             ratio = cost.operations / ranked[taken].operations
@@ -174,7 +179,7 @@ class Auto(Solver):
         for name, solver in self.candidates.items():
             if name not in ranked and not isinstance(solver, ClosedForm):  # most operators know no inverse
                 why_not.append((name, _why_not(solver, operator, k)))
-        return Step("solver", step.path, step.nbytes, why_not)
+        return Step("solver", step.path + because, step.nbytes, why_not)
 
     def ranked(self, operator: LinearOperator, k: int) -> dict[str, Cost]:
         """Ranks the solvers that are possible by what they would take for k rows, the best first."""
