@@ -68,7 +68,7 @@ bench: dev ## the native ops, and end to end against the old algorithm; ends wit
 	$(PY) benchmarks/end_to_end.py --json "$(RESULTS)/end_to_end.json" --markdown "$(RESULTS)/end_to_end.md"
 	$(PY) benchmarks/report.py "$(RESULTS)"
 
-bench-all: bench ## those, then many queries at once, what solver="auto" takes, preconditioners, scaling, the top 10 of a million
+bench-all: bench ## those, then many queries at once, tolerances and budgets, what solver="auto" takes, a new process, preconditioners, scaling, the top 10 of a million
 	set -e; for bench in all_queries price choice fresh_process preconditioners scaling; do \
 	  $(PY) benchmarks/$$bench.py --json "$(RESULTS)/$$bench.json" --markdown "$(RESULTS)/$$bench.md"; done
 	$(PY) benchmarks/top_k.py --json "$(RESULTS)/top_k.json"

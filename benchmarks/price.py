@@ -15,9 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 from all_queries import CHECKED, float64_scores
-from end_to_end import QUICK
+from end_to_end import QUICK, clocked
 from workloads import WORKLOADS, Workload
 
 from torch_influence import InfluenceModule
@@ -74,7 +72,7 @@ def rate_of_products(n: int, f: int, columns: int) -> dict[str, float]:
             matmul.fp32_precision = precision
             exact = x[:64].double() @ w.double()
             if harness.relative_error((x @ w)[:64], exact) < 1e-5:
-                found[name] = 2e-9 * n * f * columns / min(clocked(lambda: x @ w)[0] for _ in range(10))
+                found[name] = 2e-9 * n * f * columns / min(clocked(lambda: x @ w)[1] for _ in range(10))
         finally:
             matmul.fp32_precision = before
     return found
@@ -107,7 +105,7 @@ def measure(line: Line, work: Workload, rate: float, exact: Tensor, checked: lis
             warnings.simplefilter("ignore")  # budgets say that they are spent
             return module, module.influence_matrix(None, range(line.queries), **line.call)
 
-    seconds, (module, scores) = clocked(answer)
+    (module, scores), seconds = clocked(answer)
     found = module.last_report
     assert found is not None
     n, d = len(work.train), work.parameters
@@ -133,17 +131,11 @@ def largest(errors: Tensor | None) -> float | None:
     return float(known.max()) if len(known) else None
 
 
-def clocked(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
-
-
 def by_kronfluence(work: Workload, queries: int, exact: Tensor, checked: list[int]) -> dict[str, Any]:
     """EK-FAC with the same damping, from its preparation to scores."""
     from adapters import kronfluence
 
-    seconds, scores = clocked(partial(kronfluence, work, queries, same=True))
+    scores, seconds = clocked(partial(kronfluence, work, queries, same=True))
     return {
         "problem": work.name,
         "queries": queries,

@@ -244,7 +244,7 @@ class Problem:
         return self._curvature[1]
 
     def rounded(self, dtype: torch.dtype, streamed: bool = True) -> Rounded:
-        """The same with products in a narrower dtype, made once. Inside a session."""
+        """Makes the same with products in a narrower dtype, once. Inside a session."""
         curvature = self.curvature(streamed)
         if self._rounded is None or self._rounded.exact is not curvature:
             self._rounded = Rounded(curvature, dtype)

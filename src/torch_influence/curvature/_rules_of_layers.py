@@ -335,7 +335,7 @@ def max_pool(site: Site) -> Rule:
 
 
 def batch_norm(site: Site) -> Rule:
-    """With running statistics, each channel is scaled and moved."""
+    """Scales and moves each channel, by running statistics."""
     mean, var, w = (site.saved(name) for name in ("running_mean", "running_var", "weight"))
     if site.saved("training") or mean is None or var is None:
         raise site.refused("with statistics of the batch")

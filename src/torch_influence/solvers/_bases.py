@@ -58,14 +58,6 @@ def tiles(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + width)
 
 
-def gram_of(a: Tensor, b: Tensor) -> Tensor:
-    """Computes a bᵀ in float64."""
-    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for part in tiles(a):
-        total.addmm_(a[:, part].double(), b[:, part].double().mT)
-    return total
-
-
 def symmetric_gram(a: Tensor, b: Tensor, wide: bool = True) -> Tensor:
     """Computes a bᵀ where that is symmetric, in float64; with ``wide`` False products of tiles are in their own dtype.
 

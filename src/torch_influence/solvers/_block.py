@@ -21,7 +21,6 @@ from torch_influence.solvers._base import (
 from torch_influence.solvers._bases import (
     add_lower_gram,
     beside,
-    gram_of,
     mirrored,
     multiply,
     split,
@@ -279,8 +278,7 @@ class Block:
         towards = self.q
         if self.precondition is not None and len(self.q):
             towards = self.precondition(self.q).detach()
-            curved = gram_of(self.q, towards).cpu()
-            lower, failed = torch.linalg.cholesky_ex(0.5 * (curved + curved.mT))
+            lower, failed = torch.linalg.cholesky_ex(symmetric_gram(self.q, towards).cpu())
             if failed or not lower.isfinite().all():
                 return self.hand_over()
             eye = torch.eye(len(lower), dtype=torch.float64, device="cpu")
